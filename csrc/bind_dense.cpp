@@ -1,0 +1,169 @@
+// Bindings of batch norm and pooling: check the arguments, call the launcher in use.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "bind_checks.h"
+#include "bindings.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace sk {
+namespace {
+
+using Release = py::call_guard<py::gil_scoped_release>;
+
+void BatchNormForward(Address y, Address x, Address weight, Address bias, Address mean, Address var,
+                      Address residual, int64_t batch, int64_t channels, int64_t pixels,
+                      bool training, double eps, bool relu, int64_t threads) {
+  const char* kernel = "batch_norm_forward";
+  RequireSize(kernel, "batch", batch);
+  RequireSize(kernel, "channels", channels);
+  RequireSize(kernel, "pixels", pixels);
+  const int64_t elements = batch * channels * pixels;
+  RequirePointer(kernel, "y", y, elements);
+  RequirePointer(kernel, "x", x, elements);
+  RequirePointer(kernel, "mean", mean, channels);
+  RequirePointer(kernel, "var", var, channels);
+  Require(eps >= 0, "batch_norm_forward: eps must be at least 0, got " + std::to_string(eps));
+  RequireThreads(kernel, threads);
+  dense_kernels().batch_norm_forward({Pointer<float>(y), Pointer<const float>(x),
+                                      Pointer<const float>(weight), Pointer<const float>(bias),
+                                      Pointer<float>(mean), Pointer<float>(var),
+                                      Pointer<const float>(residual), channels, batch * pixels,
+                                      training, eps, relu, static_cast<int>(threads)});
+}
+
+void BatchNormBackward(Address dx, Address dweight, Address dbias, Address dresidual, Address grad,
+                       Address x, Address y, Address weight, Address mean, Address var,
+                       int64_t batch, int64_t channels, int64_t pixels, bool training, double eps,
+                       bool relu, int64_t threads) {
+  const char* kernel = "batch_norm_backward";
+  RequireSize(kernel, "batch", batch);
+  RequireSize(kernel, "channels", channels);
+  RequireSize(kernel, "pixels", pixels);
+  const int64_t elements = batch * channels * pixels;
+  RequirePointer(kernel, "grad", grad, elements);
+  RequirePointer(kernel, "x", x, elements);
+  RequirePointer(kernel, "y (the ReLU's mask)", y, relu ? elements : 0);
+  RequirePointer(kernel, "mean", mean, channels);
+  RequirePointer(kernel, "var", var, channels);
+  Require(eps >= 0, "batch_norm_backward: eps must be at least 0, got " + std::to_string(eps));
+  RequireThreads(kernel, threads);
+  dense_kernels().batch_norm_backward(
+      {Pointer<float>(dx), Pointer<float>(dweight), Pointer<float>(dbias),
+       Pointer<float>(dresidual), Pointer<const float>(grad), Pointer<const float>(x),
+       Pointer<const float>(y), Pointer<const float>(weight), Pointer<const float>(mean),
+       Pointer<const float>(var), channels, batch * pixels, training, eps, relu,
+       static_cast<int>(threads)});
+}
+
+PoolDims ParsePoolDims(const char* kernel, const std::vector<int64_t>& dims) {
+  static const char* const names[14] = {"batch", "channels", "in_h", "in_w", "out_h",
+                                        "out_w", "kh",       "kw",   "sh",   "sw",
+                                        "ph",    "pw",       "dh",   "dw"};
+  Require(dims.size() == 14, std::string(kernel) +
+                                 ": dims must be the 14 integers batch, channels, in_h, in_w, "
+                                 "out_h, out_w, kh, kw, sh, sw, ph, pw, dh, dw, got " +
+                                 std::to_string(dims.size()));
+  for (size_t i = 0; i < dims.size(); ++i) {
+    const bool positive = i >= 6 && i != 10 && i != 11;  // kernel, stride and dilation
+    RequireSize(kernel, names[i], dims[i], positive ? 1 : 0);
+  }
+  return {dims[0], dims[1], dims[2], dims[3],  dims[4],  dims[5],  dims[6],
+          dims[7], dims[8], dims[9], dims[10], dims[11], dims[12], dims[13]};
+}
+
+int64_t InputElements(const PoolDims& d) { return d.batch * d.channels * d.in_h * d.in_w; }
+int64_t OutputElements(const PoolDims& d) { return d.batch * d.channels * d.out_h * d.out_w; }
+
+PoolDims CheckMaxPool(const char* kernel, const std::vector<int64_t>& list, int64_t threads) {
+  const PoolDims dims = ParsePoolDims(kernel, list);
+  Require(dims.kh <= kMaxPoolTaps && dims.kw <= kMaxPoolTaps && dims.kh * dims.kw <= kMaxPoolTaps,
+          std::string(kernel) + ": a window may have at most " + std::to_string(kMaxPoolTaps) +
+              " taps (argmax is uint8), got " + std::to_string(dims.kh) + " x " +
+              std::to_string(dims.kw) + "; use torch.nn.functional.max_pool2d for it");
+  RequireThreads(kernel, threads);
+  return dims;
+}
+
+void MaxPool(Address y, Address argmax, Address x, const std::vector<int64_t>& list,
+             int64_t threads) {
+  const char* kernel = "max_pool2d";
+  const PoolDims dims = CheckMaxPool(kernel, list, threads);
+  RequirePointer(kernel, "y", y, OutputElements(dims));
+  RequirePointer(kernel, "argmax", argmax, OutputElements(dims));
+  RequirePointer(kernel, "x", x, InputElements(dims));
+  dense_kernels().max_pool2d({Pointer<float>(y), Pointer<uint8_t>(argmax), Pointer<const float>(x),
+                              dims, static_cast<int>(threads)});
+}
+
+void MaxPoolBackward(Address dx, Address grad, Address argmax, const std::vector<int64_t>& list,
+                     int64_t threads) {
+  const char* kernel = "max_pool2d_backward";
+  const PoolDims dims = CheckMaxPool(kernel, list, threads);
+  RequirePointer(kernel, "dx", dx, InputElements(dims));
+  RequirePointer(kernel, "grad", grad, OutputElements(dims));
+  RequirePointer(kernel, "argmax", argmax, OutputElements(dims));
+  dense_kernels().max_pool2d_backward({Pointer<float>(dx), Pointer<const float>(grad),
+                                       Pointer<const uint8_t>(argmax), dims,
+                                       static_cast<int>(threads)});
+}
+
+PoolDims CheckAvgPool(const char* kernel, const std::vector<int64_t>& list, int64_t threads) {
+  const PoolDims dims = ParsePoolDims(kernel, list);
+  Require(dims.dh == 1 && dims.dw == 1, std::string(kernel) + ": dilation must be 1, got " +
+                                            std::to_string(dims.dh) + " x " +
+                                            std::to_string(dims.dw));
+  RequireThreads(kernel, threads);
+  return dims;
+}
+
+void AvgPool(Address y, Address x, const std::vector<int64_t>& list, bool count_include_pad,
+             int64_t divisor_override, int64_t threads) {
+  const char* kernel = "avg_pool2d";
+  const PoolDims dims = CheckAvgPool(kernel, list, threads);
+  RequirePointer(kernel, "y", y, OutputElements(dims));
+  RequirePointer(kernel, "x", x, InputElements(dims));
+  dense_kernels().avg_pool2d({Pointer<float>(y), Pointer<const float>(x), dims, count_include_pad,
+                              divisor_override, static_cast<int>(threads)});
+}
+
+void AvgPoolBackward(Address dx, Address grad, const std::vector<int64_t>& list,
+                     bool count_include_pad, int64_t divisor_override, int64_t threads) {
+  const char* kernel = "avg_pool2d_backward";
+  const PoolDims dims = CheckAvgPool(kernel, list, threads);
+  RequirePointer(kernel, "dx", dx, InputElements(dims));
+  RequirePointer(kernel, "grad", grad, OutputElements(dims));
+  dense_kernels().avg_pool2d_backward({Pointer<float>(dx), Pointer<const float>(grad), dims,
+                                       count_include_pad, divisor_override,
+                                       static_cast<int>(threads)});
+}
+
+}  // namespace
+
+void bind_dense(py::module_& m) {
+  m.def("batch_norm_forward", &BatchNormForward, py::arg("y"), py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("mean"), py::arg("var"), py::arg("residual"), py::arg("batch"),
+        py::arg("channels"), py::arg("pixels"), py::arg("training"), py::arg("eps"),
+        py::arg("relu"), py::arg("threads"), Release(), "See BatchNormForwardArgs.");
+  m.def("batch_norm_backward", &BatchNormBackward, py::arg("dx"), py::arg("dweight"),
+        py::arg("dbias"), py::arg("dresidual"), py::arg("grad"), py::arg("x"), py::arg("y"),
+        py::arg("weight"), py::arg("mean"), py::arg("var"), py::arg("batch"), py::arg("channels"),
+        py::arg("pixels"), py::arg("training"), py::arg("eps"), py::arg("relu"), py::arg("threads"),
+        Release(), "See BatchNormBackwardArgs.");
+  m.def("max_pool2d", &MaxPool, py::arg("y"), py::arg("argmax"), py::arg("x"), py::arg("dims"),
+        py::arg("threads"), Release(), "See MaxPoolArgs.");
+  m.def("max_pool2d_backward", &MaxPoolBackward, py::arg("dx"), py::arg("grad"), py::arg("argmax"),
+        py::arg("dims"), py::arg("threads"), Release(), "See MaxPoolBackwardArgs.");
+  m.def("avg_pool2d", &AvgPool, py::arg("y"), py::arg("x"), py::arg("dims"),
+        py::arg("count_include_pad"), py::arg("divisor_override"), py::arg("threads"), Release(),
+        "See AvgPoolArgs.");
+  m.def("avg_pool2d_backward", &AvgPoolBackward, py::arg("dx"), py::arg("grad"), py::arg("dims"),
+        py::arg("count_include_pad"), py::arg("divisor_override"), py::arg("threads"), Release(),
+        "See AvgPoolBackwardArgs.");
+}
+
+}  // namespace sk

@@ -1,0 +1,223 @@
+// Bindings of the sparse products: check the arguments, call the launcher in use.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "bind_checks.h"
+#include "bindings.h"
+#include "cpu/dispatch.h"
+#include "cpu/scratch.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace sk {
+namespace {
+
+using Release = py::call_guard<py::gil_scoped_release>;
+
+int64_t BlockCount(int64_t parts, int64_t size, int64_t block) {
+  return parts * ((size / parts + block - 1) / block);
+}
+
+void RequireWeight(const char* kernel, Address crow, Address col, int64_t bh, int64_t bw) {
+  RequireSize(kernel, "bh", bh, 1);
+  RequireSize(kernel, "bw", bw, 1);
+  RequirePointer(kernel, "crow (or t_crow)", crow, 1);
+  RequirePointer(kernel, "col (or t_row)", col, 1);
+}
+
+struct Matrix {
+  int64_t rows, cols, batch;
+};
+
+void RequireMatrix(const char* kernel, const Matrix& m) {
+  RequireSize(kernel, "rows", m.rows);
+  RequireSize(kernel, "cols", m.cols);
+  RequireSize(kernel, "batch", m.batch);
+}
+
+void Linear(Address y, Address x, Address values, Address bias, Address crow, Address col,
+            int64_t rows, int64_t cols, int64_t bh, int64_t bw, int64_t batch, bool relu,
+            int64_t threads) {
+  const char* kernel = "linear";
+  RequireMatrix(kernel, {rows, cols, batch});
+  RequireWeight(kernel, crow, col, bh, bw);
+  RequirePointer(kernel, "y", y, rows * batch);
+  RequirePointer(kernel, "x", x, cols * batch);
+  RequirePointer(kernel, "values", values, 1);
+  RequireThreads(kernel, threads);
+  sparse_kernels().linear(Pointer<float>(y), Pointer<const float>(x), Pointer<const float>(values),
+                          Pointer<const float>(bias), Pointer<const int32_t>(crow),
+                          Pointer<const int32_t>(col), rows, cols, bh, bw, batch, relu,
+                          static_cast<int>(threads));
+}
+
+void LinearDgrad(Address dx, Address grad, Address values, Address t_crow, Address t_row,
+                 Address t_perm, int64_t rows, int64_t cols, int64_t bh, int64_t bw, int64_t batch,
+                 int64_t threads) {
+  const char* kernel = "linear_dgrad";
+  RequireMatrix(kernel, {rows, cols, batch});
+  RequireWeight(kernel, t_crow, t_row, bh, bw);
+  RequirePointer(kernel, "dx", dx, cols * batch);
+  RequirePointer(kernel, "grad", grad, rows * batch);
+  RequirePointer(kernel, "values", values, 1);
+  RequirePointer(kernel, "t_perm", t_perm, 1);
+  RequireThreads(kernel, threads);
+  sparse_kernels().linear_dgrad(Pointer<float>(dx), Pointer<const float>(grad),
+                                Pointer<const float>(values), Pointer<const int32_t>(t_crow),
+                                Pointer<const int32_t>(t_row), Pointer<const int32_t>(t_perm), rows,
+                                cols, bh, bw, batch, static_cast<int>(threads));
+}
+
+void LinearWgrad(Address dvalues, Address grad, Address x, Address crow, Address col, int64_t rows,
+                 int64_t cols, int64_t bh, int64_t bw, int64_t capacity, int64_t batch,
+                 int64_t threads) {
+  const char* kernel = "linear_wgrad";
+  RequireMatrix(kernel, {rows, cols, batch});
+  RequireWeight(kernel, crow, col, bh, bw);
+  RequireSize(kernel, "capacity", capacity, Pointer<const int32_t>(crow)[(rows + bh - 1) / bh]);
+  RequirePointer(kernel, "dvalues", dvalues, capacity);
+  RequirePointer(kernel, "grad", grad, rows * batch);
+  RequirePointer(kernel, "x", x, cols * batch);
+  RequireThreads(kernel, threads);
+  sparse_kernels().linear_wgrad(Pointer<float>(dvalues), Pointer<const float>(grad),
+                                Pointer<const float>(x), Pointer<const int32_t>(crow),
+                                Pointer<const int32_t>(col), rows, cols, bh, bw, capacity, batch,
+                                static_cast<int>(threads));
+}
+
+int64_t OutputSize(int64_t in, int64_t before, int64_t after, int64_t kernel, int64_t stride,
+                   int64_t dilation) {
+  const int64_t room = in + before + after - (kernel - 1) * dilation - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+ConvGeometry Geometry(const char* kernel, const std::vector<int64_t>& v) {
+  Require(v.size() == 18, std::string(kernel) +
+                              ": geom must be the 18 integers [batch, in_h, in_w, out_h, out_w] + "
+                              "Conv2dGeometry, got " +
+                              std::to_string(v.size()));
+  const ConvGeometry g{v[0], v[1],  v[2],  v[3],  v[4],  v[5],  v[6],  v[7],  v[8],
+                       v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16], v[17]};
+  RequireSize(kernel, "batch", g.batch);
+  RequireSize(kernel, "in_h and in_w", std::min(g.in_h, g.in_w));
+  RequireSize(kernel, "out_channels and in_channels", std::min(g.out_channels, g.in_channels));
+  RequireSize(kernel, "kernel, stride, dilation and groups",
+              std::min({g.kh, g.kw, g.stride_h, g.stride_w, g.dil_h, g.dil_w, g.groups}), 1);
+  RequireSize(kernel, "padding",
+              std::min({g.pad_top, g.pad_left, g.pad_bottom, g.pad_right}));
+  Require(g.out_channels % g.groups == 0 && g.in_channels % g.groups == 0,
+          std::string(kernel) + ": channels must be divisible by groups, got " +
+              std::to_string(g.out_channels) + " and " + std::to_string(g.in_channels) + " for " +
+              std::to_string(g.groups) + " groups");
+  const int64_t out_h =
+      OutputSize(g.in_h, g.pad_top, g.pad_bottom, g.kh, g.stride_h, g.dil_h);
+  const int64_t out_w =
+      OutputSize(g.in_w, g.pad_left, g.pad_right, g.kw, g.stride_w, g.dil_w);
+  Require(g.out_h == out_h && g.out_w == out_w,
+          std::string(kernel) + ": out_h and out_w must be " + std::to_string(out_h) + " and " +
+              std::to_string(out_w) + " for this geometry, got " + std::to_string(g.out_h) +
+              " and " + std::to_string(g.out_w));
+  return g;
+}
+
+int64_t OutputElements(const ConvGeometry& g) {
+  return g.out_channels * g.out_h * g.out_w * g.batch;
+}
+int64_t InputElements(const ConvGeometry& g) { return g.in_channels * g.in_h * g.in_w * g.batch; }
+
+void Conv2d(Address y, Address x, Address values, Address bias, Address crow, Address col,
+            const std::vector<int64_t>& geom, int64_t bh, int64_t bw, bool relu, int64_t threads) {
+  const char* kernel = "conv2d";
+  const ConvGeometry g = Geometry(kernel, geom);
+  RequireWeight(kernel, crow, col, bh, bw);
+  RequirePointer(kernel, "y", y, OutputElements(g));
+  RequirePointer(kernel, "x", x, InputElements(g));
+  RequirePointer(kernel, "values", values, 1);
+  RequireThreads(kernel, threads);
+  sparse_kernels().conv2d(Pointer<float>(y), Pointer<const float>(x), Pointer<const float>(values),
+                          Pointer<const float>(bias), Pointer<const int32_t>(crow),
+                          Pointer<const int32_t>(col), g, bh, bw, relu, static_cast<int>(threads));
+}
+
+void Conv2dDgrad(Address dx, Address grad, Address values, Address t_crow, Address t_row,
+                 Address t_perm, const std::vector<int64_t>& geom, int64_t bh, int64_t bw,
+                 int64_t threads) {
+  const char* kernel = "conv2d_dgrad";
+  const ConvGeometry g = Geometry(kernel, geom);
+  RequireWeight(kernel, t_crow, t_row, bh, bw);
+  RequirePointer(kernel, "dx", dx, InputElements(g));
+  RequirePointer(kernel, "grad", grad, OutputElements(g));
+  RequirePointer(kernel, "values", values, 1);
+  RequirePointer(kernel, "t_perm", t_perm, 1);
+  RequireThreads(kernel, threads);
+  sparse_kernels().conv2d_dgrad(
+      Pointer<float>(dx), Pointer<const float>(grad), Pointer<const float>(values),
+      Pointer<const int32_t>(t_crow), Pointer<const int32_t>(t_row), Pointer<const int32_t>(t_perm),
+      g, bh, bw, static_cast<int>(threads));
+}
+
+void Conv2dWgrad(Address dvalues, Address grad, Address x, Address crow, Address col,
+                 const std::vector<int64_t>& geom, int64_t bh, int64_t bw, int64_t capacity,
+                 int64_t threads) {
+  const char* kernel = "conv2d_wgrad";
+  const ConvGeometry g = Geometry(kernel, geom);
+  RequireWeight(kernel, crow, col, bh, bw);
+  const int64_t block_rows = BlockCount(g.groups, g.out_channels, bh);
+  RequireSize(kernel, "capacity", capacity, Pointer<const int32_t>(crow)[block_rows]);
+  RequirePointer(kernel, "dvalues", dvalues, capacity);
+  RequirePointer(kernel, "grad", grad, OutputElements(g));
+  RequirePointer(kernel, "x", x, InputElements(g));
+  RequireThreads(kernel, threads);
+  sparse_kernels().conv2d_wgrad(Pointer<float>(dvalues), Pointer<const float>(grad),
+                                Pointer<const float>(x), Pointer<const int32_t>(crow),
+                                Pointer<const int32_t>(col), g, bh, bw, capacity,
+                                static_cast<int>(threads));
+}
+
+void BindLinear(py::module_& m) {
+  m.def("linear", &Linear, py::arg("y"), py::arg("x"), py::arg("values"), py::arg("bias"),
+        py::arg("crow"), py::arg("col"), py::arg("rows"), py::arg("cols"), py::arg("bh"),
+        py::arg("bw"), py::arg("batch"), py::arg("relu"), py::arg("threads"), Release(),
+        "y = relu(W x + bias); see csrc/kernels.h. Patterns are not checked here.");
+  m.def("linear_dgrad", &LinearDgrad, py::arg("dx"), py::arg("grad"), py::arg("values"),
+        py::arg("t_crow"), py::arg("t_row"), py::arg("t_perm"), py::arg("rows"), py::arg("cols"),
+        py::arg("bh"), py::arg("bw"), py::arg("batch"), py::arg("threads"), Release(),
+        "dx = W^T grad; see csrc/kernels.h.");
+  m.def("linear_wgrad", &LinearWgrad, py::arg("dvalues"), py::arg("grad"), py::arg("x"),
+        py::arg("crow"), py::arg("col"), py::arg("rows"), py::arg("cols"), py::arg("bh"),
+        py::arg("bw"), py::arg("capacity"), py::arg("batch"), py::arg("threads"), Release(),
+        "dvalues = grad x^T at the pattern; see csrc/kernels.h.");
+}
+
+void BindConv2d(py::module_& m) {
+  m.def("conv2d", &Conv2d, py::arg("y"), py::arg("x"), py::arg("values"), py::arg("bias"),
+        py::arg("crow"), py::arg("col"), py::arg("geom"), py::arg("bh"), py::arg("bw"),
+        py::arg("relu"), py::arg("threads"), Release(),
+        "y = relu(conv(x, W) + bias); see csrc/kernels.h. Patterns are not checked here.");
+  m.def("conv2d_dgrad", &Conv2dDgrad, py::arg("dx"), py::arg("grad"), py::arg("values"),
+        py::arg("t_crow"), py::arg("t_row"), py::arg("t_perm"), py::arg("geom"), py::arg("bh"),
+        py::arg("bw"), py::arg("threads"), Release(),
+        "dx: the transposed convolution of grad; see csrc/kernels.h.");
+  m.def("conv2d_wgrad", &Conv2dWgrad, py::arg("dvalues"), py::arg("grad"), py::arg("x"),
+        py::arg("crow"), py::arg("col"), py::arg("geom"), py::arg("bh"), py::arg("bw"),
+        py::arg("capacity"), py::arg("threads"), Release(),
+        "dvalues: the weight's gradient at the pattern; see csrc/kernels.h.");
+}
+
+}  // namespace
+
+void bind_sparse(py::module_& m) {
+  BindLinear(m);
+  BindConv2d(m);
+  m.def("scratch_bytes", &scratch_bytes, "Bytes held by native scratch now, over all threads.");
+  m.def("scratch_peak", &scratch_peak,
+        "Most bytes of native scratch held at once since the start or release_scratch().");
+  m.def("release_scratch", &release_scratch, Release(),
+        "Free the scratch that is not in use, and reset its peak.");
+}
+
+}  // namespace sk

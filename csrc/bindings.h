@@ -1,0 +1,12 @@
+// The parts of the module _native. Each adds its functions to `m`.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace sk {
+
+void bind_dense(pybind11::module_& m);   // batch norm, pooling
+void bind_sparse(pybind11::module_& m);  // linear, conv2d, scratch
+void bind_cuda(pybind11::module_& m);    // cuda_* (without CUDA: functions that say why not)
+
+}  // namespace sk

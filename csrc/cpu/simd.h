@@ -1,0 +1,150 @@
+// Vectors of float with one interface and a lane count fixed per instruction set: 4 (baseline), 8 (AVX2+FMA), 16 (AVX-512).
+//
+// Included only by sources that are compiled once per instruction set with -DSK_ISA=<namespace>. Everything lives in
+// that namespace, because an inline function of one name compiled with two sets of flags merges at link time, and an
+// AVX-512 copy on an older CPU is an illegal instruction. For the same reason there is no std:: template here.
+//
+// SK_EMULATE_AVX512 (with AVX2 flags) gives 16 lanes from two AVX2 registers: the tile shapes and tails of the
+// AVX-512 build can then be run, and held to the oracle, on a machine without AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#ifndef SK_ISA
+#error "compile with -DSK_ISA=baseline, avx2, avx512 or avx512_emulated"
+#endif
+
+#define SK_INLINE static inline __attribute__((always_inline))
+
+namespace sk {
+namespace SK_ISA {
+
+#if defined(SK_EMULATE_AVX512)
+
+constexpr int kLanes = 16;
+constexpr int kAccumulators = 16;  // what the AVX-512 build uses; two registers each here, so slow, but the same code
+struct Vec {
+  __m256 lo, hi;
+};
+SK_INLINE Vec vzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+SK_INLINE Vec vset1(const float* p) { return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p)}; }
+SK_INLINE Vec vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+SK_INLINE void vstore(float* p, Vec a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
+SK_INLINE void vstream(float* p, Vec a) { _mm256_stream_ps(p, a.lo), _mm256_stream_ps(p + 8, a.hi); }
+SK_INLINE Vec vadd(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+SK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+SK_INLINE Vec vrelu(Vec a) {
+  return {_mm256_max_ps(_mm256_setzero_ps(), a.lo), _mm256_max_ps(_mm256_setzero_ps(), a.hi)};
+}
+
+#elif defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+constexpr int kAccumulators = 16;
+using Vec = __m512;
+SK_INLINE Vec vzero() { return _mm512_setzero_ps(); }
+SK_INLINE Vec vset1(const float* p) { return _mm512_set1_ps(*p); }
+SK_INLINE Vec vload(const float* p) { return _mm512_loadu_ps(p); }
+SK_INLINE void vstore(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+SK_INLINE void vstream(float* p, Vec a) { _mm512_stream_ps(p, a); }
+SK_INLINE Vec vadd(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+SK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+SK_INLINE Vec vrelu(Vec a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+constexpr int kLanes = 8;
+constexpr int kAccumulators = 8;  // 8 hide the latency of two FMA units; 16 registers leave no room for 16
+using Vec = __m256;
+SK_INLINE Vec vzero() { return _mm256_setzero_ps(); }
+SK_INLINE Vec vset1(const float* p) { return _mm256_broadcast_ss(p); }
+SK_INLINE Vec vload(const float* p) { return _mm256_loadu_ps(p); }
+SK_INLINE void vstore(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+SK_INLINE void vstream(float* p, Vec a) { _mm256_stream_ps(p, a); }
+SK_INLINE Vec vadd(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+SK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+SK_INLINE Vec vrelu(Vec a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }
+
+#else
+
+// The compiler's own vectors: SSE2 on x86-64, NEON on aarch64, scalars elsewhere.
+constexpr int kLanes = 4;
+constexpr int kAccumulators = 8;
+typedef float Vec __attribute__((vector_size(16)));
+SK_INLINE Vec vzero() { return Vec{0.f, 0.f, 0.f, 0.f}; }
+SK_INLINE Vec vset1(const float* p) { return Vec{*p, *p, *p, *p}; }
+SK_INLINE Vec vload(const float* p) {
+  Vec a;
+  std::memcpy(&a, p, sizeof(a));
+  return a;
+}
+SK_INLINE void vstore(float* p, Vec a) { std::memcpy(p, &a, sizeof(a)); }
+SK_INLINE Vec vadd(Vec a, Vec b) { return a + b; }
+SK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
+#if defined(__SSE2__)
+SK_INLINE void vstream(float* p, Vec a) { _mm_stream_ps(p, (__m128)a); }
+SK_INLINE Vec vrelu(Vec a) { return (Vec)_mm_max_ps(_mm_setzero_ps(), (__m128)a); }
+#else
+SK_INLINE void vstream(float* p, Vec a) { vstore(p, a); }
+SK_INLINE Vec vrelu(Vec a) {  // "not less than" lets a NaN through, as torch's relu does
+  for (int i = 0; i < 4; ++i) a[i] = a[i] < 0.f ? 0.f : a[i];
+  return a;
+}
+#endif
+
+#endif
+
+// Max with zero as the first operand: x86 returns the second when either is NaN, so that NaN passes as in torch.
+
+// Bytes of one vector: the alignment that vstream asks of its address.
+constexpr int kVecBytes = kLanes * 4;
+
+// Orders the streaming stores before whatever the thread does next (the end of a parallel region).
+SK_INLINE void vfence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Sum of the lanes, always in the same order.
+SK_INLINE float vsum(Vec a) {
+#if defined(SK_EMULATE_AVX512) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(SK_EMULATE_AVX512)
+  __m256 h = _mm256_add_ps(a.lo, a.hi);
+#elif defined(__AVX512F__)
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+#else
+  __m256 h = a;
+#endif
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+#else
+  return (a[0] + a[2]) + (a[1] + a[3]);
+#endif
+}
+
+template <class T>
+SK_INLINE T imin(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+SK_INLINE T imax(T a, T b) {
+  return a > b ? a : b;
+}
+SK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SK_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+SK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+SK_INLINE int pow2_floor(int64_t a) {
+  int p = 1;
+  while (2 * (int64_t)p <= a) p *= 2;
+  return p;
+}
+
+}  // namespace SK_ISA
+}  // namespace sk

@@ -1,0 +1,140 @@
+// Launchers of the dense part of a step that must keep the feature-major layout: layout conversion,
+// batch norm, pooling.
+//
+// Conventions. Every pointer is host memory owned by the caller, float32 unless said otherwise,
+// needs no alignment beyond that of its type, and must not overlap an output. "feature-major"
+// means the batch is innermost: [C][H][W][N] for activations. A launcher uses `threads` OpenMP
+// threads (>= 1), allocates nothing, holds no scratch beyond its stack, throws nothing, and its
+// result does not depend on `threads` in a single bit.
+#pragma once
+
+#include <cstdint>
+
+namespace sk {
+
+// dst[i * dst_outer + c * dst_pitch + r] = src[i * src_outer + r * src_pitch + c], that is `count`
+// transpositions of a rows x cols matrix. All sizes and pitches in elements.
+struct TransposeArgs {
+  float* dst;
+  const float* src;
+  int64_t count;      // matrices
+  int64_t rows;       // of one matrix in src
+  int64_t cols;       // of one matrix in src
+  int64_t src_outer;  // from one matrix to the next in src
+  int64_t src_pitch;  // from one row to the next in src, >= cols
+  int64_t dst_outer;
+  int64_t dst_pitch;  // >= rows
+  int threads;
+};
+
+// y = relu?((x - mean) / sqrt(var + eps) * weight + bias [+ residual]), per channel.
+struct BatchNormForwardArgs {
+  float* y;               // [channels][count], written; may be x itself
+  const float* x;         // [channels][count]
+  const float* weight;    // [channels] or null (ones)
+  const float* bias;      // [channels] or null (zeros)
+  float* mean;            // [channels], written when training, else read
+  float* var;             // [channels], biased variance, written when training, else read
+  const float* residual;  // [channels][count] or null
+  int64_t channels;
+  int64_t count;  // pixels * batch, elements per channel
+  bool training;
+  double eps;
+  bool relu;
+  int threads;
+};
+
+// Gradients of the above. `grad` is that of y after the ReLU.
+struct BatchNormBackwardArgs {
+  float* dx;            // [channels][count] or null (not wanted)
+  float* dweight;       // [channels] or null
+  float* dbias;         // [channels] or null
+  float* dresidual;     // [channels][count] or null
+  const float* grad;    // [channels][count]
+  const float* x;       // [channels][count]
+  const float* y;       // [channels][count], read if relu; may be null otherwise
+  const float* weight;  // [channels] or null (ones)
+  const float* mean;    // [channels], as the forward pass left it
+  const float* var;     // [channels], as the forward pass left it
+  int64_t channels;
+  int64_t count;
+  bool training;
+  double eps;
+  bool relu;
+  int threads;
+};
+
+// Sizes of a pooling, in pixels. Window (oy, ox) has its first tap at (oy * sh - ph, ox * sw - pw).
+struct PoolDims {
+  int64_t batch, channels;
+  int64_t in_h, in_w, out_h, out_w;
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+};
+
+// Taps of a max pooling window that argmax can name; 255 says "no tap inside the image".
+constexpr int64_t kMaxPoolTaps = 255;
+constexpr uint8_t kNoTap = 255;
+
+struct MaxPoolArgs {
+  float* y;         // [channels][out_h][out_w][batch], written
+  uint8_t* argmax;  // same shape, written: ky * kw + kx of the largest value (the first one; the
+                    // last NaN if there is a NaN), or kNoTap
+  const float* x;   // [channels][in_h][in_w][batch]
+  PoolDims dims;
+  int threads;
+};
+
+struct MaxPoolBackwardArgs {
+  float* dx;              // [channels][in_h][in_w][batch], written
+  const float* grad;      // [channels][out_h][out_w][batch]
+  const uint8_t* argmax;  // as the forward pass left it
+  PoolDims dims;
+  int threads;
+};
+
+// Average over the taps inside the image; divided by `divisor` if it is not 0, else by the number
+// of taps inside the image, or, with count_include_pad, inside the image and its padding.
+struct AvgPoolArgs {
+  float* y;        // [channels][out_h][out_w][batch], written
+  const float* x;  // [channels][in_h][in_w][batch]
+  PoolDims dims;
+  bool count_include_pad;
+  int64_t divisor;
+  int threads;
+};
+
+struct AvgPoolBackwardArgs {
+  float* dx;          // [channels][in_h][in_w][batch], written
+  const float* grad;  // [channels][out_h][out_w][batch]
+  PoolDims dims;
+  bool count_include_pad;
+  int64_t divisor;
+  int threads;
+};
+
+// One instruction set's launchers.
+struct DenseKernels {
+  void (*transpose)(const TransposeArgs&);
+  void (*batch_norm_forward)(const BatchNormForwardArgs&);
+  void (*batch_norm_backward)(const BatchNormBackwardArgs&);
+  void (*max_pool2d)(const MaxPoolArgs&);
+  void (*max_pool2d_backward)(const MaxPoolBackwardArgs&);
+  void (*avg_pool2d)(const AvgPoolArgs&);
+  void (*avg_pool2d_backward)(const AvgPoolBackwardArgs&);
+};
+
+#ifdef SK_ISA
+namespace SK_ISA {
+void transpose(const TransposeArgs&);
+void batch_norm_forward(const BatchNormForwardArgs&);
+void batch_norm_backward(const BatchNormBackwardArgs&);
+void max_pool2d(const MaxPoolArgs&);
+void max_pool2d_backward(const MaxPoolBackwardArgs&);
+void avg_pool2d(const AvgPoolArgs&);
+void avg_pool2d_backward(const AvgPoolBackwardArgs&);
+
+const DenseKernels& dense_kernels_table();
+}  // namespace SK_ISA
+#endif
+
+}  // namespace sk

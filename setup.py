@@ -1,0 +1,64 @@
+"""Drives CMake, which alone knows how the kernels are compiled (see CMakeLists.txt).
+
+Environment: SPARSE_KERNELS_CUDA=AUTO|ON|OFF (default AUTO: CUDA kernels if nvcc is found),
+CUDACXX=/path/to/nvcc, SPARSE_KERNELS_EMULATE_AVX512=ON (tests), CMAKE_ARGS (anything else).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds the native module, then puts it where setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = (Path(self.build_temp) / "cmake").resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            cmake(), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSPARSE_KERNELS_VERSION={self.distribution.get_version()}",
+            f"-DSPARSE_KERNELS_CUDA={os.environ.get('SPARSE_KERNELS_CUDA') or 'AUTO'}",
+            "-DSPARSE_KERNELS_EMULATE_AVX512="
+            + (os.environ.get("SPARSE_KERNELS_EMULATE_AVX512") or "OFF"),
+        ]  # fmt: skip
+        subprocess.run([*configure, *shlex.split(os.environ.get("CMAKE_ARGS", ""))], check=True)
+        subprocess.run([cmake(), "--build", str(build), *self.jobs()], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / target.name, target)
+
+    def jobs(self) -> list[str]:
+        return ["--parallel", str(self.parallel)] if self.parallel else []
+
+
+def cmake() -> str:
+    """The cmake of the build requirements, which an isolated build has on its PATH."""
+    found = shutil.which("cmake")
+    if found is None:
+        raise SystemExit(
+            "building sparse_kernels needs cmake, and none was found on PATH: run `pip install "
+            "cmake ninja pybind11`, or leave out --no-build-isolation"
+        )
+    return found
+
+
+setup(
+    ext_modules=[Extension("sparse_kernels._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

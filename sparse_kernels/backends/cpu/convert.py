@@ -1,0 +1,32 @@
+"""What every native launcher needs: float32, the right layout, a pointer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.layout import empty_feature_major, to_feature_major
+
+
+def activation(x: Tensor) -> Tensor:
+    """``x`` as feature-major float32: itself where it already is."""
+    return to_feature_major(x.detach().to(torch.float32))
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` as contiguous float32, for weights and per-channel vectors."""
+    return x.detach().to(torch.float32).contiguous()
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def optional(x: Tensor | None) -> Tensor | None:
+    return None if x is None else dense(x)
+
+
+def empty_float(shape: Sequence[int], like: Tensor) -> Tensor:
+    return empty_feature_major(tuple(shape), torch.float32, like.device)

@@ -1,0 +1,92 @@
+"""Batch norm over feature-major activations, with ReLU and residual in the same pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_kernels._load import native
+from sparse_kernels.backends.cpu.convert import activation, dense, empty_float, optional, pointer
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm (+ residual, ReLU) over [N, C] or [N, C, H, W]; returns y, mean, biased variance."""
+    xs = activation(x)
+    ws, bs = optional(weight), optional(bias)
+    rs = None if residual is None else activation(residual)
+    channels = x.shape[1]
+    if training or mean is None or var is None:
+        mean = torch.empty(channels, dtype=torch.float32, device=x.device)
+        var = torch.empty_like(mean)
+    mean, var = dense(mean), dense(var)
+    y = empty_float(x.shape, x)
+    native().batch_norm_forward(
+        y.data_ptr(),
+        xs.data_ptr(),
+        pointer(ws),
+        pointer(bs),
+        mean.data_ptr(),
+        var.data_ptr(),
+        pointer(rs),
+        x.shape[0],
+        channels,
+        x.shape[2:].numel(),
+        training,
+        eps,
+        relu,
+        torch.get_num_threads(),
+    )
+    return y.to(x.dtype), mean, var
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    relu: bool,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and residual (empty without one)."""
+    gs, xs = activation(grad), activation(x)
+    ys = activation(y) if relu else None
+    ws = optional(weight)
+    means, vars_ = dense(mean), dense(var)
+    dx = empty_float(x.shape, x)
+    dweight, dbias = torch.empty_like(means), torch.empty_like(means)
+    dresidual = empty_float(x.shape, x) if has_residual else None
+    native().batch_norm_backward(
+        dx.data_ptr(),
+        dweight.data_ptr(),
+        dbias.data_ptr(),
+        pointer(dresidual),
+        gs.data_ptr(),
+        xs.data_ptr(),
+        pointer(ys),
+        pointer(ws),
+        means.data_ptr(),
+        vars_.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        x.shape[2:].numel(),
+        training,
+        eps,
+        relu,
+        torch.get_num_threads(),
+    )
+    left = x.new_empty(0) if dresidual is None else dresidual.to(x.dtype)
+    return dx.to(x.dtype), dweight, dbias, left

@@ -1,0 +1,240 @@
+"""Sparse products and convolutions: one native launcher each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_kernels._load import native
+from sparse_kernels.backends.cpu.convert import activation, dense, empty_float, optional, pointer
+from sparse_kernels.geometry import Conv2dGeometry
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    relu: bool,
+) -> Tensor:
+    """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major."""
+    batch, in_features = x.shape
+    xs, vs, bs = activation(x), dense(values), optional(bias)
+    y = empty_float((batch, out_features), x)
+    native().linear(
+        y.data_ptr(),
+        xs.data_ptr(),
+        vs.data_ptr(),
+        pointer(bs),
+        crow.data_ptr(),
+        col.data_ptr(),
+        out_features,
+        in_features,
+        values.shape[1],
+        values.shape[2],
+        batch,
+        relu,
+        torch.get_num_threads(),
+    )
+    return y.to(x.dtype)
+
+
+def linear_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    in_features: int,
+) -> Tensor:
+    """dX = dY S; grad [N, out] -> dx [N, in], feature-major."""
+    batch, out_features = grad.shape
+    gs, vs = activation(grad), dense(values)
+    dx = empty_float((batch, in_features), grad)
+    native().linear_dgrad(
+        dx.data_ptr(),
+        gs.data_ptr(),
+        vs.data_ptr(),
+        t_crow.data_ptr(),
+        t_row.data_ptr(),
+        t_perm.data_ptr(),
+        out_features,
+        in_features,
+        values.shape[1],
+        values.shape[2],
+        batch,
+        torch.get_num_threads(),
+    )
+    return dx.to(grad.dtype)
+
+
+def linear_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bh: int,
+    bw: int,
+) -> Tensor:
+    """dV = (dY^T X) at the pattern, float32 [capacity, bh, bw] with a zero tail."""
+    batch, out_features = grad.shape
+    gs, xs = activation(grad), activation(x)
+    capacity = col.shape[0]
+    dv = torch.empty((capacity, bh, bw), dtype=torch.float32, device=grad.device)
+    native().linear_wgrad(
+        dv.data_ptr(),
+        gs.data_ptr(),
+        xs.data_ptr(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        out_features,
+        x.shape[1],
+        bh,
+        bw,
+        capacity,
+        batch,
+        torch.get_num_threads(),
+    )
+    return dv
+
+
+def linear_wgrad_dense(grad: Tensor, x: Tensor) -> Tensor:
+    """dW = dY^T X, dense [out, in]: asked for by the growth signal only."""
+    return grad.to(torch.float32).t() @ x.to(torch.float32)
+
+
+def _geometry(x_shape: Sequence[int], out_hw: Sequence[int], geometry: Sequence[int]) -> list[int]:
+    return [x_shape[0], x_shape[2], x_shape[3], *out_hw, *geometry]
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """Sparse convolution; x [N, C, H, W] -> y [N, C_out, H_out, W_out], feature-major."""
+    xs, vs, bs = activation(x), dense(values), optional(bias)
+    out_hw = Conv2dGeometry(*geometry).output_size(x.shape[2], x.shape[3])
+    y = empty_float((x.shape[0], geometry[0], *out_hw), x)
+    native().conv2d(
+        y.data_ptr(),
+        xs.data_ptr(),
+        vs.data_ptr(),
+        pointer(bs),
+        crow.data_ptr(),
+        col.data_ptr(),
+        _geometry(x.shape, out_hw, geometry),
+        values.shape[1],
+        values.shape[2],
+        relu,
+        torch.get_num_threads(),
+    )
+    return y.to(x.dtype)
+
+
+def conv2d_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    in_height: int,
+    in_width: int,
+    geometry: Sequence[int],
+) -> Tensor:
+    """Gradient of the input, [N, C_in, H, W], feature-major."""
+    gs, vs = activation(grad), dense(values)
+    shape = (grad.shape[0], geometry[1], in_height, in_width)
+    dx = empty_float(shape, grad)
+    native().conv2d_dgrad(
+        dx.data_ptr(),
+        gs.data_ptr(),
+        vs.data_ptr(),
+        t_crow.data_ptr(),
+        t_row.data_ptr(),
+        t_perm.data_ptr(),
+        _geometry(shape, grad.shape[2:], geometry),
+        values.shape[1],
+        values.shape[2],
+        torch.get_num_threads(),
+    )
+    return dx.to(grad.dtype)
+
+
+def conv2d_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bh: int,
+    bw: int,
+    geometry: Sequence[int],
+) -> Tensor:
+    """Gradient of the values, float32 [capacity, bh, bw] with a zero tail."""
+    gs, xs = activation(grad), activation(x)
+    capacity = col.shape[0]
+    dv = torch.empty((capacity, bh, bw), dtype=torch.float32, device=grad.device)
+    native().conv2d_wgrad(
+        dv.data_ptr(),
+        gs.data_ptr(),
+        xs.data_ptr(),
+        crow.data_ptr(),
+        col.data_ptr(),
+        _geometry(x.shape, grad.shape[2:], geometry),
+        bh,
+        bw,
+        capacity,
+        torch.get_num_threads(),
+    )
+    return dv
+
+
+def conv2d_wgrad_dense(grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Tensor:
+    """Dense weight gradient [C_out, kh*kw*C_in/groups], float32, for the growth signal only."""
+    g = Conv2dGeometry(*geometry)
+    channels = g.in_channels // g.groups
+    if x.shape[0] == 0:
+        return torch.zeros(g.matrix_shape, dtype=torch.float32, device=x.device)
+    # torch pads both sides alike: what one side has more is padded before.
+    pad_h, pad_w = min(g.pad_top, g.pad_bottom), min(g.pad_left, g.pad_right)
+    extra = (g.pad_left - pad_w, g.pad_right - pad_w, g.pad_top - pad_h, g.pad_bottom - pad_h)
+    xs = torch.nn.functional.pad(x.to(torch.float32), extra)
+    # channels_last is what oneDNN likes best, and one transposition away from feature-major.
+    gradient = torch.ops.aten.convolution_backward(
+        grad.to(torch.float32).contiguous(memory_format=torch.channels_last),
+        xs.contiguous(memory_format=torch.channels_last),
+        xs.new_empty(1).expand(g.out_channels, channels, g.kernel_height, g.kernel_width),
+        None,
+        [g.stride_h, g.stride_w],
+        [pad_h, pad_w],
+        [g.dilation_h, g.dilation_w],
+        False,
+        [0, 0],
+        g.groups,
+        [False, True, False],
+    )[1]
+    return gradient.permute(0, 2, 3, 1).reshape(g.matrix_shape)

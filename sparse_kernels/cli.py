@@ -1,0 +1,266 @@
+"""The command line: ``sparse-kernels train | bench | report | info``.
+
+A user's mistake is one line and exit code 1 (2 for a wrong option), never a traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from .workbench.config import DENSE_BASELINES, SIGNALS
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# `--preset demo`: what `make demo` trains. Wide enough for the gain to be real, few enough epochs
+# for two cores; the hold-out is nothing because the sample's own 1,000 test images are the measure.
+DEMO = {
+    "net": "wide-mlp",
+    "data": "mnist-sample",
+    "density": 0.05,
+    "compare": "dense",
+    "epochs": 15,
+    "lr": 0.1,
+    "lr_decay_every": 400,
+    "holdout": 0.0,
+    "name": "demo",
+}
+
+
+def _one_line_errors(command: Command) -> Command:
+    """Turn the errors that a user can cause into one line; anything else is our own fault."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        from ._load import NativeMissingError
+        from .workbench.errors import WorkbenchError
+
+        try:
+            return command(*arguments, **options)
+        except (WorkbenchError, NativeMissingError) as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except (ValueError, MemoryError, OSError) as error:
+            # sparsify, SparseMomentum and the file system speak of what the options asked for.
+            raise click.ClickException(
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="sparse_kernels", prog_name="sparse-kernels")
+def main() -> None:
+    """Train sparse neural networks from scratch, faster than dense ones."""
+
+
+def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[str, ...]) -> Any:
+    try:
+        seeds = tuple(int(part) for text in value for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(
+            f"expected whole numbers such as 0,1,2, got {','.join(value)!r}"
+        ) from error
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise click.BadParameter(f"expected numbers from 0 to 2**63 - 1, got {seeds}")
+    return seeds
+
+
+@main.command()
+@click.option(
+    "--preset", type=click.Choice(["demo"]), help="Settings of `make demo`; other options override."
+)
+@click.option("--net", default="lenet-300-100", show_default=True,
+              help="lenet-300-100, lenet-5-caffe, vgg16-d or wide-mlp.")  # fmt: skip
+@click.option(
+    "--data", default=None, help="mnist, mnist-sample (shipped) or cifar10; default: the net's."
+)
+@click.option(
+    "--data-dir", default=None, help="Directory of the data set's files, in any usual layout."
+)
+@click.option("--download", is_flag=True, help="Fetch the data set if it is not in the cache.")
+@click.option(
+    "--width", type=int, default=None, help="Width of wide-mlp's hidden layers.  [default: 4096]"
+)
+@click.option(
+    "--density", type=float, default=0.05, show_default=True, help="Share of the weights kept."
+)
+@click.option(
+    "--block", default="1x1", show_default=True, help="Block of the pattern, rows x columns."
+)
+@click.option(
+    "--distribution", type=click.Choice(["uniform", "erk"]), default="uniform", show_default=True
+)
+@click.option(
+    "--compare", type=click.Choice(["dense"]), default=None, help="Train the dense net beside it."
+)
+@click.option("--dense-baseline", type=click.Choice(DENSE_BASELINES),
+              default="auto", show_default=True, help="auto: the fastest here.")  # fmt: skip
+@click.option("--epochs", type=int, default=100, show_default="the net's")
+@click.option("--batch-size", type=int, default=100, show_default="the net's")
+@click.option("--lr", type=float, default=0.1, show_default=True, help="Learning rate of SGD.")
+@click.option(
+    "--lr-decay-every", type=int, default=25_000, show_default="the net's", help="Steps per x0.1."
+)
+@click.option("--momentum", type=float, default=0.9, show_default=True, help="Nesterov momentum.")
+@click.option("--weight-decay", type=float, default=5e-4, show_default=True)
+@click.option("--seed", "--seeds", "seeds", multiple=True, default=("0",), callback=_parse_seeds,
+              show_default=True, help="Repeatable, or a list: 0,1,2.")  # fmt: skip
+@click.option(
+    "--prune-rate", type=float, default=0.5, show_default=True, help="Of the first mask update."
+)
+@click.option(
+    "--prune-schedule", type=click.Choice(["cosine", "linear"]), default="cosine", show_default=True
+)
+@click.option("--signal", type=click.Choice(SIGNALS), default="window", show_default=True,
+              help="What grows: exact: dense momentum of all steps, as the paper; window: of the "
+              "last; gradient: RigL; random: SET.")  # fmt: skip
+@click.option(
+    "--update-every",
+    type=int,
+    default=None,
+    help="Steps between mask updates.  [default: an epoch]",
+)
+@click.option(
+    "--holdout", type=float, default=0.1, show_default=True, help="Share held out for validation."
+)
+@click.option(
+    "--augment/--no-augment", default=False, show_default="the net's", help="Crop and flip."
+)
+@click.option(
+    "--threads", type=int, default=None, help="Threads for both contenders.  [default: torch's]"
+)
+@click.option("--max-steps", type=int, default=None, help="Stop after so many steps (smoke tests).")
+@click.option("--out", default="runs", show_default=True, help="Where runs/<name> is made.")
+@click.option("--name", default=None, help="Name of the run.  [default: net-data-density]")
+@click.pass_context
+@_one_line_errors
+def train(context: click.Context, preset: str | None, **options: Any) -> None:
+    """Train a net sparse from scratch, and dense beside it, and write table, figure and logs.
+
+    Example: sparse-kernels train --net lenet-300-100 --data mnist --density 0.05 --compare dense
+    """
+    from .workbench import report
+    from .workbench.loop import train as run_training
+
+    config = _configure(context, preset, options)
+    config.check()
+    folder = Path(config.out) / config.run_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = run_training(config, folder)
+    written = report.write_run(folder, results)
+    click.echo("\n" + report.table(results))
+    click.echo("written: " + ", ".join(str(path) for path in written))
+
+
+def _configure(context: click.Context, preset: str | None, options: dict[str, Any]) -> Any:
+    """TrainConfig from its defaults, the net's, the preset's, the options; the later wins."""
+    from .workbench.config import TrainConfig
+    from .workbench.models import spec
+
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    }
+    chosen = {**(DEMO if preset == "demo" else {}), **given}
+    entry = spec(chosen.get("net", TrainConfig.net))
+    return TrainConfig(**{"data": entry.default_data, **entry.defaults, **chosen})
+
+
+@main.command()
+@click.argument("run", type=click.Path(file_okay=False))
+@_one_line_errors
+def report(run: str) -> None:
+    """Render table and figure of runs/<name> again from its results.json."""
+    from .workbench import report as reports
+
+    results = reports.read_run(Path(run))
+    written = reports.render(Path(run), results)
+    click.echo(reports.table(results))
+    click.echo("written: " + ", ".join(str(path) for path in written))
+
+
+@main.command()
+@_one_line_errors
+def info() -> None:
+    """What was built, what serves which operator on this machine, and why not another."""
+    from .info import describe
+
+    click.echo(describe())
+
+
+@main.group()
+def bench() -> None:
+    """Measure sparse against the best dense PyTorch, validated first."""
+
+
+def _bench_options(command: Command) -> Command:
+    for option in (
+        click.option(
+            "--out", default=None, help="Write results as JSON and Markdown to this directory."
+        ),
+        click.option(
+            "--threads", type=click.IntRange(1, 1024), default=None, help="Default: torch's own."
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True),
+        click.option("--block", default="1x1", show_default=True),
+        click.option("--density", type=float, default=0.05, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+@bench.command("layers")
+@_bench_options
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True)
+@click.option(
+    "--layer", "names", multiple=True, help="Only these (repeatable); default: all of the table."
+)
+@_one_line_errors
+def bench_layers(
+    names: tuple[str, ...], rounds: int, out: str | None, threads: int | None, **options: Any
+) -> None:
+    """Single layers, forward and forward with backward, against the best dense layout."""
+    from .workbench import bench_layers as module
+
+    results = module.run(names=names, rounds=rounds, threads=threads, **options)
+    _publish("bench-layers", results, module.table(results), out)
+
+
+@bench.command("step")
+@_bench_options
+@click.option("--net", default="vgg16-d", show_default=True)
+@click.option("--width", type=int, default=None, help="Width of wide-mlp's hidden layers.")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
+@click.option(
+    "--memory/--no-memory", default=True, show_default=True, help="Peak memory, in processes apart."
+)
+@_one_line_errors
+def bench_step(out: str | None, **options: Any) -> None:
+    """Whole training steps by part, memory, and the time of a mask update, against dense."""
+    from .workbench import bench_step as module
+
+    results = module.run(**options)
+    _publish(f"bench-step-{options['net']}", results, module.table(results), out)
+
+
+def _publish(name: str, results: dict[str, Any], text: str, out: str | None) -> None:
+    click.echo(text)
+    if out is None:
+        return
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(text + "\n")
+    click.echo(f"written: {folder / name}.json, {folder / name}.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Memory layouts of activations: feature-major, the layout of the CPU kernels, and back.
+
+Feature-major means that the logical shape is torch's and the batch is innermost in memory: [N, F]
+has strides (1, N), [N, C, H, W] has strides (1, H*W*N, W*N, N). Elementwise torch operators keep
+these strides. This module is the only place that knows; it counts the conversions, so that a
+report can show them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._load import native_or_none
+
+_lock = threading.Lock()
+_conversions = 0
+
+
+def conversions() -> int:
+    """Copies made by to_feature_major and from_feature_major since the last reset."""
+    return _conversions
+
+
+def reset_conversions() -> None:
+    """Start counting conversions from 0."""
+    global _conversions
+    with _lock:
+        _conversions = 0
+
+
+def _count_conversion() -> None:
+    global _conversions
+    with _lock:
+        _conversions += 1
+
+
+def feature_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a feature-major tensor of `shape` [N, ...]; ValueError without
+    dimensions.
+
+    A dimension of size 0 counts as 1, as in torch's own contiguous strides. Symbolic sizes are
+    accepted.
+    """
+    if len(shape) == 0:
+        raise ValueError("shape: expected at least one dimension (the batch), got none")
+    strides = [1]
+    step = _at_least_one(shape[0])
+    for size in reversed(shape[1:]):
+        strides.insert(1, step)
+        step = step * _at_least_one(size)
+    return tuple(strides)
+
+
+def _at_least_one(size: Any) -> Any:
+    """max(size, 1); of a symbolic size without deciding (guarding on) which it is."""
+    return max(size, 1) if type(size) is int else torch.sym_max(size, 1)
+
+
+def empty_feature_major(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uninitialised tensor of `shape` [N, ...] with exactly feature_major_strides(shape)."""
+    return torch.empty_strided(
+        tuple(shape), feature_major_strides(shape), dtype=dtype, device=device
+    )
+
+
+def is_feature_major(tensor: Tensor) -> bool:
+    """Whether `tensor` [N, ...] is feature-major; strides of size-1 dimensions do not matter."""
+    shape, strides = tensor.shape, tensor.stride()
+    if len(shape) == 0:
+        return False
+    expected = 1  # a plain loop: this runs at every operator call
+    for axis in (0, *range(len(shape) - 1, 0, -1)):
+        if shape[axis] != 1 and strides[axis] != expected:
+            return tensor.numel() == 0
+        expected *= shape[axis]
+    return True
+
+
+def to_feature_major(tensor: Tensor) -> Tensor:
+    """`tensor` [N, ...] itself if it is feature-major, else a feature-major copy (counted).
+
+    Any strides and dtypes are accepted. Contiguous and channels_last float32 tensors on the CPU
+    are transposed in tiles by the native module where it is built; everything else goes through
+    torch, keeping autograd.
+    """
+    if is_feature_major(tensor):
+        return tensor
+    _count_conversion()
+    module = native_or_none() if _is_plain_float32(tensor) else None
+    if module is not None:
+        out = empty_feature_major(tensor.shape, tensor.dtype, tensor.device)
+        if _transpose_to(module, out, tensor):
+            return out
+    return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def from_feature_major(tensor: Tensor) -> Tensor:
+    """`tensor` [N, ...] itself if it is contiguous, else a contiguous copy (counted)."""
+    if tensor.is_contiguous():
+        return tensor
+    _count_conversion()
+    module = native_or_none() if _is_plain_float32(tensor) else None
+    if module is None or not is_feature_major(tensor):
+        return tensor.contiguous()
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    batch = tensor.shape[0]
+    features = tensor.numel() // batch
+    module.from_feature_major(
+        out.data_ptr(), tensor.data_ptr(), batch, features, torch.get_num_threads()
+    )
+    return out
+
+
+def _is_plain_float32(tensor: Tensor) -> bool:
+    """Whether native code may read the memory: real CPU float32, outside of autograd."""
+    return (
+        tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)  # no fake, wrapped or user-defined tensor
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _transpose_to(module: Any, out: Tensor, tensor: Tensor) -> bool:
+    """Fill `out` from a contiguous or channels_last `tensor`; False for other strides."""
+    batch = tensor.shape[0]
+    threads = torch.get_num_threads()
+    if tensor.is_contiguous():
+        features = tensor.numel() // batch
+        module.to_feature_major(out.data_ptr(), tensor.data_ptr(), batch, features, threads)
+        return True
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        channels, pixels = tensor.shape[1], tensor.shape[2] * tensor.shape[3]
+        module.nhwc_to_feature_major(
+            out.data_ptr(), tensor.data_ptr(), batch, channels, pixels, threads
+        )
+        return True
+    return False

@@ -1,0 +1,28 @@
+"""Layers: sparse drop-ins for nn.Linear and nn.Conv2d, layout-keeping norm and pooling, sparsify."""
+
+from __future__ import annotations
+
+from sparse_kernels.nn.base import COMPRESSED, DENSE_MASKED, DENSE_MASKED_ABOVE, SparseLayer
+from sparse_kernels.nn.conv import SparseConv2d
+from sparse_kernels.nn.linear import SparseLinear
+from sparse_kernels.nn.norm import BatchNorm1d, BatchNorm2d
+from sparse_kernels.nn.pooling import AvgPool2d, MaxPool2d
+from sparse_kernels.nn.report import SparsifyReport, SparsifyRow
+from sparse_kernels.nn.sparsify import densify, sparsify
+
+__all__ = [
+    "COMPRESSED",
+    "DENSE_MASKED",
+    "DENSE_MASKED_ABOVE",
+    "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "MaxPool2d",
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "SparsifyReport",
+    "SparsifyRow",
+    "densify",
+    "sparsify",
+]

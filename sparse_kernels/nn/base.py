@@ -1,0 +1,393 @@
+"""SparseLayer: what SparseLinear and SparseConv2d share: values, index buffers, storage modes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse_kernels import ops
+from sparse_kernels.nn import _checkpoint
+from sparse_kernels.nn._initial import check_dtype, initial_pattern
+from sparse_kernels.nn._weight_view import read_only
+from sparse_kernels.pattern import PatternError, SparsityPattern
+
+logger = logging.getLogger(__name__)
+
+COMPRESSED = "compressed"
+DENSE_MASKED = "dense-masked"
+#: Above this density `sparsify` and mask updates keep a layer as a dense matrix and a mask.
+DENSE_MASKED_ABOVE = 0.5
+
+_INDEX_NAMES = ("crow_indices", "col_indices", "t_crow", "t_row", "t_perm")
+_Self = TypeVar("_Self", bound="SparseLayer")
+_Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
+
+
+class SparseLayer(nn.Module):
+    """Base of the sparse layers: a weight of which only the blocks of a pattern exist.
+
+    The weight is seen as a matrix [rows, cols] (``matrix_shape``), cut into ``row_parts`` x
+    ``col_parts`` segments that no block spans (groups and kernel positions of a convolution).
+
+    Attributes:
+        values: one ``nn.Parameter`` object for ever.  In storage "compressed" [capacity, bh, bw],
+            zero behind the last stored block; in storage "dense-masked" the matrix [rows, cols].
+        crow_indices, col_indices: int32 buffers, saved with the state (compressed only).
+        t_crow, t_row, t_perm: int32 buffers of the transposed index, rebuilt on loading.
+        mask: bool buffer [rows, cols] (dense-masked only).
+        bias: ``nn.Parameter`` [rows] or None.
+        probe: None, or a never-read leaf [rows, cols] whose ``.grad`` gathers the dense gradient.
+        capacity_growths: how often the pattern outgrew its buffers and pointers changed.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    crow_indices: Tensor
+    col_indices: Tensor
+    t_crow: Tensor
+    t_row: Tensor
+    t_perm: Tensor
+    mask: Tensor
+    probe: Tensor | None
+
+    def __init__(
+        self,
+        matrix_shape: tuple[int, int],
+        *,
+        row_parts: int = 1,
+        col_parts: int = 1,
+        bias: bool = True,
+        density: float = 0.1,
+        block: int | tuple[int, int] = (1, 1),
+        pattern: SparsityPattern | None = None,
+        generator: torch.Generator | None = None,
+        capacity: int | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dtype = check_dtype(dtype)
+        place = torch.get_default_device() if device is None else torch.empty(0, device=device).device
+        self.matrix_shape = matrix_shape
+        self.row_parts, self.col_parts = row_parts, col_parts
+        self.storage = COMPRESSED
+        self.capacity_growths = 0
+        self.probe = None
+        self._pattern: SparsityPattern | None = None
+        self._pattern_source: tuple[int, int] | None = None
+        parts = (row_parts, col_parts)
+        made = initial_pattern(matrix_shape, parts, density, block, pattern, generator, capacity)
+        self.block = made.block
+        for name in _INDEX_NAMES:
+            self.register_buffer(name, None, persistent=name in ("crow_indices", "col_indices"))
+        self.register_buffer("mask", None)
+        self._register_pattern(made if place.type == "meta" else made.to(place))
+        self.values = nn.Parameter(torch.zeros(made.capacity, *made.block, device=place, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(matrix_shape[0], device=place, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        if place.type == "meta":
+            self._apply(lambda tensor: tensor.to("meta"))
+        else:
+            self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw new values and bias at the present pattern.
+
+        Each existing weight gets what the dense layer's own initialisation gives it (torch:
+        ``kaiming_uniform_(a=sqrt(5))``, that is uniform in +-1/sqrt(fan_in) with the fan_in of the
+        DENSE layer); the bias likewise.  The sparse momentum paper initialises so too: a mask over
+        a densely initialised weight.
+        """
+        bound = 1 / math.sqrt(self.matrix_shape[1])
+        with torch.no_grad():
+            self.values.copy_(self._uniform(self.values, bound, generator))
+            self._zero_outside()
+            if self.bias is not None:
+                self.bias.copy_(self._uniform(self.bias, bound, generator))
+
+    @staticmethod
+    def _uniform(like: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
+        # A CPU generator also serves layers on other devices, so that seeds mean the same there.
+        place = like.device if generator is None else generator.device
+        drawn = torch.empty(like.shape, dtype=like.dtype, device=place)
+        return drawn.uniform_(-bound, bound, generator=generator).to(like.device)
+
+    @torch.no_grad()
+    def _zero_outside(self) -> None:
+        """Zero what does not exist: the tail, entries outside of the matrix, masked entries."""
+        if self.storage == DENSE_MASKED:
+            self.values.mul_(self.mask)
+            return
+        pattern = self.pattern
+        self.values[pattern.nnzb :] = 0
+        inside = pattern.inside_mask()
+        if inside is not None:
+            self.values[: pattern.nnzb].mul_(inside)
+
+    # ---------------------------------------------------------------- pattern and storage
+
+    def _register_pattern(self, pattern: SparsityPattern) -> None:
+        """Make ``pattern``'s tensors the layer's buffers and the layer's ``pattern`` itself."""
+        for name, tensor in zip(_INDEX_NAMES, pattern.tensors(), strict=True):
+            self._buffers[name] = tensor
+        self._buffers["mask"] = None
+        self.storage = COMPRESSED
+        self._pattern = pattern
+
+    def _register_mask(self, mask: Tensor) -> None:
+        for name in _INDEX_NAMES:
+            self._buffers[name] = None
+        self._buffers["mask"] = mask
+        self.storage = DENSE_MASKED
+        self._pattern = None
+
+    @property
+    def pattern(self) -> SparsityPattern:
+        """Where the weights are: a view over the index buffers, or made from ``mask``.
+
+        Raises ValueError while the layer is on the meta device, where indices have no content.
+        """
+        if self.values.is_meta:
+            raise ValueError(
+                "a layer on the meta device has no pattern: expected real index buffers; call "
+                "load_state_dict(..., assign=True) or build the layer on a real device"
+            )
+        if self.storage == DENSE_MASKED:
+            # The mask is written in place at updates: its version tells whether the view is old.
+            source = (id(self.mask), self.mask._version)
+            if self._pattern is None or self._pattern_source != source:
+                self._pattern = SparsityPattern.from_mask(
+                    self.mask, block=self.block, row_parts=self.row_parts, col_parts=self.col_parts
+                )
+                self._pattern_source = source
+        elif self._pattern is None:
+            index = [self._buffers[name] for name in _INDEX_NAMES]
+            self._pattern = SparsityPattern.from_indices(
+                *index, self.matrix_shape, self.block, self.row_parts, self.col_parts
+            )
+        return self._pattern
+
+    @property
+    def nnz(self) -> int:
+        """Number of weights that exist (elements inside the matrix)."""
+        return self.pattern.nnz
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights that exist."""
+        return self.pattern.density
+
+    def set_pattern_(self, keys: Tensor) -> None:
+        """Rewrite the index buffers (or the mask) in place; values are the caller's business.
+
+        Args:
+            keys: int64 [nnzb], strictly increasing block_row * block_cols + block_col.
+
+        Where the keys outgrow the capacity, new and larger buffers are registered, counted in
+        ``capacity_growths`` and logged (values must then be given the new capacity).  For both
+        kinds of storage, ``training.rewrite`` is the function that also moves values and
+        optimizer state.
+
+        Raises:
+            PatternError: keys out of order or out of range.
+        """
+        pattern = self.pattern
+        if self.storage == DENSE_MASKED:
+            parts = (self.row_parts, self.col_parts)
+            new = SparsityPattern.from_keys(keys, self.matrix_shape, self.block, *parts)
+            self.mask.copy_(new.mask())
+            return
+        before = pattern.capacity
+        if pattern.rewrite_(keys):
+            self._register_pattern(pattern)
+            self.capacity_growths += 1
+            logger.info(
+                "%s %s outgrew its capacity of %d blocks, now %d: buffers were reallocated",
+                type(self).__name__,
+                self.matrix_shape,
+                before,
+                pattern.capacity,
+            )
+
+    @torch.no_grad()
+    def to_storage_(self: _Self, storage: str) -> _Self:
+        """Convert values, gradient and buffers to "compressed" or "dense-masked"; returns self.
+
+        ``values`` stays the same object.  Optimizer state is not touched: use
+        ``training.rewrite`` in mid-training.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if storage not in (COMPRESSED, DENSE_MASKED):
+            raise ValueError(
+                f"storage must be {COMPRESSED!r} or {DENSE_MASKED!r}, got {storage!r}"
+            )
+        if storage == self.storage:
+            return self
+        pattern = self.pattern
+        convert = pattern.expand if storage == DENSE_MASKED else pattern.compress
+        gradient, self.values.grad = self.values.grad, None
+        self.values.data = convert(self.values.data)
+        if gradient is not None:
+            self.values.grad = convert(gradient)
+        if storage == DENSE_MASKED:
+            self._register_mask(pattern.mask())
+        else:
+            self._register_pattern(pattern)
+        return self
+
+    def make_probe(self) -> Tensor:
+        """Set and return ``probe``: a leaf [rows, cols] whose ``.grad`` gathers the dense gradient.
+
+        It holds one number (expanded) and is never read.  Each backward pass then computes the
+        dense weight gradient too; set ``layer.probe = None`` to stop that.
+        """
+        one = torch.zeros((), dtype=self.values.dtype, device=self.values.device)
+        self.probe = one.expand(self.matrix_shape).requires_grad_()
+        return self.probe
+
+    # ---------------------------------------------------------------- dense views
+
+    def matrix_to_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix [rows, cols] in the shape of torch's weight (a view)."""
+        raise NotImplementedError
+
+    def weight_to_matrix(self, weight: Tensor) -> Tensor:
+        """A weight in torch's shape as the matrix [rows, cols]."""
+        raise NotImplementedError
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight as torch has it."""
+        return self.matrix_shape
+
+    def to_dense(self) -> nn.Module:
+        """An independent dense torch module with the same weights, bias, mode and dtype."""
+        raise NotImplementedError
+
+    def dense_matrix(self) -> Tensor:
+        """The weight as a new dense matrix [rows, cols], differentiable in ``values``."""
+        if self.values.is_meta:
+            return self.values.new_empty(self.matrix_shape)
+        if self.storage == DENSE_MASKED:
+            return self.values * self.mask
+        return self.pattern.expand(self.values)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a dense tensor in torch's shape, made on demand; costs rows x cols memory.
+
+        A copy for reading: gradients flow back to ``values``, writing into it raises.
+        """
+        return read_only(self.matrix_to_weight(self.dense_matrix()))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"`weight` of {type(self).__name__} cannot be assigned: it is a dense copy made on "
+                "demand. Write to `values` (the stored blocks), build a layer with "
+                "`from_dense(module)`, or get a dense module with `to_dense()`"
+            )
+        super().__setattr__(name, value)
+
+    def _check_operand(self, x: Tensor) -> None:
+        """``x`` must be on the layer's device, in its dtype or 16-bit beside float32 values."""
+        values = self.values
+        if x.device != values.device:
+            raise ValueError(
+                f"{type(self).__name__} expected an input on {values.device}, got {x.device}; move "
+                "the input or the model with .to()"
+            )
+        half = x.dtype in (torch.float16, torch.bfloat16) and values.dtype == torch.float32
+        if x.dtype != values.dtype and not half:
+            raise TypeError(
+                f"{type(self).__name__} expected an input of {values.dtype}, got {x.dtype}; convert "
+                f"it with x.to({values.dtype})"
+            )
+
+    def _dense_operands(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight in torch's shape (no copy, masked gradient) and bias for dense-masked storage.
+
+        16-bit activations beside float32 weights work as in compressed storage: cast on the way in.
+        """
+        weight = self.matrix_to_weight(ops.masked_weight(self.values, self.mask, self.probe))
+        half = x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == torch.float32
+        if not half:
+            return weight, self.bias
+        return weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+
+    def _take_dense(self, module: nn.Linear | nn.Conv2d, pattern: SparsityPattern, matrix: Tensor) -> None:
+        """Fill a layer built on the meta device from ``module``, whose weight is ``matrix``."""
+        self._register_pattern(pattern.clone())
+        with torch.no_grad():
+            self.values = nn.Parameter(pattern.compress(matrix), module.weight.requires_grad)
+            if module.bias is not None:
+                self.bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)
+        self.train(module.training)
+
+    def _fill_dense(self, module: _Dense) -> _Dense:
+        """Fill a dense module built on the meta device with this layer's weight and bias."""
+        with torch.no_grad():
+            weight = self.matrix_to_weight(self.dense_matrix()).contiguous()
+            module.weight = nn.Parameter(weight, self.values.requires_grad)
+            if self.bias is not None:
+                module.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return module.train(self.training)
+
+    # ---------------------------------------------------------------- copies, moves, checkpoints
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        before, device = self.crow_indices, self.values.device
+        dtype = self.values.dtype
+        super()._apply(fn, recurse)
+        if self.probe is not None and (self.values.device, self.values.dtype) != (device, dtype):
+            self.make_probe()
+        if self.crow_indices is not before:
+            self._pattern = None
+            self._survive_empty_buffers()
+        return self
+
+    def _survive_empty_buffers(self) -> None:
+        """After ``to_empty`` the indices are garbage, which kernels must never see: empty the pattern."""
+        if self.storage == DENSE_MASKED or self.crow_indices.is_meta:
+            return
+        try:
+            self.pattern.validate()
+        except PatternError:
+            for name in _INDEX_NAMES:
+                tensor = self._buffers[name]
+                assert tensor is not None
+                tensor.zero_()
+            self._pattern = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and deepcopy: the pattern view is rebuilt from the buffers, a probe is not copied."""
+        return {**self.__dict__, "_pattern": None, "_pattern_source": None, "probe": None}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        load = super()._load_from_state_dict
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        _checkpoint.load(self, load, state_dict, prefix, local_metadata, strict, *lists)
+
+    def _describe(self) -> str:
+        if self.values.is_meta:
+            return f"block={self.block}, on the meta device"
+        text = f"density={self.density:.4g}, nnz={self.nnz}, block={self.block}"
+        return text if self.storage == COMPRESSED else f"{text}, storage={self.storage}"

@@ -1,0 +1,138 @@
+"""SparseLinear: nn.Linear of which only part of the weights exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparse_kernels import ops
+from sparse_kernels.nn._select import Keep, choose_pattern
+from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
+from sparse_kernels.pattern import SparsityPattern
+
+
+class SparseLinear(SparseLayer):
+    """y = x W^T + b with sparse W [out_features, in_features]; a drop-in for ``nn.Linear``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        density: fraction of weights that exist, in (0, 1]; the number of blocks is
+            ``round(density * blocks)``, at least 1, drawn uniformly.
+        block: (rows, columns) of a stored block; (1, 1) is element sparsity.
+        pattern: where the weights are, instead of ``density`` and ``block``; copied.
+        generator: source of the random pattern and values (default: torch's global one).
+        capacity: number of blocks to allocate (default: exactly those that exist).
+
+    Shape: input [..., in_features], output [..., out_features] (feature-major in memory).
+
+    Raises:
+        ValueError, TypeError: density outside (0, 1], a block larger than the layer, a pattern of
+            another shape, a dtype that is not floating point.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        density: float = 0.1,
+        block: int | tuple[int, int] = (1, 1),
+        pattern: SparsityPattern | None = None,
+        generator: torch.Generator | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        for name, number in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+        super().__init__(
+            (out_features, in_features),
+            bias=bias,
+            density=density,
+            block=block,
+            pattern=pattern,
+            generator=generator,
+            capacity=capacity,
+            device=device,
+            dtype=dtype,
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]; ValueError for another last dimension."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"SparseLinear expected an input [..., {self.in_features}], got shape "
+                f"{tuple(x.shape)}; reshape it or build the layer with in_features="
+                f"{x.shape[-1] if x.dim() else 1}"
+            )
+        self._check_operand(x)
+        if self.storage == DENSE_MASKED:
+            weight, bias = self._dense_operands(x)
+            return functional.linear(x, weight, bias)
+        return ops.linear(
+            x,
+            self.values,
+            self.crow_indices,
+            self.col_indices,
+            self.t_crow,
+            self.t_row,
+            self.t_perm,
+            self.bias,
+            self.probe,
+            out_features=self.out_features,
+        )
+
+    def matrix_to_weight(self, matrix: Tensor) -> Tensor:
+        """[out_features, in_features] itself: matrix and torch weight are the same."""
+        return matrix
+
+    def weight_to_matrix(self, weight: Tensor) -> Tensor:
+        """[out_features, in_features] itself: matrix and torch weight are the same."""
+        return weight
+
+    def to_dense(self) -> nn.Linear:
+        """An independent ``nn.Linear`` with the same weights, bias, mode, device and dtype."""
+        module = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
+        return self._fill_dense(module)
+
+    @classmethod
+    def from_dense(
+        cls,
+        module: nn.Linear,
+        *,
+        density: float = 0.1,
+        block: int | tuple[int, int] = (1, 1),
+        pattern: SparsityPattern | None = None,
+        keep: Keep = "magnitude",
+        generator: torch.Generator | None = None,
+        nnzb: int | None = None,
+    ) -> SparseLinear:
+        """A sparse copy of a dense layer: its own weights at the kept positions.
+
+        Args:
+            module: an ``nn.Linear``; not changed.
+            density, block, pattern: as for the constructor; ``nnzb`` fixes the number of blocks
+                instead of ``density``.
+            keep: "magnitude" keeps the blocks of largest mean |w| (ties: lowest index), "random"
+                draws them uniformly.
+            generator: source of the random draw.
+
+        Raises:
+            ValueError, TypeError: as the constructor; weights on the meta device or not finite.
+        """
+        weight = module.weight.detach()
+        made = choose_pattern(weight, density, block, pattern, keep, generator, nnzb=nnzb)
+        bias = module.bias is not None
+        layer = cls(module.in_features, module.out_features, bias, "meta", weight.dtype, pattern=made)
+        layer._take_dense(module, made, weight)
+        return layer
+
+    def extra_repr(self) -> str:
+        """Sizes as ``nn.Linear`` prints them, then density, nnz and block."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self._describe()}"

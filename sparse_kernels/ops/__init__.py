@@ -1,0 +1,23 @@
+"""What can be computed: every operator's schema, checks, fake kernel, derivative, public function."""
+
+from __future__ import annotations
+
+from sparse_kernels.ops._library import OPERATORS
+from sparse_kernels.ops.conv2d import SparseConv2dFunction, conv2d
+from sparse_kernels.ops.linear import SparseLinearFunction, linear
+from sparse_kernels.ops.masked import MaskedWeightFunction, masked_weight
+from sparse_kernels.ops.norm import batch_norm
+from sparse_kernels.ops.pooling import avg_pool2d, max_pool2d
+
+__all__ = [
+    "OPERATORS",
+    "MaskedWeightFunction",
+    "SparseConv2dFunction",
+    "SparseLinearFunction",
+    "avg_pool2d",
+    "batch_norm",
+    "conv2d",
+    "linear",
+    "masked_weight",
+    "max_pool2d",
+]

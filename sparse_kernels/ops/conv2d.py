@@ -1,0 +1,321 @@
+"""conv2d: sparse convolution over shifted pixels, its gradients and the growth signal's.
+
+Shapes: x [N, C_in, H, W], values [capacity, bh, bw] of the matrix [C_out, kh*kw*C_in/groups]
+(columns tap-major, channels fastest), y [N, C_out, H_out, W_out].  ``geometry`` holds the 13
+integers of ``Conv2dGeometry``.  Like linear's, the products are derivatives of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.geometry import Conv2dGeometry
+from sparse_kernels.layout import empty_feature_major
+from sparse_kernels.ops._library import (
+    INDEX,
+    WEIGHT,
+    autograd,
+    blocks,
+    check_activation,
+    check_dtypes,
+    check_index,
+    check_values,
+    define,
+    with_check,
+)
+from sparse_kernels.ops.linear import autocast, weight_dtype
+
+_ops: Any = torch.ops.sparse_kernels
+Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _geometry(op: str, geometry: Sequence[int]) -> Conv2dGeometry:
+    if len(geometry) != len(Conv2dGeometry._fields):
+        raise ValueError(
+            f"{op}: geometry must hold {len(Conv2dGeometry._fields)} integers "
+            f"({', '.join(Conv2dGeometry._fields)}), got {len(geometry)}"
+        )
+    return Conv2dGeometry(*geometry).validate()
+
+
+def _check_matrix(
+    op: str, x: Tensor, block: tuple[int, int], index: Index, g: Conv2dGeometry
+) -> None:
+    bh, bw = block
+    if bh < 1 or bw < 1:
+        raise ValueError(f"{op}: both sides of the block must be at least 1, got {block}")
+    rows, cols = g.matrix_shape
+    check_index(
+        op, x, index, blocks(rows, g.groups, bh), blocks(cols, g.taps, bw), index[1].shape[0]
+    )
+
+
+def _check_images(op: str, g: Conv2dGeometry, x_shape: Sequence[int], grad: Tensor | None) -> None:
+    if x_shape[1] != g.in_channels:
+        raise ValueError(
+            f"{op}: input must have {g.in_channels} channels, got {x_shape[1]} in shape "
+            f"{tuple(x_shape)}"
+        )
+    out = g.output_size(x_shape[2], x_shape[3])
+    if out[0] < 1 or out[1] < 1:
+        raise ValueError(
+            f"{op}: an image of {x_shape[2]} x {x_shape[3]} pixels with padding "
+            f"{(g.pad_top, g.pad_left, g.pad_bottom, g.pad_right)} is smaller than the kernel "
+            f"{(g.kernel_height, g.kernel_width)} with dilation {(g.dilation_h, g.dilation_w)}"
+        )
+    if grad is not None:
+        expected = (x_shape[0], g.out_channels, *out)
+        if tuple(grad.shape) != expected:
+            raise ValueError(f"{op}: grad must have shape {expected}, got {tuple(grad.shape)}")
+
+
+def _check_forward(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    geometry: Sequence[int],
+    relu: bool,
+) -> None:
+    check_activation("conv2d", "input", x, 4)
+    check_values("conv2d", x, values)
+    g = _geometry("conv2d", geometry)
+    _check_images("conv2d", g, x.shape, None)
+    if values.shape[0] != col.shape[0]:
+        raise ValueError(
+            f"conv2d: values and col must have one capacity, got {values.shape[0]} and "
+            f"{col.shape[0]}"
+        )
+    block = (values.shape[1], values.shape[2])
+    _check_matrix("conv2d", x, block, (crow, col, t_crow, t_row, t_perm), g)
+    if bias is not None and tuple(bias.shape) != (g.out_channels,):
+        raise ValueError(
+            f"conv2d: bias must have shape ({g.out_channels},), got {tuple(bias.shape)}"
+        )
+    if probe is not None and tuple(probe.shape) != g.matrix_shape:
+        raise ValueError(
+            f"conv2d: probe must have the weight matrix's shape {g.matrix_shape}, got "
+            f"{tuple(probe.shape)}"
+        )
+
+
+@with_check(_check_forward)
+def _fake_forward(x: Tensor, *rest: Any) -> Tensor:
+    g = Conv2dGeometry(*rest[-2])
+    shape = (x.shape[0], g.out_channels, *g.output_size(x.shape[2], x.shape[3]))
+    return empty_feature_major(shape, x.dtype, x.device)
+
+
+def _check_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    in_height: int,
+    in_width: int,
+    geometry: Sequence[int],
+) -> None:
+    check_activation("conv2d_dgrad", "grad", grad, 4)
+    check_values("conv2d_dgrad", grad, values)
+    g = _geometry("conv2d_dgrad", geometry)
+    shape = (grad.shape[0], g.in_channels, in_height, in_width)
+    _check_images("conv2d_dgrad", g, shape, grad)
+    block = (values.shape[1], values.shape[2])
+    _check_matrix("conv2d_dgrad", grad, block, (crow, col, t_crow, t_row, t_perm), g)
+
+
+@with_check(_check_dgrad)
+def _fake_dgrad(grad: Tensor, *rest: Any) -> Tensor:
+    in_height, in_width, geometry = rest[-3:]
+    shape = (grad.shape[0], Conv2dGeometry(*geometry).in_channels, in_height, in_width)
+    return empty_feature_major(shape, grad.dtype, grad.device)
+
+
+def _check_pair(op: str, grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Conv2dGeometry:
+    check_activation(op, "grad", grad, 4)
+    check_activation(op, "input", x, 4)
+    check_dtypes(op, grad, x)
+    g = _geometry(op, geometry)
+    _check_images(op, g, x.shape, grad)
+    return g
+
+
+def _check_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bh: int,
+    bw: int,
+    geometry: Sequence[int],
+) -> None:
+    g = _check_pair("conv2d_wgrad", grad, x, geometry)
+    _check_matrix("conv2d_wgrad", grad, (bh, bw), (crow, col, t_crow, t_row, t_perm), g)
+
+
+@with_check(_check_wgrad)
+def _fake_wgrad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((rest[1].shape[0], rest[5], rest[6]), dtype=weight_dtype(x))
+
+
+def _fake_wgrad_dense(grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Tensor:
+    g = _check_pair("conv2d_wgrad_dense", grad, x, geometry)
+    return x.new_empty(g.matrix_shape, dtype=weight_dtype(x))
+
+
+define(
+    f"conv2d(Tensor x, {WEIGHT}, Tensor? bias, Tensor? probe, int[] geometry, bool relu) -> Tensor",
+    _fake_forward,
+    values_at=1,
+    probe_at=8,
+)
+define(
+    f"conv2d_dgrad(Tensor grad, {WEIGHT}, SymInt in_height, SymInt in_width, int[] geometry)"
+    " -> Tensor",
+    _fake_dgrad,
+    values_at=1,
+)
+define(
+    f"conv2d_wgrad(Tensor grad, Tensor x, {INDEX}, int bh, int bw, int[] geometry) -> Tensor",
+    _fake_wgrad,
+)
+define("conv2d_wgrad_dense(Tensor grad, Tensor x, int[] geometry) -> Tensor", _fake_wgrad_dense)
+
+
+class SparseConv2dFunction(torch.autograd.Function):
+    """Sparse convolution, differentiable in x, values, bias and probe.
+
+    Arguments of ``apply``: x [N, C_in, H, W], values [capacity, bh, bw], crow, col, t_crow, t_row,
+    t_perm, bias [C_out] or None, probe [C_out, kh*kw*C_in/groups] or None (never read; its
+    gradient is the dense weight gradient), geometry (the integers of ``Conv2dGeometry``), relu.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _ops.conv2d(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, crow, col, t_crow, t_row, t_perm, bias, probe, geometry, relu = inputs
+        ctx.geometry = list(geometry)
+        ctx.save_for_backward(x, values, crow, col, t_crow, t_row, t_perm, output if relu else None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, values, *index, y = ctx.saved_tensors
+        needs, geometry = ctx.needs_input_grad, ctx.geometry
+        grad = grads[0] if y is None else grads[0] * (y > 0)
+        dx = dv = None
+        if needs[0]:
+            dx = _ops.conv2d_dgrad(grad, values, *index, x.shape[2], x.shape[3], geometry)
+        if needs[1]:
+            dv = _ops.conv2d_wgrad(grad, x, *index, values.shape[1], values.shape[2], geometry)
+        db = grad.sum((0, 2, 3)) if needs[7] else None
+        dp = _ops.conv2d_wgrad_dense(grad, x, geometry) if needs[8] else None
+        return dx, dv, None, None, None, None, None, db, dp, None, None
+
+
+def _dgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.geometry = list(inputs[9])
+    ctx.save_for_backward(*inputs[:7])
+
+
+def _dgrad_backward(ctx: Any, ggx: Tensor) -> tuple[Any, ...]:
+    grad, values, *index = ctx.saved_tensors
+    dgrad = dv = None
+    if ctx.needs_input_grad[0]:
+        dgrad = _ops.conv2d(ggx, values, *index, None, None, ctx.geometry, False)
+    if ctx.needs_input_grad[1]:
+        bh, bw = values.shape[1:]
+        dv = _ops.conv2d_wgrad(grad, ggx, *index, bh, bw, ctx.geometry)
+    return (dgrad, dv, *([None] * 8))
+
+
+def _wgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.geometry = list(inputs[9])
+    ctx.save_for_backward(*inputs[:7])
+
+
+def _wgrad_backward(ctx: Any, ggv: Tensor) -> tuple[Any, ...]:
+    grad, x, *index = ctx.saved_tensors
+    dgrad = dx = None
+    if ctx.needs_input_grad[0]:
+        dgrad = _ops.conv2d(x, ggv, *index, None, None, ctx.geometry, False)
+    if ctx.needs_input_grad[1]:
+        dx = _ops.conv2d_dgrad(grad, ggv, *index, x.shape[2], x.shape[3], ctx.geometry)
+    return (dgrad, dx, *([None] * 8))
+
+
+autograd("conv2d", SparseConv2dFunction.backward, SparseConv2dFunction.setup_context)
+autograd("conv2d_dgrad", _dgrad_backward, _dgrad_context)
+autograd("conv2d_wgrad", _wgrad_backward, _wgrad_context)
+
+
+def _wgrad_dense_backward(ctx: Any, ggw: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "conv2d_wgrad_dense serves the growth signal and has no second derivative: remove the "
+        "probe (layer.probe = None) before a double backward"
+    )
+
+
+autograd("conv2d_wgrad_dense", _wgrad_dense_backward, lambda ctx, inputs, output: None)
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bias: Tensor | None = None,
+    probe: Tensor | None = None,
+    *,
+    geometry: Sequence[int],
+    relu: bool = False,
+) -> Tensor:
+    """Sparse 2-d convolution (cross-correlation, as torch.nn.functional.conv2d), then ReLU if asked.
+
+    Args:
+        x: [N, C_in, H, W] or unbatched [C_in, H, W], any strides.
+        values: [capacity, bh, bw], the stored blocks in the order of ``col``; tail ignored.
+        crow, col, t_crow, t_row, t_perm: a ``SparsityPattern``'s index tensors.
+        bias: [C_out] or None.
+        probe: [C_out, kh*kw*C_in/groups] or None; never read, its gradient is the dense weight
+            gradient (growth signal).
+        geometry: the 13 integers of ``Conv2dGeometry``.
+
+    Returns:
+        [N, C_out, H_out, W_out] (or unbatched), feature-major (batch innermost in memory).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit (both sides are named).
+        plan.BackendError: no backend computes this dtype on this device.
+    """
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            "conv2d: input must be [N, C, H, W] or [C, H, W], got "
+            f"{x.dim()} dimensions with shape {tuple(x.shape)}"
+        )
+    x = autocast(x)
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    y = SparseConv2dFunction.apply(
+        batched, values, crow, col, t_crow, t_row, t_perm, bias, probe, list(geometry), relu
+    )
+    return y if x.dim() == 4 else y.squeeze(0)

@@ -1,0 +1,275 @@
+"""linear: Y = X S^T, with its two gradients and the dense weight gradient of the growth signal.
+
+Shapes: x [N, in], values [capacity, bh, bw], y [N, out].  The three products are bilinear in two
+of (x, values, grad), so each is the derivative of the others and derivatives of any order exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_kernels.layout import empty_feature_major
+from sparse_kernels.ops._library import (
+    INDEX,
+    WEIGHT,
+    autograd,
+    blocks,
+    check_activation,
+    check_dtypes,
+    check_index,
+    check_values,
+    define,
+    with_check,
+)
+
+_ops: Any = torch.ops.sparse_kernels
+Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _check_matrix(
+    op: str, x: Tensor, block: tuple[int, int], index: Index, out: int, inn: int
+) -> None:
+    bh, bw = block
+    if bh < 1 or bw < 1:
+        raise ValueError(f"{op}: both sides of the block must be at least 1, got {block}")
+    check_index(op, x, index, blocks(out, 1, bh), blocks(inn, 1, bw), index[1].shape[0])
+
+
+def _check_forward(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    out_features: int,
+    relu: bool,
+) -> None:
+    check_activation("linear", "input", x, 2)
+    check_values("linear", x, values)
+    if values.shape[0] != col.shape[0]:
+        raise ValueError(
+            f"linear: values and col must have one capacity, got {values.shape[0]} and "
+            f"{col.shape[0]}"
+        )
+    block = (values.shape[1], values.shape[2])
+    _check_matrix("linear", x, block, (crow, col, t_crow, t_row, t_perm), out_features, x.shape[1])
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"linear: bias must have shape ({out_features},), got {tuple(bias.shape)}")
+    if probe is not None and tuple(probe.shape) != (out_features, x.shape[1]):
+        raise ValueError(
+            f"linear: probe must have the weight's shape ({out_features}, {x.shape[1]}), "
+            f"got {tuple(probe.shape)}"
+        )
+
+
+@with_check(_check_forward)
+def _fake_forward(x: Tensor, *rest: Any) -> Tensor:
+    return empty_feature_major((x.shape[0], rest[-2]), x.dtype, x.device)
+
+
+def _check_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    in_features: int,
+) -> None:
+    check_activation("linear_dgrad", "grad", grad, 2)
+    check_values("linear_dgrad", grad, values)
+    block = (values.shape[1], values.shape[2])
+    index = (crow, col, t_crow, t_row, t_perm)
+    _check_matrix("linear_dgrad", grad, block, index, grad.shape[1], in_features)
+
+
+@with_check(_check_dgrad)
+def _fake_dgrad(grad: Tensor, *rest: Any) -> Tensor:
+    return empty_feature_major((grad.shape[0], rest[-1]), grad.dtype, grad.device)
+
+
+def _check_pair(op: str, grad: Tensor, x: Tensor, dims: int) -> None:
+    check_activation(op, "grad", grad, dims)
+    check_activation(op, "input", x, dims)
+    if grad.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{op}: grad and input must have one batch size, got {grad.shape[0]} and {x.shape[0]}"
+        )
+    check_dtypes(op, grad, x)
+
+
+def _check_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bh: int,
+    bw: int,
+) -> None:
+    _check_pair("linear_wgrad", grad, x, 2)
+    index = (crow, col, t_crow, t_row, t_perm)
+    _check_matrix("linear_wgrad", grad, (bh, bw), index, grad.shape[1], x.shape[1])
+
+
+def weight_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which gradients of values are written: float32 for 16-bit activations."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+@with_check(_check_wgrad)
+def _fake_wgrad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((rest[1].shape[0], rest[-2], rest[-1]), dtype=weight_dtype(x))
+
+
+def _fake_wgrad_dense(grad: Tensor, x: Tensor) -> Tensor:
+    _check_pair("linear_wgrad_dense", grad, x, 2)
+    return x.new_empty((grad.shape[1], x.shape[1]), dtype=weight_dtype(x))
+
+
+define(
+    f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? probe, SymInt out_features, bool relu)"
+    " -> Tensor",
+    _fake_forward,
+    values_at=1,
+    probe_at=8,
+)
+define(f"linear_dgrad(Tensor grad, {WEIGHT}, SymInt in_features) -> Tensor", _fake_dgrad, 1)
+define(f"linear_wgrad(Tensor grad, Tensor x, {INDEX}, int bh, int bw) -> Tensor", _fake_wgrad)
+define("linear_wgrad_dense(Tensor grad, Tensor x) -> Tensor", _fake_wgrad_dense)
+
+
+class SparseLinearFunction(torch.autograd.Function):
+    """Y = X S^T (+ bias, ReLU) with S compressed, differentiable in x, values, bias and probe.
+
+    Arguments of ``apply``: x [N, in], values [capacity, bh, bw], crow, col, t_crow, t_row, t_perm
+    (one ``SparsityPattern``'s tensors), bias [out] or None, probe [out, in] or None (never read;
+    its gradient is the dense weight gradient), out_features, relu.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _ops.linear(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, crow, col, t_crow, t_row, t_perm, bias, probe, _, relu = inputs
+        ctx.relu = relu
+        ctx.save_for_backward(x, values, crow, col, t_crow, t_row, t_perm, output if relu else None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, values, *index, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad = grads[0] if y is None else grads[0] * (y > 0)
+        dx = _ops.linear_dgrad(grad, values, *index, x.shape[1]) if needs[0] else None
+        dv = None
+        if needs[1]:
+            dv = _ops.linear_wgrad(grad, x, *index, values.shape[1], values.shape[2])
+        db = grad.sum(0) if needs[7] else None
+        dp = _ops.linear_wgrad_dense(grad, x) if needs[8] else None
+        return dx, dv, None, None, None, None, None, db, dp, None, None
+
+
+def _dgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+
+
+def _dgrad_backward(ctx: Any, ggx: Tensor) -> tuple[Any, ...]:
+    grad, values, *index = ctx.saved_tensors
+    dgrad = dv = None
+    if ctx.needs_input_grad[0]:
+        dgrad = _ops.linear(ggx, values, *index, None, None, grad.shape[1], False)
+    if ctx.needs_input_grad[1]:
+        dv = _ops.linear_wgrad(grad, ggx, *index, values.shape[1], values.shape[2])
+    return dgrad, dv, None, None, None, None, None, None
+
+
+def _wgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+
+
+def _wgrad_backward(ctx: Any, ggv: Tensor) -> tuple[Any, ...]:
+    grad, x, *index = ctx.saved_tensors
+    dgrad = dx = None
+    if ctx.needs_input_grad[0]:
+        dgrad = _ops.linear(x, ggv, *index, None, None, grad.shape[1], False)
+    if ctx.needs_input_grad[1]:
+        dx = _ops.linear_dgrad(grad, ggv, *index, x.shape[1])
+    return dgrad, dx, None, None, None, None, None, None, None
+
+
+def _wgrad_dense_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _wgrad_dense_backward(ctx: Any, ggw: Tensor) -> tuple[Any, ...]:
+    grad, x = ctx.saved_tensors
+    return x @ ggw.t(), grad @ ggw
+
+
+autograd("linear", SparseLinearFunction.backward, SparseLinearFunction.setup_context)
+autograd("linear_dgrad", _dgrad_backward, _dgrad_context)
+autograd("linear_wgrad", _wgrad_backward, _wgrad_context)
+autograd("linear_wgrad_dense", _wgrad_dense_backward, _wgrad_dense_context)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that an enabled autocast wants for products; values stay float32."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bias: Tensor | None = None,
+    probe: Tensor | None = None,
+    *,
+    out_features: int,
+    relu: bool = False,
+) -> Tensor:
+    """Sparse linear layer: y = x S^T + bias, then ReLU if asked.
+
+    Args:
+        x: [..., in_features], any strides.
+        values: [capacity, bh, bw], the stored blocks in the order of ``col``; tail ignored.
+        crow, col, t_crow, t_row, t_perm: a ``SparsityPattern``'s index tensors.
+        bias: [out_features] or None.
+        probe: [out_features, in_features] or None; never read, its gradient is the dense weight
+            gradient (growth signal).
+
+    Returns:
+        [..., out_features], feature-major (batch innermost in memory).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit (both sides are named).
+        plan.BackendError: no backend computes this dtype on this device.
+    """
+    if x.dim() == 0:
+        raise ValueError("linear: input must have at least 1 dimension, got a scalar")
+    x = autocast(x)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = SparseLinearFunction.apply(
+        flat, values, crow, col, t_crow, t_row, t_perm, bias, probe, out_features, relu
+    )
+    if x.dim() == 2:
+        return y
+    return y.squeeze(0) if x.dim() == 1 else y.unflatten(0, x.shape[:-1])

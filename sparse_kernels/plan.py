@@ -1,0 +1,99 @@
+"""Which backend serves an operator: the first that supports the tensors, with reasons otherwise.
+
+The choice depends on device, dtypes and block only, so it is made once per combination.  Backends
+are modules with functions of the operators' names; ``supports`` of each says why it cannot serve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+from sparse_kernels.backends import cpu, cuda, reference
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
+
+_forced: str | None = None
+_cache: dict[tuple[object, ...], ModuleType] = {}
+
+
+class BackendError(RuntimeError):
+    """No backend can compute an operator for the given tensors; the message lists why."""
+
+
+def _forced_backend() -> str | None:
+    name = _forced or os.environ.get("SPARSE_KERNELS_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise BackendError(
+            f"SPARSE_KERNELS_BACKEND={name!r} is no backend: choose one of {', '.join(BACKENDS)}"
+        )
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every operator by one backend inside a ``with`` block (tests, comparisons).
+
+    Raises BackendError for a name that is not in ``BACKENDS``.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise BackendError(f"{name!r} is no backend: choose one of {', '.join(BACKENDS)}")
+    before = _forced
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def reasons(op: str, x: torch.Tensor, values: torch.Tensor | None = None) -> dict[str, str | None]:
+    """For each backend None if it serves ``op`` on these tensors, else the reason why not."""
+    found: dict[str, str | None] = {}
+    for name, module in BACKENDS.items():
+        if not hasattr(module, op):
+            found[name] = f"has no {op}"
+        else:
+            found[name] = module.supports(op, x, values)
+    # The reference expands the weight.  It is the oracle, and the home of float64; to serve
+    # float32 by it would be dense computation behind a sparse name.
+    if found["reference"] is None and x.dtype != torch.float64 and _forced_backend() is None:
+        found["reference"] = (
+            "computes with the dense weight, so it serves float64 only unless "
+            "SPARSE_KERNELS_BACKEND=reference asks for it"
+        )
+    return found
+
+
+def choose(op: str, x: torch.Tensor, values: torch.Tensor | None = None) -> ModuleType:
+    """The backend module that serves operator ``op`` on tensors like ``x`` and ``values``.
+
+    Raises BackendError that lists every backend's reason when none does.
+    """
+    forced = _forced_backend()
+    block = None if values is None else tuple(values.shape[1:])
+    values_dtype = None if values is None else values.dtype
+    key = (op, forced, x.device.type, x.dtype, values_dtype, block)
+    module = _cache.get(key)
+    if module is None:
+        module = _cache[key] = _choose(op, forced, x, values)
+    return module
+
+
+def _choose(
+    op: str, forced: str | None, x: torch.Tensor, values: torch.Tensor | None
+) -> ModuleType:
+    why = reasons(op, x, values)
+    for name in [forced] if forced else BACKENDS:
+        if why[name] is None:
+            return BACKENDS[name]
+    listed = "; ".join(f"{name}: {text}" for name, text in why.items() if text)
+    raise BackendError(
+        f"no backend computes sparse_kernels::{op} for {x.dtype} on device {x.device} "
+        f"({listed}). Move the model to a supported device and dtype (float32 on the CPU), "
+        "see `sparse-kernels info`, or force the slow oracle with SPARSE_KERNELS_BACKEND=reference"
+    )

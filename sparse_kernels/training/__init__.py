@@ -1,0 +1,21 @@
+"""Training a sparse network: the rules, the growth signals, and the driver that applies them."""
+
+from .rewrite import rewrite
+from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
+from .schedule import UpdateSchedule, window_length
+from .sparse_momentum import SparseMomentum, SparseMomentumConfig
+from .update import UpdateRecord
+
+__all__ = [
+    "Candidates",
+    "GrowthRule",
+    "LayerState",
+    "PruneRule",
+    "RedistributionRule",
+    "SparseMomentum",
+    "SparseMomentumConfig",
+    "UpdateRecord",
+    "UpdateSchedule",
+    "rewrite",
+    "window_length",
+]

@@ -1,0 +1,163 @@
+"""One mask update, planned: which blocks each layer keeps and grows. Nothing is changed here.
+
+Layers with different block shapes share no budget: the number of blocks is conserved per block
+shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """The three rules of an update; redistribution None lets every layer regrow what it lost."""
+
+    prune: PruneRule
+    growth: GrowthRule
+    redistribution: RedistributionRule | None
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """Planned change of one layer."""
+
+    keys: Tensor  # int64 [new], ascending
+    added: Tensor  # int64 [added], ascending; not stored before
+    removed: int  # blocks pruned, regrown ones included
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """What one update did; per-layer dicts are keyed by the layer's name."""
+
+    step: int
+    prune_rate: float
+    removed: int  # blocks pruned in all layers, those regrown at once included
+    nnz_before: dict[str, int]  # stored blocks
+    nnz_after: dict[str, int]
+    density_after: dict[str, float]  # matrix elements stored / matrix elements
+    storage_changes: dict[str, str] = field(
+        default_factory=dict
+    )  # layers that moved, with their new storage
+    reallocated: tuple[str, ...] = ()  # layers whose tensors were newly allocated
+    seconds: float = 0.0  # wall-clock time of the update
+
+
+def check_finite(states: Sequence[LayerState], step: int) -> None:
+    """Raise FloatingPointError naming the first layer with a non-finite weight or momentum (one
+    sync).
+    """
+    if not states:
+        return
+    sums = [torch.stack([s.values.double().sum(), s.momentum.double().sum()]) for s in states]
+    for state, (weight, momentum) in zip(states, torch.stack(sums).tolist(), strict=True):
+        if not math.isfinite(weight) or not math.isfinite(momentum):
+            what = "weight" if not math.isfinite(weight) else "momentum"
+            raise FloatingPointError(_not_finite(what, state.name, step))
+
+
+def _not_finite(what: str, layer: str, step: int) -> str:
+    return (
+        f"layer {layer!r}: non-finite {what} at the mask update after step {step}; training has "
+        "diverged. Lower the learning rate, clip the gradient or look for NaN in the data; the "
+        "mask was not changed"
+    )
+
+
+def plan_update(
+    states: Sequence[LayerState],
+    scores: Sequence[Callable[[], Tensor | None]],
+    rule_set: RuleSet,
+    prune_rate: float,
+    generator: torch.Generator | None,
+    step: int,
+) -> list[LayerChange]:
+    """Plan the change of every layer.
+
+    scores: per layer a function that gives the signal's mean magnitude of every block, [blocks] >=
+    0 (or None): called one layer at a time, so that only one such vector lives at once.
+    Raises FloatingPointError for non-finite momentum, weight or signal, ValueError if a rule
+    returns something that is not what its signature says.
+    """
+    check_finite(states, step)
+    pruned: dict[int, Tensor] = {}
+    regrow: dict[int, int] = {}
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for i, state in enumerate(states):
+        classes.setdefault(tuple(state.values.shape[1:]), []).append(i)
+    for members in classes.values():
+        masks, counts = _prune_and_share([states[i] for i in members], rule_set, prune_rate)
+        pruned.update(zip(members, masks, strict=True))
+        regrow.update(zip(members, counts, strict=True))
+    return [
+        _grow(state, pruned[i], regrow[i], scores[i], rule_set.growth, generator, step)
+        for i, state in enumerate(states)
+    ]
+
+
+def _prune_and_share(
+    states: Sequence[LayerState], rule_set: RuleSet, prune_rate: float
+) -> tuple[Sequence[Tensor], list[int]]:
+    """Pruned blocks and regrowth per layer, for layers of one block shape."""
+    nnz, blocks = [s.nnz for s in states], [s.blocks for s in states]
+    # Without redistribution the importance still limits the prune rate of nearly dense layers.
+    importance = (rule_set.redistribution or rules.importance_momentum)(states)
+    shares = rules.normalise(importance, nnz)
+    counts = rules.prune_counts(nnz, blocks, shares, prune_rate)
+    pruned = rule_set.prune(states, counts)
+    for state, mask in zip(states, pruned, strict=True):
+        if mask.dtype != torch.bool or mask.shape != state.keys.shape:
+            raise ValueError(
+                f"layer {state.name!r}: the prune rule must return bool [{state.nnz}], got "
+                f"{mask.dtype} {tuple(mask.shape)}"
+            )
+    removed = torch.stack([mask.sum() for mask in pruned]).tolist()
+    if rule_set.redistribution is None:
+        return pruned, removed
+    free = [b - n + r for b, n, r in zip(blocks, nnz, removed, strict=True)]
+    return pruned, rules.redistribute(sum(removed), shares, free)
+
+
+def _grow(
+    state: LayerState,
+    pruned: Tensor,
+    count: int,
+    scores_of: Callable[[], Tensor | None],
+    growth: GrowthRule,
+    generator: torch.Generator | None,
+    step: int,
+) -> LayerChange:
+    kept = state.keys[~pruned]
+    scores = scores_of()
+    if scores is not None:
+        if not math.isfinite(float(scores.sum(dtype=torch.float64))):
+            raise FloatingPointError(_not_finite("growth signal", state.name, step))
+        scores[kept] = -1.0
+    grown = growth(Candidates(state.name, kept, state.blocks, scores, generator), count)
+    keys = torch.cat([kept, grown.to(kept.device)]).sort().values
+    _check_growth(state, grown, count, keys)
+    return LayerChange(
+        keys=keys, added=keys[~torch.isin(keys, state.keys)], removed=state.nnz - kept.numel()
+    )
+
+
+def _check_growth(state: LayerState, grown: Tensor, count: int, keys: Tensor) -> None:
+    """A rule that grows a stored block or one block twice would lose weights of the budget."""
+    in_range = keys.numel() == 0 or (int(keys[0]) >= 0 and int(keys[-1]) < state.blocks)
+    distinct = bool((keys[1:] > keys[:-1]).all())
+    if grown.dtype != torch.int64 or grown.shape != (count,) or not in_range or not distinct:
+        raise ValueError(
+            f"layer {state.name!r}: the growth rule must return int64 [{count}] distinct free keys "
+            f"in [0, {state.blocks}), got {grown.dtype} {tuple(grown.shape)}"
+            f"{'' if in_range else ' with keys out of range'}"
+            f"{'' if distinct else ' with keys that are repeated or already stored'}"
+        )

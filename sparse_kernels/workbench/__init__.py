@@ -1,0 +1,1 @@
+"""Experiments: nets, data, the training loop, reports. Used by cli and benchmarks."""

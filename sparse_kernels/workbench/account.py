@@ -1,0 +1,123 @@
+"""What a net costs: bytes of what it holds between steps, and its share of dense FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.base import SparseLayer
+
+_INDEX_BUFFERS = ("crow_indices", "col_indices", "t_crow", "t_row", "t_perm", "mask")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer with a weight matrix: its size, what exists, how often a weight is used."""
+
+    name: str
+    shape: tuple[int, int]  # rows, columns of the weight as a matrix
+    nnz: int
+    positions: int  # outputs of one example per row: 1 for Linear, H * W for Conv2d
+
+    @property
+    def numel(self) -> int:
+        """Weights that a dense layer would have."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def density(self) -> float:
+        """nnz / numel."""
+        return self.nnz / self.numel if self.numel else 0.0
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with a weight matrix by name: sparse layers, nn.Linear and nn.Conv2d."""
+    kinds = (SparseLayer, nn.Linear, nn.Conv2d)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def output_positions(model: nn.Module, input_shape: Iterable[int]) -> dict[str, int]:
+    """How many outputs per row of the weight one example makes, by layer (by forward hooks)."""
+    positions: dict[str, int] = {}
+    handles = []
+    for name, layer in weight_layers(model).items():
+
+        def hook(module: nn.Module, _: object, output: Tensor, name: str = name) -> None:
+            positions[name] = output.numel() // max(1, _matrix_shape(module)[0])
+
+        handles.append(layer.register_forward_hook(hook))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, *input_shape))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return positions
+
+
+def layer_costs(model: nn.Module, positions: dict[str, int]) -> list[LayerCost]:
+    """The costs of all layers as they stand now; ``positions`` from ``output_positions``."""
+    return [
+        LayerCost(name, _matrix_shape(layer), _nnz(layer), positions.get(name, 0))
+        for name, layer in weight_layers(model).items()
+    ]
+
+
+def weight_density(costs: list[LayerCost]) -> float:
+    """Existing weights over all weights, biases and norms aside."""
+    return sum(c.nnz for c in costs) / max(1, sum(c.numel for c in costs))
+
+
+def flops_density(costs: list[LayerCost]) -> float:
+    """nnz x positions over numel x positions: FLOPs against those of dense layers."""
+    dense = sum(c.numel * c.positions for c in costs)
+    return sum(c.nnz * c.positions for c in costs) / max(1, dense)
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of weights (all parameters), indices, gradients, optimizer state and their total.
+
+    A gradient that is not there now counts as large as its parameter: during a step it is.
+    """
+    parameters = list(model.parameters())
+    indices = 0
+    for module in model.modules():
+        if isinstance(module, SparseLayer):
+            buffers = dict(module.named_buffers(recurse=False))
+            indices += sum(_bytes(buffers[name]) for name in _INDEX_BUFFERS if name in buffers)
+    state = 0
+    for values in optimizer.state.values():
+        state += sum(_bytes(v) for v in values.values() if isinstance(v, Tensor) and v.dim() > 0)
+    weights = sum(_bytes(p) for p in parameters)
+    gradients = sum(
+        _bytes(p.grad if p.grad is not None else p) for p in parameters if p.requires_grad
+    )
+    parts = {"weights": weights, "indices": indices, "gradients": gradients, "optimizer": state}
+    return {**parts, "total": sum(parts.values())}
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    # An expanded tensor holds less than numel says; its storage is what memory it takes.
+    return tensor.untyped_storage().nbytes() if tensor is not None else 0
+
+
+def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, SparseLayer):
+        rows, columns = layer.matrix_shape
+        return int(rows), int(columns)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight[0].numel()
+
+
+def _nnz(layer: nn.Module) -> int:
+    if isinstance(layer, SparseLayer):
+        return int(layer.nnz)
+    rows, columns = _matrix_shape(layer)
+    return rows * columns

@@ -1,0 +1,264 @@
+"""Whole training steps, sparse against dense: time by part, memory, mask updates."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from .. import layout
+from ..training import window_length
+from . import account, machine, models
+from .config import TrainConfig
+from .contenders import Contender, build_dense, build_sparse, dense_layouts
+from .errors import WorkbenchError
+from .steptime import Timing, interleave, summarize
+
+_EPOCH_EXAMPLES = {"mnist": 54_000, "cifar10": 45_000}  # a tenth of the training set is held out
+_PROFILED_STEPS = 3
+_UPDATE_EVERY = 4  # for the contender that is always inside the growth signal's window
+_PARTS = (
+    ("convolutions", ("conv",)),
+    ("linear", ("linear", "addmm", "aten::mm")),
+    ("norm", ("batch_norm",)),
+)
+
+
+def run(
+    *,
+    net: str,
+    batch_size: int,
+    density: float,
+    block: str,
+    steps: int,
+    threads: int | None,
+    width: int | None = None,
+    memory: bool = True,
+) -> dict[str, Any]:
+    """Time ``steps`` steps of each contender in turns on random images; plain data.
+
+    Contenders: ``sparse`` (a usual step), ``sparse, signal`` (a step inside the window in which the
+    growth signal gathers dense gradients) and the dense layouts. Raises WorkbenchError for settings
+    that cannot be.
+    """
+    config = TrainConfig(
+        net=net,
+        batch_size=batch_size,
+        density=density,
+        block=block,
+        width=width,
+        threads=threads,
+        signal="window",
+    )
+    config.check()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    batch = random_batch(config)
+    contenders, rejected = _contenders(config, batch)
+    calls = {name: _call(contender, batch) for name, contender in contenders.items()}
+    timings = interleave(calls, rounds=steps, warmup=2)
+    layout.reset_conversions()
+    calls["sparse"]()
+    return {
+        "machine": machine.header(),
+        "settings": {
+            "net": net,
+            "batch_size": batch_size,
+            "density": density,
+            "block": block,
+            "steps": steps,
+        },
+        "timings": {name: timing.as_dict() for name, timing in timings.items()},
+        "rejected": rejected,
+        "conversions_per_step": layout.conversions(),
+        "parts": {
+            name: _parts(calls[name], timings[name].median) for name in timings if name != "compile"
+        },
+        "memory": {
+            n: account.memory(contenders[n].model, contenders[n].optimizer) for n in timings
+        },
+        "peak_memory": _peaks(config, _best_dense(timings)) if memory else {},
+        "update": _update_cost(config, contenders["sparse, signal"], timings),
+    }
+
+
+def random_batch(config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Images float32 [batch, C, H, W] and labels int64 [batch], by a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.batch_size, *models.spec(config.net).input_shape)
+    return torch.randn(shape, generator=generator), torch.randint(
+        0, 10, (shape[0],), generator=generator
+    )
+
+
+def _epoch_steps(config: TrainConfig) -> int:
+    return math.ceil(_EPOCH_EXAMPLES[models.spec(config.net).kind] / config.batch_size)
+
+
+def _contenders(
+    config: TrainConfig, batch: tuple[Tensor, Tensor]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """All contenders after one step, and why a dense layout cannot take part."""
+    epoch = _epoch_steps(config)
+    # A long way to the first update: "sparse" never enters the window while it is timed.
+    far, always = 1_000_000, _UPDATE_EVERY
+    contenders = {
+        "sparse": build_sparse(config, 0, 100 * far, far),
+        "sparse, signal": build_sparse(config, 0, 100 * epoch, always),
+    }
+    rejected: dict[str, str] = {}
+    for name in dense_layouts(config):
+        contender = build_dense(config, 0, name)
+        try:
+            contender.step(*batch)
+        except Exception as error:  # torch.compile fails in many ways
+            rejected[name] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+            continue
+        contenders[name] = contender
+    if len(contenders) == 2:
+        raise WorkbenchError(f"no dense baseline runs: {rejected}")
+    return contenders, rejected
+
+
+def _call(contender: Contender, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
+    images, labels = batch
+    # Each contender gets its images as its loader would: dense layouts in their own, sparse plain.
+    if contender.layout == "channels_last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    return lambda: contender.step(images, labels)
+
+
+def _best_dense(timings: dict[str, Timing]) -> str:
+    return min((n for n in timings if not n.startswith("sparse")), key=lambda n: timings[n].median)
+
+
+def _update_cost(
+    config: TrainConfig, updating: Contender, timings: dict[str, Timing]
+) -> dict[str, float]:
+    """Seconds of a mask update, and what signal and update add to an epoch of usual steps."""
+    masking = updating.masking
+    assert masking is not None
+    # The first update also allocates; it is not typical.
+    seconds = [record.seconds for record in masking.history[1:]]
+    if not seconds:
+        return {}
+    update, steps = summarize(seconds).median, _epoch_steps(config)
+    window = min(steps, window_length(config.momentum, masking.config.window_tolerance))
+    usual, inside = timings["sparse"].median, timings["sparse, signal"].median
+    epoch = (steps - window) * usual + window * inside + update
+    dense = steps * timings[_best_dense(timings)].median
+    return {
+        "update_seconds": update,
+        "updates_timed": len(seconds),
+        "epoch_steps": steps,
+        "window_steps": window,
+        "epoch_seconds": epoch,
+        "dense_epoch_seconds": dense,
+        "update_share": update / epoch,
+        "signal_share": window * (inside - usual) / epoch,
+        "epoch_speedup": dense / epoch,
+    }
+
+
+def _parts(call: Callable[[], object], step_seconds: float) -> dict[str, float]:
+    """Seconds of a step by part: shares of self time in torch's profiler times the step."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(_PROFILED_STEPS):
+            call()
+    sums = dict.fromkeys([name for name, _ in _PARTS] + ["rest"], 0.0)
+    for event in profiler.key_averages():
+        name = event.key.lower()
+        part = next((p for p, words in _PARTS if any(word in name for word in words)), "rest")
+        sums[part] += event.self_cpu_time_total
+    total = sum(sums.values()) or 1.0
+    return {part: step_seconds * value / total for part, value in sums.items()}
+
+
+def _peaks(config: TrainConfig, best: str) -> dict[str, int]:
+    """Bytes by which a fresh process grows at most over building a net and training 3 steps."""
+    return {name: _peak(config, name) for name in ("sparse", best)}
+
+
+def _peak(config: TrainConfig, contender: str) -> int:
+    request = json.dumps(
+        {**config.as_dict(), "threads": torch.get_num_threads(), "contender": contender}
+    )
+    command = [sys.executable, "-m", "sparse_kernels.workbench.peak_memory"]
+    done = subprocess.run(command, input=request, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise WorkbenchError(f"peak memory of {contender} could not be measured: {lines[-1]}")
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: time by part, memory, mask update."""
+    settings, timings = results["settings"], results["timings"]
+    best = min(
+        (n for n in timings if not n.startswith("sparse")), key=lambda n: timings[n]["median"]
+    )
+    lines = [
+        f"A training step of {settings['net']}, batch {settings['batch_size']}, density "
+        f"{100 * settings['density']:g} %, block {settings['block']}, {settings['steps']} steps in "
+        "turns. "
+        f"{machine.one_line(results['machine'])}",
+        "",
+        "| contender | step, ms [quartiles] | dense / this | convolutions | linear | norm | rest |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, timing in timings.items():
+        parts = results["parts"].get(name)
+        split = (
+            [f"{1e3 * parts[p]:.1f} ms" for p in ("convolutions", "linear", "norm", "rest")]
+            if parts
+            else [""] * 4
+        )
+        ms = [f"{1e3 * timing[key]:.1f}" for key in ("median", "low", "high")]
+        ratio = timings[best]["median"] / timing["median"]
+        lines.append(
+            "| " + " | ".join([name, f"{ms[0]} [{ms[1]}, {ms[2]}]", f"{ratio:.2f}x", *split]) + " |"
+        )
+    for name, reason in results["rejected"].items():
+        lines.append(f"| {name} | does not run here: {reason} | | | | | |")
+    lines += [
+        "",
+        f"Conversions to feature-major per sparse step: {results['conversions_per_step']}.",
+        "",
+    ]
+    return "\n".join([*lines, *_memory_table(results, best), "", *_update_lines(results["update"])])
+
+
+def _memory_table(results: dict[str, Any], best: str) -> list[str]:
+    lines = ["| MB | sparse | dense | dense / sparse |", "|---|---:|---:|---:|"]
+    sparse, dense = results["memory"]["sparse"], results["memory"][best]
+    rows = [(part, sparse[part], dense[part]) for part in sparse]
+    if results["peak_memory"]:
+        peaks = results["peak_memory"]
+        rows.append(("peak of the process, activations included", peaks["sparse"], peaks[best]))
+    for part, ours, theirs in rows:
+        ratio = f"{theirs / ours:.2f}x" if ours and theirs else ""
+        lines.append(f"| {part} | {ours / 1e6:.2f} | {theirs / 1e6:.2f} | {ratio} |")
+    return lines
+
+
+def _update_lines(update: dict[str, float]) -> list[str]:
+    if not update:
+        return ["Mask update: not timed (too few steps)."]
+    return [
+        f"Mask update: {1e3 * update['update_seconds']:.1f} ms, "
+        f"{100 * update['update_share']:.2f} % of an epoch of "
+        f"{update['epoch_steps']} steps; gathering the growth signal in the last "
+        f"{update['window_steps']} steps: {100 * update['signal_share']:.2f} %.",
+        f"An epoch so computed: sparse {update['epoch_seconds']:.1f} s, "
+        f"dense {update['dense_epoch_seconds']:.1f} s, "
+        f"{update['epoch_speedup']:.2f}x.",
+    ]

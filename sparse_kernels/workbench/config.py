@@ -1,0 +1,135 @@
+"""The settings of one experiment: checked once, written to its results, turned into a command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import WorkbenchError
+from .models import spec
+
+SIGNALS = ("exact", "window", "gradient", "random")
+DENSE_BASELINES = ("auto", "contiguous", "channels_last", "compile")
+_MAX_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of ``sparse-kernels train``; the defaults are those of the paper's MNIST script.
+
+    Source of the defaults: the official code of Dettmers & Zettlemoyer 2019 (arXiv 1907.04840).
+    """
+
+    net: str = "lenet-300-100"
+    data: str = "mnist"
+    data_dir: str | None = None
+    download: bool = False
+    width: int | None = None  # of wide-mlp's hidden layers
+    density: float = 0.05
+    block: str = "1x1"
+    distribution: str = "uniform"
+    compare: str | None = None  # "dense" trains the dense net beside the sparse one
+    dense_baseline: str = "auto"
+    epochs: int = 100
+    batch_size: int = 100
+    lr: float = 0.1
+    lr_decay_every: int = 25_000  # steps; the rate is then multiplied by 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    seeds: tuple[int, ...] = (0,)
+    prune_rate: float = 0.5
+    prune_schedule: str = "cosine"
+    signal: str = "window"
+    update_every: int | None = None  # steps between mask updates; None: once per epoch
+    holdout: float = 0.1
+    augment: bool = False
+    threads: int | None = None  # None: torch's own choice
+    max_steps: int | None = None  # stop early, for smoke tests
+    out: str = "runs"
+    name: str | None = None
+
+    def block_shape(self) -> tuple[int, int]:
+        """(bh, bw) from text such as "4x1". Raises WorkbenchError."""
+        return parse_block(self.block)
+
+    def net_options(self) -> dict[str, Any]:
+        """Keyword arguments of the net's builder."""
+        return {} if self.width is None else {"width": self.width}
+
+    def run_name(self) -> str:
+        """The directory below ``out``: ``name``, or one made of net, data and density."""
+        return self.name or f"{self.net}-{self.data}-d{self.density:g}"
+
+    def check(self) -> None:
+        """Raise WorkbenchError with what was expected, what came, and the option to change."""
+        spec(self.net)
+        self.block_shape()
+        _expect(0 < self.density <= 1, "--density", "a number above 0 and at most 1", self.density)
+        _expect(
+            0 <= self.prune_rate < 1, "--prune-rate", "a number from 0 to below 1", self.prune_rate
+        )
+        _expect(0 <= self.holdout < 1, "--holdout", "a fraction from 0 to below 1", self.holdout)
+        _expect(self.epochs >= 1, "--epochs", "at least 1", self.epochs)
+        _expect(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        _expect(0 < self.lr < float("inf"), "--lr", "a number above 0", self.lr)
+        _expect(
+            self.lr_decay_every >= 1, "--lr-decay-every", "at least 1 step", self.lr_decay_every
+        )
+        _expect(len(self.seeds) > 0, "--seed", "at least one seed", self.seeds)
+        _expect(len(set(self.seeds)) == len(self.seeds), "--seed", "different seeds", self.seeds)
+        _expect(self.threads is None or 1 <= self.threads <= _MAX_THREADS, "--threads",
+                f"1 to {_MAX_THREADS}", self.threads)  # fmt: skip
+        _expect(
+            self.max_steps is None or self.max_steps >= 1,
+            "--max-steps",
+            "at least 1",
+            self.max_steps,
+        )
+        _expect(self.update_every is None or self.update_every >= 1, "--update-every", "at least 1",
+                self.update_every)  # fmt: skip
+        _expect(self.signal in SIGNALS, "--signal", f"one of {', '.join(SIGNALS)}", self.signal)
+        _expect(self.prune_schedule in ("cosine", "linear"), "--prune-schedule", "cosine or linear",
+                self.prune_schedule)  # fmt: skip
+        _expect(self.distribution in ("uniform", "erk"), "--distribution", "uniform or erk",
+                self.distribution)  # fmt: skip
+        _expect(self.compare in (None, "dense"), "--compare", "dense", self.compare)
+        _expect(self.dense_baseline in DENSE_BASELINES, "--dense-baseline",
+                f"one of {', '.join(DENSE_BASELINES)}", self.dense_baseline)  # fmt: skip
+        name = self.run_name()
+        _expect(re.fullmatch(r"[\w.,+=-]+", name) is not None and name not in (".", ".."), "--name",
+                "letters, digits and . , + = - _", name)  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return asdict(self)
+
+    def command(self) -> str:
+        """The command line that repeats this experiment, every setting spelled out."""
+        words = ["sparse-kernels", "train"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            option = "--" + field.name.replace("_", "-")
+            if field.name == "seeds":
+                words += ["--seeds", ",".join(str(seed) for seed in value)]
+            elif field.name == "augment":
+                words.append("--augment" if value else "--no-augment")
+            elif value is True:
+                words.append(option)
+            elif value is not None and value is not False:
+                words += [option, str(value)]
+        return shlex.join(words)
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    """(bh, bw) from "BHxBW". Raises WorkbenchError."""
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if match is None:
+        raise WorkbenchError(f"--block: expected rows x columns such as 1x1 or 4x1, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _expect(holds: bool, option: str, expected: str, came: object) -> None:
+    if not holds:
+        raise WorkbenchError(f"{option}: expected {expected}, got {came}")

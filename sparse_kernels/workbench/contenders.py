@@ -1,0 +1,171 @@
+"""The contenders: the sparse net under sparse momentum, the dense net as torch trains it best."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import sparsify
+from ..training import SparseMomentum
+from . import models
+from .config import TrainConfig
+from .errors import TrainingError, WorkbenchError
+from .steptime import Timing, interleave
+
+_PROBE_ROUNDS = 5  # steps of each dense layout when the best is chosen
+
+
+@dataclass
+class Contender:
+    """A net in training. ``layout``: how a dense net keeps activations; "sparse" for the other."""
+
+    name: str
+    layout: str
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]  # the model, or its compiled form
+    optimizer: torch.optim.Optimizer
+    masking: SparseMomentum | None
+    config: TrainConfig
+    steps_done: int = 0
+    account: Any = None  # sparsify's report
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """One whole step; returns the loss. Raises TrainingError before a bad loss is learnt."""
+        self._set_learning_rate()
+        if self.layout == "channels_last":
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.forward(images), labels)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.name}: the loss of step {self.steps_done + 1} is {value}, expected a "
+                "finite number; "
+                "training stopped with the last good weights: lower --lr, or look at the data"
+            )
+        loss.backward()
+        self.optimizer.step()
+        if self.masking is not None:
+            self.masking.step()
+        self.steps_done += 1
+        return value
+
+    def _set_learning_rate(self) -> None:
+        rate = self.config.lr * 0.1 ** (self.steps_done // self.config.lr_decay_every)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @torch.no_grad()
+    def accuracy(self, batches: Any) -> float:
+        """Share of right answers over a BatchLoader, in evaluation mode."""
+        self.model.eval()
+        right = total = 0
+        for images, labels in batches:
+            if self.layout == "channels_last":
+                images = images.contiguous(memory_format=torch.channels_last)
+            # Not the compiled form: another batch size would compile again.
+            right += int((self.model(images).argmax(1) == labels).sum())
+            total += labels.shape[0]
+        self.model.train()
+        return right / total if total else float("nan")
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    # fused: one pass over the parameters instead of five; both contenders get it.
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: int) -> Contender:
+    """The net with sparse layers, its optimizer and SparseMomentum over ``steps`` steps."""
+    torch.manual_seed(seed)
+    model = models.build(config.net, **config.net_options()).train()
+    account = sparsify(
+        model,
+        density=config.density,
+        distribution=cast(Literal["uniform", "erk"], config.distribution),
+        block=config.block_shape(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    optimizer = _optimizer(model, config)
+    masking = SparseMomentum(
+        model,
+        optimizer,
+        total_steps=steps,
+        update_every=config.update_every or steps_per_epoch,
+        prune_rate=config.prune_rate,
+        decay=config.prune_schedule,
+        signal=config.signal,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return Contender("sparse", "sparse", model, model, optimizer, masking, config, account=account)
+
+
+def build_dense(config: TrainConfig, seed: int, layout: str) -> Contender:
+    """The dense net from the same seed in a layout: contiguous, channels_last or compile."""
+    torch.manual_seed(seed)
+    model = models.build(config.net, **config.net_options()).train()
+    forward: Callable[[Tensor], Tensor] = model
+    if layout == "channels_last":
+        # torch's stubs know no memory_format overload of Module.to with that keyword alone.
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        forward = model
+    elif layout == "compile":
+        # Static shapes, as in every measured step; what an earlier net compiled must not count
+        # against torch's limit of recompilations.
+        torch._dynamo.reset()
+        forward = torch.compile(model, dynamic=False)
+    return Contender("dense", layout, model, forward, _optimizer(model, config), None, config)
+
+
+def dense_layouts(config: TrainConfig) -> list[str]:
+    """The layouts worth a trial: channels_last means nothing to a net without convolutions."""
+    if config.dense_baseline != "auto":
+        return [config.dense_baseline]
+    model = models.build(config.net, **config.net_options())
+    has_conv = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return ["contiguous", *(["channels_last"] if has_conv else []), "compile"]
+
+
+def choose_dense(
+    config: TrainConfig, images: Tensor, labels: Tensor
+) -> tuple[str, dict[str, Timing], dict[str, str]]:
+    """(best layout, step time by layout, why a layout was not timed), on one batch of this net.
+
+    Raises WorkbenchError if the only layout allowed does not run.
+    """
+    layouts = dense_layouts(config)
+    steps: dict[str, Callable[[], object]] = {}
+    rejected: dict[str, str] = {}
+    for layout in layouts:
+        contender = build_dense(config, config.seeds[0], layout)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                contender.step(images, labels)
+        except TrainingError:
+            raise
+        except Exception as error:  # torch.compile fails in many ways
+            rejected[layout] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+            continue
+        steps[layout] = lambda c=contender: c.step(images, labels)  # type: ignore[misc]
+    if not steps:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise WorkbenchError(f"no dense baseline runs ({reasons}); try --dense-baseline contiguous")
+    timings = interleave(steps, rounds=_PROBE_ROUNDS, warmup=1)
+    return min(timings, key=lambda name: timings[name].median), timings, rejected

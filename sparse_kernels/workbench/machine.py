@@ -1,0 +1,105 @@
+"""The header of every result: on what, with which versions, from which commit, when."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .._load import native_or_none
+
+
+def header() -> dict[str, Any]:
+    """CPU, instruction set in use, cores, threads, memory, versions, commit and date (UTC)."""
+    native = native_or_none()
+    return {
+        "cpu": cpu_name(),
+        "isa": native.isa() if native is not None else "no native module",
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": memory_gib(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sparse_kernels": package_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def one_line(machine: dict[str, Any]) -> str:
+    """The header as one line of text, for tables and figures."""
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
+        f"torch {machine['torch']}, sparse_kernels {machine['sparse_kernels']} "
+        f"({machine['commit']}), {machine['date'][:10]}"
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name as the operating system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_gib() -> float | None:
+    """Main memory in GiB, where the operating system tells it."""
+    try:
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return round(pages * size / 2**30, 1)
+
+
+def package_version() -> str:
+    """The installed version, or that this is a source tree."""
+    try:
+        return metadata.version("sparse_kernels")
+    except metadata.PackageNotFoundError:
+        return f"{__version__} (source tree)"
+
+
+def commit() -> str:
+    """Short hash of the checkout this runs from, "+" if it has changes; "unknown" elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    # An installed package may lie below somebody else's checkout: only our own root counts.
+    if not (root / ".git").exists():
+        return "unknown"
+    short = _git(root, "rev-parse", "--short=12", "HEAD")
+    if short is None:
+        return "unknown"
+    return short + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,85 @@
+"""The nets of the experiments by name: how to build one, which data it takes, the paper's settings.
+
+They are ordinary torch modules, written with ``nn.Sequential`` so that ``sparsify`` can prove which
+ReLU follows which layer and fuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import WorkbenchError
+from .lenet import lenet5_caffe, lenet_300_100
+from .mlp import wide_mlp
+from .vgg import vgg16_d
+
+__all__ = [
+    "NETS",
+    "NetSpec",
+    "build",
+    "lenet5_caffe",
+    "lenet_300_100",
+    "spec",
+    "vgg16_d",
+    "wide_mlp",
+]
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """One net: its builder, the kind of images it takes, and the settings it is trained with.
+
+    ``defaults`` are fields of ``TrainConfig``; what is not named there keeps that class's default.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    kind: str  # "mnist" (1 x 28 x 28) or "cifar10" (3 x 32 x 32)
+    input_shape: tuple[int, int, int]
+    default_data: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+_MNIST = {"kind": "mnist", "input_shape": (1, 28, 28), "default_data": "mnist"}
+_CIFAR = {"kind": "cifar10", "input_shape": (3, 32, 32), "default_data": "cifar10"}
+
+# Settings: the official scripts (batch 100, 100 epochs, decay every 25,000 steps) for MNIST, the
+# paper's runs (250 epochs, batch 128, decay every 30,000 steps) for CIFAR-10.
+NETS: dict[str, NetSpec] = {
+    s.name: s
+    for s in (
+        NetSpec("lenet-300-100", lenet_300_100, **_MNIST),  # type: ignore[arg-type]
+        NetSpec("lenet-5-caffe", lenet5_caffe, **_MNIST),  # type: ignore[arg-type]
+        NetSpec("wide-mlp", wide_mlp, **_MNIST),  # type: ignore[arg-type]
+        NetSpec(
+            "vgg16-d",
+            vgg16_d,
+            defaults={"epochs": 250, "batch_size": 128, "lr_decay_every": 30_000, "augment": True},
+            **_CIFAR,  # type: ignore[arg-type]
+        ),
+    )
+}
+
+
+def spec(name: str) -> NetSpec:
+    """The entry of a net. Raises WorkbenchError naming the nets there are."""
+    if name not in NETS:
+        raise WorkbenchError(f"unknown net {name!r}; expected one of {', '.join(NETS)}")
+    return NETS[name]
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """Build the net ``name``, freshly initialised from torch's global random state.
+
+    ``options`` go to the builder (``width`` and ``hidden_layers`` of ``wide-mlp``); one that the
+    builder does not know raises WorkbenchError.
+    """
+    entry = spec(name)
+    try:
+        return entry.build(**options)
+    except TypeError as error:
+        raise WorkbenchError(f"net {name!r} does not take {sorted(options)}: {error}") from error

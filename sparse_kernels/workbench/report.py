@@ -1,0 +1,145 @@
+"""From results to what is read: a table, a figure, and the command that does it all again."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from . import figures, machine
+from .errors import WorkbenchError
+from .fetch import write_atomically
+
+RESULTS, TABLE, FIGURE, REPRODUCE = "results.json", "table.md", "figure.png", "reproduce.txt"
+_MB = 1e6
+
+
+def write_run(folder: Path, results: dict[str, Any]) -> list[Path]:
+    """Store ``results`` in ``folder`` and render everything; returns the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / RESULTS, json.dumps(results, indent=1))
+    return [folder / RESULTS, *render(folder, results)]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The results stored in ``folder``. Raises WorkbenchError if there are none, or broken ones."""
+    path = folder / RESULTS
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WorkbenchError(
+            f"{path}: not there; expected the directory of a finished `sparse-kernels train`, "
+            "such as runs/<name>"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise WorkbenchError(
+            f"{path}: cannot be read ({error}); run the experiment again"
+        ) from error
+    if (
+        not isinstance(results, dict)
+        or not {"config", "command", "machine", "runs"} <= results.keys()
+    ):
+        raise WorkbenchError(
+            f"{path}: not the results of `sparse-kernels train`; run the experiment again"
+        )
+    return results
+
+
+def render(folder: Path, results: dict[str, Any]) -> list[Path]:
+    """Write table, figure (if matplotlib is there) and reproduce.txt; returns the files written."""
+    written = [folder / TABLE, folder / REPRODUCE]
+    _write(folder / TABLE, table(results))
+    _write(folder / REPRODUCE, reproduce(results))
+    missing = figures.draw_run(results, folder / FIGURE)
+    if missing:
+        print(missing)
+    else:
+        written.append(folder / FIGURE)
+    return written
+
+
+def _write(path: Path, text: str) -> None:
+    def fill(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_atomically(path, fill)
+
+
+def reproduce(results: dict[str, Any]) -> str:
+    """The command, and the machine and versions it ran with."""
+    lines = ["# The command (every setting spelled out):", results["command"], "", "# It ran on:"]
+    lines += [f"# {key}: {value}" for key, value in results["machine"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: one row per measure, one column per contender, and dense over sparse."""
+    by_contender: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        by_contender.setdefault(run["contender"], []).append(run)
+    names = list(by_contender)
+    config, baseline = results["config"], results.get("dense_baseline")
+    heads = [f"dense ({baseline['chosen']})" if n == "dense" and baseline else n for n in names]
+    both = names == ["sparse", "dense"]
+    lines = [
+        f"**{config['net']} on {config['data']}**, density {100 * config['density']:g} %, block "
+        f"{config['block']}, batch {config['batch_size']}, "
+        f"seeds {', '.join(map(str, config['seeds']))}",
+        "",
+        _row(["", *heads, *(["dense / sparse"] if both else [])]),
+        "|---|" + "---:|" * (len(names) + both),
+    ]
+    for title, pick, show, ratio in _MEASURES:
+        values = [[pick(run) for run in by_contender[name]] for name in names]
+        cells = [_cell(column, show) for column in values]
+        means = [statistics.fmean(column) for column in values]
+        extra = [f"{means[1] / means[0]:.2f}x" if ratio and means[0] > 0 else ""] if both else []
+        lines.append(_row([title, *cells, *extra]))
+    lines += ["", f"{machine.one_line(results['machine'])}", ""]
+    lines += [
+        "Time per step: forward, backward, optimizer and masks, median. Time per epoch: batches "
+        "too, evaluation not. Both contenders trained in turns of one epoch. "
+        "+-: standard error over the seeds.",
+        "",
+        f"`{results['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _show(scale: float, digits: int, unit: str) -> Callable[[float], str]:
+    return lambda value: f"{value * scale:,.{digits}f}{unit}"
+
+
+def _memory(part: str) -> Callable[[dict[str, Any]], float]:
+    return lambda run: run["memory"][part]
+
+
+# title, value of a run, how to show it, whether dense / sparse means something
+_MEASURES: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str], bool]] = [
+    ("test accuracy", lambda run: run["test_accuracy"], _show(100, 2, " %"), False),
+    ("test error", lambda run: 1 - run["test_accuracy"], _show(100, 2, " %"), False),
+    ("time per step", lambda run: run["step_seconds"], _show(1e3, 2, " ms"), True),
+    ("time per epoch", lambda run: run["epoch_seconds"], _show(1, 2, " s"), True),
+    ("training time", lambda run: run["seconds"], _show(1, 1, " s"), True),
+    ("weights", _memory("weights"), _show(1 / _MB, 3, " MB"), True),
+    ("indices", _memory("indices"), _show(1 / _MB, 3, " MB"), False),
+    ("gradients", _memory("gradients"), _show(1 / _MB, 3, " MB"), True),
+    ("optimizer state", _memory("optimizer"), _show(1 / _MB, 3, " MB"), True),
+    ("all four", _memory("total"), _show(1 / _MB, 3, " MB"), True),
+    ("weight density", lambda run: run["density"], _show(100, 2, " %"), False),
+    ("FLOPs density", lambda run: run["flops_density"], _show(100, 2, " %"), False),
+]
+
+
+def _cell(values: list[float], show: Callable[[float], str]) -> str:
+    text = show(statistics.fmean(values))
+    if len(values) > 1:
+        text += f" +- {show(statistics.stdev(values) / len(values) ** 0.5)}"
+    return text
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
