@@ -67,10 +67,12 @@ $(TOOLS_STAMP): $(TORCH_STAMP) pyproject.toml
 dev-tools: $(INSTALL_STAMP) $(TOOLS_STAMP) ## make venv, and ruff, mypy, clang-format and the build tools in it
 
 lint: $(INSTALL_STAMP) $(TOOLS_STAMP) ## ruff, mypy and clang-format, check only
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy sparse_kernels
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+	@set -x; status=0; \
+	$(VENV)/bin/ruff check . || status=1; \
+	$(VENV)/bin/ruff format --check . || status=1; \
+	$(VENV)/bin/mypy sparse_kernels || status=1; \
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_SOURCES) || status=1; \
+	exit $$status
 
 format: $(TOOLS_STAMP) ## rewrite the sources as ruff and clang-format want them
 	$(VENV)/bin/ruff check --fix .

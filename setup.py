@@ -28,6 +28,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = (Path(self.build_temp) / "cmake").resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # An earlier isolated build left paths to tools that are gone with its environment.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             cmake(), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -38,13 +40,23 @@ class CMakeBuild(build_ext):
             "-DSPARSE_KERNELS_EMULATE_AVX512="
             + (os.environ.get("SPARSE_KERNELS_EMULATE_AVX512") or "OFF"),
         ]  # fmt: skip
-        subprocess.run([*configure, *shlex.split(os.environ.get("CMAKE_ARGS", ""))], check=True)
-        subprocess.run([cmake(), "--build", str(build), *self.jobs()], check=True)
+        run([*configure, *shlex.split(os.environ.get("CMAKE_ARGS", ""))])
+        run([cmake(), "--build", str(build), *self.jobs()])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
 
     def jobs(self) -> list[str]:
         return ["--parallel", str(self.parallel)] if self.parallel else []
+
+
+def run(command: list[str]) -> None:
+    """Runs a command whose own message says what went wrong: no traceback of ours below it."""
+    status = subprocess.run(command).returncode
+    if status != 0:
+        raise SystemExit(
+            f"sparse_kernels: `{shlex.join(command[:5])} ...` failed with status {status}; "
+            "the reason is in its output above"
+        )
 
 
 def cmake() -> str:

@@ -1,4 +1,4 @@
-"""Loads the native module, once and late, so that the package imports (and says more) without it."""
+"""Loads the native module, once and late, so that the package imports without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch  # noqa: F401
 
 HOW_TO_BUILD = (
-    "build it with `pip install .` in the source tree (a C++17 compiler is needed; cmake, ninja and "
+    "build it with `pip install .` in the source tree (needs a C++17 compiler; cmake, ninja and "
     "pybind11 are fetched by pip), or `make native` to work from the source tree itself"
 )
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from .workbench.config import DENSE_BASELINES, SIGNALS
+from . import __version__
+from .workbench.config import DENSE_BASELINES, INITS, SIGNALS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -24,10 +25,12 @@ DEMO = {
     "net": "wide-mlp",
     "data": "mnist-sample",
     "density": 0.05,
+    "init": "scaled",
     "compare": "dense",
     "epochs": 15,
     "lr": 0.1,
     "lr_decay_every": 400,
+    "update_every": 100,
     "holdout": 0.0,
     "name": "demo",
 }
@@ -55,7 +58,7 @@ def _one_line_errors(command: Command) -> Command:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="sparse_kernels", prog_name="sparse-kernels")
+@click.version_option(__version__, prog_name="sparse-kernels")
 def main() -> None:
     """Train sparse neural networks from scratch, faster than dense ones."""
 
@@ -97,6 +100,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option(
     "--distribution", type=click.Choice(["uniform", "erk"]), default="uniform", show_default=True
 )
+@click.option("--init", type=click.Choice(INITS), default="dense", show_default=True,
+              help="First weights: the dense net's, or scaled to the fewer inputs.")  # fmt: skip
 @click.option(
     "--compare", type=click.Choice(["dense"]), default=None, help="Train the dense net beside it."
 )
@@ -238,6 +243,9 @@ def bench_layers(
 @_bench_options
 @click.option("--net", default="vgg16-d", show_default=True)
 @click.option("--width", type=int, default=None, help="Width of wide-mlp's hidden layers.")
+@click.option(
+    "--dense-baseline", type=click.Choice(DENSE_BASELINES), default="auto", show_default=True
+)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option(
     "--memory/--no-memory", default=True, show_default=True, help="Peak memory, in processes apart."

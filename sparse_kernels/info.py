@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, plan
 from ._load import native_or_none, why_missing
 
 _ISA_VARIABLE = "SPARSE_KERNELS_ISA"
+_WEIGHTED = ("linear", "linear_dgrad", "linear_wgrad", "conv2d", "conv2d_dgrad", "conv2d_wgrad")
+_SHOWN = (*_WEIGHTED, "batch_norm", "max_pool2d", "avg_pool2d")
 
 
 def openmp_runtimes() -> list[str]:
@@ -33,7 +35,8 @@ def collect() -> dict[str, Any]:
     """Everything ``describe`` tells, as a dict of plain values.
 
     Keys: version, package, torch, threads, native (None, or build_info() with the instruction sets
-    in use and supported), why_no_native, forced_isa, openmp_runtimes, gpu, why_no_gpu, triton.
+    in use and supported), why_no_native, forced_isa, openmp_runtimes, gpu, why_no_gpu, triton,
+    serving (device and dtype -> operator -> backend, or why none).
     Raises ValueError if SPARSE_KERNELS_ISA names an instruction set that cannot be used.
     """
     module = native_or_none()
@@ -56,6 +59,7 @@ def collect() -> dict[str, Any]:
         "gpu": gpu,
         "why_no_gpu": "" if gpu else _why_no_gpu(),
         "triton": util.find_spec("triton") is not None,
+        "serving": _serving(),
     }
 
 
@@ -123,17 +127,38 @@ def _openmp(paths: list[str]) -> str:
 
 
 def _serving_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """What computes on which device."""
-    native = found["native"]
-    cpu = "backend cpu" if native else "none: the native module is missing"
-    if not found["gpu"]:
-        gpu = "none: no GPU"
-    elif native and native["cuda"]:
-        gpu = "backend cuda for linear layers with element blocks (1, 1)"
-    else:
-        gpu = "none: the CUDA kernels are not built"
-    return [
-        ("float32 on CPU", cpu),
-        ("float32 on GPU", gpu),
-        ("float64", "backend reference (plain dense torch, the oracle)"),
+    """Which backend computes what on which device, and why not the others."""
+    rows = [
+        (device_dtype, _join(per_device)) for device_dtype, per_device in found["serving"].items()
     ]
+    return rows if found["gpu"] else [*rows, ("float32 on cuda", "nothing: no GPU")]
+
+
+def _join(serving: dict[str, str]) -> str:
+    """Operators that have the same answer, together."""
+    groups: dict[str, list[str]] = {}
+    for op, answer in serving.items():
+        groups.setdefault(answer, []).append(op)
+    return "; ".join(f"{', '.join(ops)}: {answer}" for answer, ops in groups.items())
+
+
+def _serving() -> dict[str, dict[str, str]]:
+    """For each device and dtype: operator -> the backend that serves it, or why none does."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    kinds = [(device, dtype) for device in devices for dtype in (torch.float32, torch.float64)]
+    return {
+        f"{str(dtype).removeprefix('torch.')} on {device}": {
+            op: _serves(op, torch.empty(0, 0, dtype=dtype, device=device)) for op in _SHOWN
+        }
+        for device, dtype in kinds
+    }
+
+
+def _serves(op: str, x: torch.Tensor) -> str:
+    values = x.new_empty(0, 1, 1) if op in _WEIGHTED else None
+    try:
+        backend = plan.choose(op, x, values).__name__.removeprefix("sparse_kernels.backends.")
+    except plan.BackendError:
+        why = plan.reasons(op, x, values)
+        return "none (" + "; ".join(f"{name} {text}" for name, text in why.items()) + ")"
+    return f"backend {backend}"

@@ -20,9 +20,8 @@ from ._pattern_checks import PatternError
 
 __all__ = ["PatternError", "SparsityPattern"]
 
-_GROWTH = (
-    1.25  # capacity factor when a rewrite outgrows its tensors: few reallocations, little waste
-)
+# Capacity factor of a rewrite that outgrows its tensors: few reallocations, little waste.
+_GROWTH = 1.25
 
 
 class SparsityPattern:

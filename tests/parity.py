@@ -94,7 +94,7 @@ def errors(case: Case, dtype: torch.dtype, layout: str, seed: int) -> dict[str, 
         t["bias"] = torch.full((t["matrix"].shape[0],), 0.5, dtype=dtype)
         t["bias"][::2] = -0.5
     expected_y, expected_dx, expected_dw, *expected_db = _dense(case, t)
-    x = _strided(t["x"], layout).requires_grad_()
+    x = _strided(t["x"], layout).detach().requires_grad_()
     values = t["values"].requires_grad_()
     bias = None if t["bias"] is None else t["bias"].requires_grad_()
     if isinstance(case, LinearCase):

@@ -29,6 +29,7 @@ ROOMS = (
     ("info",),
     ("cli", "__main__"),
 )
+OPEN_TO_ALL = ("_native", "__version__")  # the compiled module, and a string
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".cmake"}
 # Written with gaps so that this file does not contain what it looks for.
@@ -75,7 +76,7 @@ def room_of(path: Path, package: Path = PACKAGE) -> str:
 
 def public_room(name: str) -> str:
     """`_pattern_index` -> "pattern"; a name that is a room of its own (`_load`) stays."""
-    if name in LEVEL or not name.startswith("_"):
+    if name in LEVEL or name in OPEN_TO_ALL or not name.startswith("_"):
         return name
     return name[1:].split("_")[0]
 
@@ -106,7 +107,7 @@ def upward_imports(path: Path, package: Path = PACKAGE) -> list[str]:
     return [
         f"{path.relative_to(package)}:{line} imports {target or 'sparse_kernels'}"
         for line, target in imported_rooms(path, package)
-        if target not in ("native", "version__") and LEVEL.get(target, len(ROOMS)) > level
+        if target not in OPEN_TO_ALL and LEVEL.get(target, len(ROOMS)) > level
     ]
 
 

@@ -1,4 +1,4 @@
-"""Readers, cache, download, split and augmentation, on files made here and on the shipped sample."""
+"""Readers, cache, download, split, augmentation: on files made here and the shipped sample."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from sparse_kernels.nn import SparseConv2d, SparseLayer, SparseLinear
 from sparse_kernels.pattern import SparsityPattern
-from torch import nn
 
 # float64 is served by the reference backend, float32 by the native one.
 DTYPES = [torch.float64, torch.float32]

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from sparse_kernels import plan
 from sparse_kernels.layout import empty_feature_major, is_feature_major
 from sparse_kernels.nn import AvgPool2d, BatchNorm1d, BatchNorm2d, MaxPool2d
-from torch import Tensor, nn
 
 NORMS: list[dict[str, Any]] = [
     {},

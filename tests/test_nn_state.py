@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from sparse_kernels.nn import SparseConv2d, SparseLayer, SparseLinear
 from sparse_kernels.pattern import SparsityPattern
-from torch import nn
 
 STORAGES = ["compressed", "dense-masked"]
 

@@ -21,6 +21,10 @@ Blocks blocks_of(const ConvGeometry& g, int64_t bh, int64_t bw) {
 SK_INLINE void put_entry(float* word, int64_t offset, const float* weights, int64_t stride, int64_t r) {
   const int32_t o = int32_t(offset);
   std::memcpy(word, &o, sizeof(o));
+  if (r == 1) {  // the commonest, without a loop
+    word[1] = weights[0];
+    return;
+  }
   for (int64_t i = 0; i < r; ++i) word[1 + i] = weights[i * stride];
 }
 
@@ -85,20 +89,27 @@ void fill_forward(const ConvGeometry& g, const Blocks& b, const Product& p, cons
                   int64_t block_row, int64_t r0, int log_r, float* words, int32_t* segments) {
   const int64_t r = int64_t(1) << log_r;
   const int64_t group = block_row / b.row_blocks;
-  int64_t s = 0;
+  // Columns are sorted: taps are met in order, and no division per non-zero is needed (it would cost more than the
+  // products of a small batch).
+  int64_t tap_end = 0, next = 0, kx = -1, s = -1, base = 0;
   int32_t n = 0;
   for (int64_t e = w.crow[block_row]; e < w.crow[block_row + 1]; ++e) {
-    const int32_t tap = w.col[e] / int32_t(b.col_blocks);
-    const int32_t ky = tap / int32_t(g.kw), kx = tap - ky * int32_t(g.kw);
-    while (s <= ky) segments[s++] = n;
-    const int64_t c0 = (w.col[e] - int64_t(tap) * b.col_blocks) * b.bw;
+    while (w.col[e] >= next) {
+      tap_end = next;
+      next += b.col_blocks;
+      if (++kx == g.kw || s < 0) {
+        kx = 0;
+        segments[++s] = n;
+      }
+      base = tile_offset(p, plan, group * b.seg_cols, s, kx * g.dil_w - g.pad_left);
+    }
+    const int64_t c0 = (w.col[e] - tap_end) * b.bw;
     const int64_t width = imin(b.bw, b.seg_cols - c0);
-    const int64_t offset = tile_offset(p, plan, group * b.seg_cols + c0, ky, kx * g.dil_w - g.pad_left);
     const float* block = w.values + (e * b.bh + r0) * b.bw;
     for (int64_t c = 0; c < width; ++c, ++n)
-      put_entry(words + n * (1 + r), offset + c * plan.tile.pitch, block + c, b.bw, r);
+      put_entry(words + n * (1 + r), base + (c0 + c) * plan.tile.pitch, block + c, b.bw, r);
   }
-  while (s <= p.segments) segments[s++] = n;
+  while (s < p.segments) segments[++s] = n;
 }
 
 // One phase of dgrad: the taps that connect input pixels (y0 + i*stride_h, x0 + j*stride_w) to output pixels.

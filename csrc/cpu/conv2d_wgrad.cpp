@@ -49,36 +49,54 @@ struct Job {
   Columns columns;
 };
 
-// Sorts the stored columns of one block row by (channel band, tap); inside a key they stay in order of channels.
-void list_columns(const Job& j, int64_t row) {
-  const ConvGeometry& g = j.g;
-  const int64_t group = row / j.row_blocks;
-  int32_t* keys = j.columns.keys + row * (j.plan.keys + 1);
-  for (int pass = 0; pass < 2; ++pass) {
-    if (pass == 0) std::memset(keys, 0, size_t(j.plan.keys + 1) * 4);
-    for (int64_t e = j.crow[row]; e < j.crow[row + 1]; ++e) {
-      const int32_t tap = j.col[e] / int32_t(j.col_blocks);
-      const int64_t c0 = (j.col[e] - int64_t(tap) * j.col_blocks) * j.bw;
-      const int64_t width = imin(j.bw, j.seg_cols - c0);
-      for (int64_t c = 0; c < width; ++c) {
-        const int64_t channel = group * j.seg_cols + c0 + c;
-        const int64_t key = j.plan.key(channel, tap);
-        if (pass == 0) {
-          ++keys[key + 1];
-          continue;
-        }
-        const int64_t at = int64_t(j.crow[row]) * j.bw + keys[key]++;
-        j.columns.offset[at] = int32_t(j.plan.offset(g, channel, tap));
-        j.columns.value[at] = int32_t((e - j.crow[row]) * j.bh * j.bw + c);
-      }
+// Walks the stored columns of one block row in their order, tap by tap and channel by channel, and calls
+// visit(key, offset, value index) for each. No divisions: there are as many columns as non-zeros.
+template <class Visit>
+SK_INLINE void walk_columns(const Job& j, int64_t row, Visit visit) {
+  const WgradPlan& plan = j.plan;
+  const int64_t first = row / j.row_blocks * j.seg_cols;  // the group's first channel
+  const int64_t first_band = first / plan.band_channels;
+  int64_t tap = -1, tap_start = 0, tap_end = 0, band = 0, band_end = 0, key = 0, base = 0;
+  for (int64_t e = j.crow[row]; e < j.crow[row + 1]; ++e) {
+    while (j.col[e] >= tap_end) {
+      ++tap;
+      tap_start = tap_end;
+      tap_end += j.col_blocks;
+      band = first_band;
+      band_end = 0;
     }
-    if (pass == 0) {
-      for (int64_t k = 0; k < j.plan.keys; ++k) keys[k + 1] += keys[k];
-    } else {  // filling moved every start to its end: shift back
-      for (int64_t k = j.plan.keys; k > 0; --k) keys[k] = keys[k - 1];
-      keys[0] = 0;
+    const int64_t c0 = (j.col[e] - tap_start) * j.bw;
+    const int64_t width = imin(j.bw, j.seg_cols - c0);
+    const int64_t value = (e - j.crow[row]) * j.bh * j.bw;
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t channel = first + c0 + c;
+      if (channel >= band_end) {
+        while (channel >= (band + 1) * plan.band_channels) ++band;
+        band_end = (band + 1) * plan.band_channels;
+        key = band * plan.keys_per_band + (plan.clipped ? tap : 0);
+        base = plan.tap_offset(j.g, tap) - band * plan.band_channels * plan.tile.pitch;
+      }
+      visit(key, base + channel * plan.tile.pitch, value + c);
     }
   }
+}
+
+// Sorts the stored columns of one block row by (channel band, tap); inside a key they stay in order of channels.
+void list_columns(const Job& j, int64_t row) {
+  const int64_t count = j.plan.keys;
+  int32_t* keys = j.columns.keys + row * (count + 1);
+  int32_t* offset = j.columns.offset + int64_t(j.crow[row]) * j.bw;
+  int32_t* value = j.columns.value + int64_t(j.crow[row]) * j.bw;
+  std::memset(keys, 0, size_t(count + 1) * 4);
+  walk_columns(j, row, [&](int64_t key, int64_t, int64_t) { ++keys[key + 1]; });
+  for (int64_t k = 0; k < count; ++k) keys[k + 1] += keys[k];
+  walk_columns(j, row, [&](int64_t key, int64_t o, int64_t v) {
+    const int32_t at = keys[key]++;
+    offset[at] = int32_t(o);
+    value[at] = int32_t(v);
+  });
+  for (int64_t k = count; k > 0; --k) keys[k] = keys[k - 1];  // filling moved every start to its end
+  keys[0] = 0;
 }
 
 // Dot products of R gradient rows with columns [begin, end) of one key.

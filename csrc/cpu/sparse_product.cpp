@@ -39,7 +39,10 @@ int log2_floor(int64_t a) {
 #endif
 constexpr int64_t kTileBytes = SK_TILE_KB * 1024;
 // Outputs larger than this do not survive in the caches until their reader comes: write them past the caches.
-constexpr int64_t kStreamBytes = 4 << 20;
+#ifndef SK_STREAM
+#define SK_STREAM (12 << 20)
+#endif
+constexpr int64_t kStreamBytes = SK_STREAM;
 constexpr int kLogAccumulators = kAccumulators == 16 ? 4 : 3;
 
 // Output pixels that one kernel call keeps in registers.

@@ -26,14 +26,10 @@ struct WgradPlan {
   int64_t keys_per_band, keys;      // taps if clipped, else 1; times bands
   int64_t parts;                    // separate partial sums
 
-  int64_t key(int64_t channel, int64_t tap) const {
-    return channel / band_channels * keys_per_band + (clipped ? tap : 0);
-  }
-  // Where a stored column's input lies relative to the tile's origin (padded: shifted by the tap).
-  int64_t offset(const ConvGeometry& g, int64_t channel, int64_t tap) const {
-    const int64_t in_band = channel % band_channels * tile.pitch;
-    if (clipped) return in_band;
-    return in_band + tap / g.kw * g.dil_h * tile.row_pitch + tap % g.kw * g.dil_w * tile.lanes;
+  // How far a tap shifts a stored column's input relative to its channel in the tile (clipped: the region does that).
+  int64_t tap_offset(const ConvGeometry& g, int64_t tap) const {
+    if (clipped) return 0;
+    return tap / g.kw * g.dil_h * tile.row_pitch + tap % g.kw * g.dil_w * tile.lanes;
   }
   TileShape grad_shape(const WgradTile& t) const { return tile_shape(tile.lanes, t.rows, t.cols); }
   int64_t grad_floats() const { return 4 * tile_shape(tile.lanes, band_h, band_w).pitch; }

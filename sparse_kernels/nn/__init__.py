@@ -1,4 +1,4 @@
-"""Layers: sparse drop-ins for nn.Linear and nn.Conv2d, layout-keeping norm and pooling, sparsify."""
+"""Layers: sparse drop-ins for nn.Linear and nn.Conv2d, norms and poolings, sparsify."""
 
 from __future__ import annotations
 

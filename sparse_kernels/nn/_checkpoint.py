@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_kernels.pattern import SparsityPattern
+from sparse_kernels.pattern import PatternError, SparsityPattern
 
 if TYPE_CHECKING:
     from sparse_kernels.nn.base import SparseLayer
@@ -65,9 +65,7 @@ def _read(
     layer: SparseLayer, state_dict: dict[str, Any], prefix: str
 ) -> SparsityPattern | Tensor | None:
     """The checkpoint's pattern (compressed) or mask (dense-masked); None if it holds neither."""
-    held = {
-        name for name in ("values", "mask", "weight", *_INDICES) if prefix + name in state_dict
-    }
+    held = {name for name in ("values", "mask", "weight", *_INDICES) if prefix + name in state_dict}
     if "weight" in held:
         raise CheckpointError(
             "the checkpoint holds a dense `weight`, expected `values` with its indices; load it "
@@ -107,9 +105,7 @@ def _read_mask(layer: SparseLayer, values: Tensor, mask: Tensor) -> Tensor:
     return mask.to(_home(layer, mask), copy=True)
 
 
-def _read_pattern(
-    layer: SparseLayer, values: Tensor, crow: Tensor, col: Tensor
-) -> SparsityPattern:
+def _read_pattern(layer: SparseLayer, values: Tensor, crow: Tensor, col: Tensor) -> SparsityPattern:
     if values.dim() != 3 or tuple(values.shape[1:]) != layer.block:
         raise CheckpointError(
             f"expected values of shape [capacity, {layer.block[0]}, {layer.block[1]}], got "
@@ -161,3 +157,16 @@ def _assign_data(layer: SparseLayer, state_dict: dict[str, Any], prefix: str) ->
         if parameter is not None and new is not None and new.shape == parameter.shape:
             parameter.grad = None
             parameter.data = new.detach()
+
+
+def empty_if_garbage(layer: SparseLayer) -> None:
+    """Empty the pattern of a compressed layer whose indices are invalid.
+
+    ``to_empty`` leaves uninitialised memory in the index buffers, which kernels must never read.
+    """
+    try:
+        layer.pattern.validate()
+    except PatternError:
+        for tensor in layer.pattern.tensors():
+            tensor.zero_()
+        layer._pattern = None

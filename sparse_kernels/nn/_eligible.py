@@ -139,7 +139,7 @@ def _kind_reason(module: nn.Module) -> str | None:
 
 
 def segment(module: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Rows and columns of the weight within one group and kernel position: what a block must fit."""
+    """Rows and columns within one group and kernel position, which a block must fit."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return module.out_channels // module.groups, module.in_channels // module.groups

@@ -11,7 +11,7 @@ def check_density(density: float, what: str = "density") -> float:
     """``density`` as a float in (0, 1]; TypeError or ValueError otherwise."""
     if isinstance(density, bool) or not isinstance(density, (int, float)):
         raise TypeError(
-            f"{what} must be a number in (0, 1], the fraction of weights that exist, got {density!r}"
+            f"{what} must be a number in (0, 1], the fraction of existing weights, got {density!r}"
         )
     if not 0 < density <= 1:
         raise ValueError(
@@ -21,7 +21,7 @@ def check_density(density: float, what: str = "density") -> float:
 
 
 def check_block(block: int | tuple[int, int], segment: tuple[int, int]) -> tuple[int, int]:
-    """``block`` as (bh, bw) that fits a weight (one tap, one group) of ``segment`` rows x columns."""
+    """``block`` as (bh, bw) that fits ``segment`` rows x columns (of one tap and group)."""
     try:
         bh, bw = (block, block) if isinstance(block, int) else block
         whole = all(isinstance(side, int) and not isinstance(side, bool) for side in (bh, bw))

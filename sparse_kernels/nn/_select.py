@@ -16,7 +16,9 @@ Keep = Literal["random", "magnitude"]
 def check_keep(keep: str) -> None:
     """ValueError unless ``keep`` names a way to choose blocks."""
     if keep not in get_args(Keep):
-        raise ValueError(f"keep must be one of {', '.join(map(repr, get_args(Keep)))}, got {keep!r}")
+        raise ValueError(
+            f"keep must be one of {', '.join(map(repr, get_args(Keep)))}, got {keep!r}"
+        )
 
 
 def choose_pattern(
@@ -69,9 +71,7 @@ def choose_pattern(
     return SparsityPattern.from_keys(keys, (rows, cols), sides, row_parts, col_parts)
 
 
-def _block_means(
-    matrix: Tensor, block: tuple[int, int], row_parts: int, col_parts: int
-) -> Tensor:
+def _block_means(matrix: Tensor, block: tuple[int, int], row_parts: int, col_parts: int) -> Tensor:
     """Mean |w| of every block, [block_rows * block_cols], elements inside the matrix only."""
     magnitude = matrix.abs()
     if not bool(torch.isfinite(magnitude).all()):
@@ -81,8 +81,9 @@ def _block_means(
         )
     if block == (1, 1):
         return magnitude.reshape(-1)
+    rows, cols = matrix.shape
     full = SparsityPattern.full(
-        tuple(matrix.shape), block=block, row_parts=row_parts, col_parts=col_parts
+        (rows, cols), block=block, row_parts=row_parts, col_parts=col_parts
     ).to(matrix.device)
     sums = full.compress(magnitude).sum(dim=(1, 2))[: full.nnzb]
     return sums / full.element_counts()

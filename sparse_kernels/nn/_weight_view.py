@@ -12,7 +12,7 @@ _WRITING_DUNDERS = {"__setitem__", "__set__"}
 
 
 def _writes(name: str) -> bool:
-    """Whether a torch function of this name changes its first argument (torch: trailing underscore)."""
+    """Whether a torch function of this name changes its first argument (a trailing ``_``)."""
     if name.startswith("__") and name.endswith("__"):
         return name in _WRITING_DUNDERS or (name.startswith("__i") and name[3:-2] in _IN_PLACE)
     return name.endswith("_") and not name.startswith("_")
@@ -25,12 +25,12 @@ _IN_PLACE = {
 }
 # Change nothing but the tensor's role in a graph: reading code may call them.
 _HARMLESS = {"requires_grad_", "rename_"}
-# Results that share memory without being views in autograd's sense ("__get__" is `.data`, `.T` ...).
+# Results that share memory without being views to autograd ("__get__" is `.data`, `.T` ...).
 _SAME_MEMORY = {"__get__", "detach"}
 
 
 class DenseWeightView(torch.Tensor):
-    """A dense copy of a sparse layer's weight; writing into it raises, since it could not reach the layer.
+    """A dense copy of a sparse layer's weight; writing raises, for it could not reach the layer.
 
     Reading works as with any tensor, and results of arithmetic are plain tensors.  Gradients flow
     back to the layer's ``values``, so that a penalty on ``layer.weight`` does what it says.

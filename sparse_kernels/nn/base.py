@@ -14,7 +14,7 @@ from sparse_kernels import ops
 from sparse_kernels.nn import _checkpoint
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
 from sparse_kernels.nn._weight_view import read_only
-from sparse_kernels.pattern import PatternError, SparsityPattern
+from sparse_kernels.pattern import SparsityPattern
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,9 @@ class SparseLayer(nn.Module):
     ) -> None:
         super().__init__()
         dtype = check_dtype(dtype)
-        place = torch.get_default_device() if device is None else torch.empty(0, device=device).device
+        place = (
+            torch.get_default_device() if device is None else torch.empty(0, device=device).device
+        )
         self.matrix_shape = matrix_shape
         self.row_parts, self.col_parts = row_parts, col_parts
         self.storage = COMPRESSED
@@ -87,7 +89,9 @@ class SparseLayer(nn.Module):
             self.register_buffer(name, None, persistent=name in ("crow_indices", "col_indices"))
         self.register_buffer("mask", None)
         self._register_pattern(made if place.type == "meta" else made.to(place))
-        self.values = nn.Parameter(torch.zeros(made.capacity, *made.block, device=place, dtype=dtype))
+        self.values = nn.Parameter(
+            torch.zeros(made.capacity, *made.block, device=place, dtype=dtype)
+        )
         if bias:
             self.bias = nn.Parameter(torch.zeros(matrix_shape[0], device=place, dtype=dtype))
         else:
@@ -168,9 +172,16 @@ class SparseLayer(nn.Module):
                 )
                 self._pattern_source = source
         elif self._pattern is None:
-            index = [self._buffers[name] for name in _INDEX_NAMES]
             self._pattern = SparsityPattern.from_indices(
-                *index, self.matrix_shape, self.block, self.row_parts, self.col_parts
+                self.crow_indices,
+                self.col_indices,
+                self.t_crow,
+                self.t_row,
+                self.t_perm,
+                self.matrix_shape,
+                self.block,
+                self.row_parts,
+                self.col_parts,
             )
         return self._pattern
 
@@ -227,9 +238,7 @@ class SparseLayer(nn.Module):
             ValueError: an unknown name.
         """
         if storage not in (COMPRESSED, DENSE_MASKED):
-            raise ValueError(
-                f"storage must be {COMPRESSED!r} or {DENSE_MASKED!r}, got {storage!r}"
-            )
+            raise ValueError(f"storage must be {COMPRESSED!r} or {DENSE_MASKED!r}, got {storage!r}")
         if storage == self.storage:
             return self
         pattern = self.pattern
@@ -309,14 +318,14 @@ class SparseLayer(nn.Module):
         half = x.dtype in (torch.float16, torch.bfloat16) and values.dtype == torch.float32
         if x.dtype != values.dtype and not half:
             raise TypeError(
-                f"{type(self).__name__} expected an input of {values.dtype}, got {x.dtype}; convert "
-                f"it with x.to({values.dtype})"
+                f"{type(self).__name__} expected an input of {values.dtype}, got {x.dtype}; "
+                f"convert it with x.to({values.dtype})"
             )
 
     def _dense_operands(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight in torch's shape (no copy, masked gradient) and bias for dense-masked storage.
 
-        16-bit activations beside float32 weights work as in compressed storage: cast on the way in.
+        16-bit activations beside float32 weights work as in compressed storage: by a cast.
         """
         weight = self.matrix_to_weight(ops.masked_weight(self.values, self.mask, self.probe))
         half = x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == torch.float32
@@ -324,7 +333,9 @@ class SparseLayer(nn.Module):
             return weight, self.bias
         return weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
 
-    def _take_dense(self, module: nn.Linear | nn.Conv2d, pattern: SparsityPattern, matrix: Tensor) -> None:
+    def _take_dense(
+        self, module: nn.Linear | nn.Conv2d, pattern: SparsityPattern, matrix: Tensor
+    ) -> None:
         """Fill a layer built on the meta device from ``module``, whose weight is ``matrix``."""
         self._register_pattern(pattern.clone())
         with torch.no_grad():
@@ -352,24 +363,12 @@ class SparseLayer(nn.Module):
             self.make_probe()
         if self.crow_indices is not before:
             self._pattern = None
-            self._survive_empty_buffers()
+            if self.storage == COMPRESSED and not self.values.is_meta:
+                _checkpoint.empty_if_garbage(self)
         return self
 
-    def _survive_empty_buffers(self) -> None:
-        """After ``to_empty`` the indices are garbage, which kernels must never see: empty the pattern."""
-        if self.storage == DENSE_MASKED or self.crow_indices.is_meta:
-            return
-        try:
-            self.pattern.validate()
-        except PatternError:
-            for name in _INDEX_NAMES:
-                tensor = self._buffers[name]
-                assert tensor is not None
-                tensor.zero_()
-            self._pattern = None
-
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and deepcopy: the pattern view is rebuilt from the buffers, a probe is not copied."""
+        """For pickle and deepcopy: the pattern view is rebuilt, a probe is not copied."""
         return {**self.__dict__, "_pattern": None, "_pattern_source": None, "probe": None}
 
     def _load_from_state_dict(

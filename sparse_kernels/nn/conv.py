@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
 from sparse_kernels.pattern import SparsityPattern
 
 Size = int | Sequence[int]
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def _pair(name: str, value: Size) -> tuple[int, int]:
@@ -75,7 +76,7 @@ class SparseConv2d(SparseLayer):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -85,8 +86,10 @@ class SparseConv2d(SparseLayer):
         generator: torch.Generator | None = None,
         capacity: int | None = None,
     ) -> None:
-        if padding_mode not in _PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {_PADDING_MODES}, got {padding_mode!r}")
+        if padding_mode not in get_args(PaddingMode):
+            raise ValueError(
+                f"padding_mode must be one of {get_args(PaddingMode)}, got {padding_mode!r}"
+            )
         kernel, steps = _pair("kernel_size", kernel_size), _pair("stride", stride)
         dilated = _pair("dilation", dilation)
         padded = padding if isinstance(padding, str) else _pair("padding", padding)
@@ -145,7 +148,8 @@ class SparseConv2d(SparseLayer):
     def _dense_forward(self, x: Tensor) -> Tensor:
         weight, bias = self._dense_operands(x)
         _, _, _, _, _, _, top, left, bottom, right, *_ = self.geometry
-        if (top, left) != (bottom, right):  # "same" with an even kernel: torch pads both sides alike
+        if (top, left) != (bottom, right):
+            # "same" with an even kernel, where torch's convolution pads both sides alike.
             x = functional.pad(x, (left, right, top, bottom))
             top = left = 0
         return functional.conv2d(
@@ -194,7 +198,7 @@ class SparseConv2d(SparseLayer):
         generator: torch.Generator | None = None,
         nnzb: int | None = None,
     ) -> SparseConv2d:
-        """A sparse copy of a dense convolution; arguments and errors as ``SparseLinear.from_dense``."""
+        """A sparse copy of a convolution; arguments and errors as ``SparseLinear.from_dense``."""
         weight = module.weight.detach()
         matrix = weight.permute(0, 2, 3, 1).flatten(1)
         taps = module.kernel_size[0] * module.kernel_size[1]

@@ -14,7 +14,7 @@ class LayerSize(NamedTuple):
 
 
 def uniform_counts(layers: Sequence[LayerSize], density: float) -> list[int]:
-    """Blocks to keep per layer, every layer at ``density``: ``round(density * blocks)``, at least 1."""
+    """Blocks to keep per layer: ``round(density * blocks)`` of each, at least 1."""
     return [max(1, round(density * layer.blocks)) for layer in layers]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ class FusedReLU(nn.Identity):
         super().__init__()
         # In a tuple, so that it is no child module.
         self._original = (relu,)
+        self.train(relu.training)
 
     @property
     def original(self) -> nn.ReLU:
@@ -89,14 +91,16 @@ def fuse_relus(model: nn.Module, exclusion: Exclusion) -> list[SparsifyRow]:
         if type(parent) is not nn.Sequential or "forward" in parent.__dict__:
             continue
         children = list(parent._modules.items())
-        for (_, first), (key, second) in zip(children, children[1:]):
+        for (_, first), (key, second) in pairwise(children):
             name = f"{prefix}.{key}" if prefix else key
             if not _fusable(first, second, counts) or exclusion.reason(name, second):
                 continue
             assert isinstance(first, norm._FeatureMajorNorm) and isinstance(second, nn.ReLU)
             first.relu = True
             parent._modules[key] = FusedReLU(second)
-            rows.append(SparsifyRow(name, "ReLU", (), 0.0, 0, "fused", "computed by the norm before"))
+            rows.append(
+                SparsifyRow(name, "ReLU", (), 0.0, 0, "fused", "computed by the norm before")
+            )
     return rows
 
 
@@ -120,7 +124,7 @@ def restore(model: nn.Module) -> nn.Module:
     unfused: set[int] = set()
     for parent in model.modules():
         children = list(parent._modules.items())
-        for (_, first), (key, second) in zip(children, children[1:]):
+        for (_, first), (key, second) in pairwise(children):
             if isinstance(second, FusedReLU) and isinstance(first, norm._FeatureMajorNorm):
                 parent._modules[key] = second.original.train(second.training)
                 unfused.add(id(first))

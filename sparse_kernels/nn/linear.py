@@ -128,7 +128,9 @@ class SparseLinear(SparseLayer):
         weight = module.weight.detach()
         made = choose_pattern(weight, density, block, pattern, keep, generator, nnzb=nnzb)
         bias = module.bias is not None
-        layer = cls(module.in_features, module.out_features, bias, "meta", weight.dtype, pattern=made)
+        layer = cls(
+            module.in_features, module.out_features, bias, "meta", weight.dtype, pattern=made
+        )
         layer._take_dense(module, made, weight)
         return layer
 

@@ -70,7 +70,7 @@ class _FeatureMajorNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_FeatureMajorNorm, nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` (same arguments, parameters, state_dict) for feature-major [N, C] too.
+    """``nn.BatchNorm1d`` (arguments, parameters, state_dict) for feature-major [N, C] too.
 
     Set ``relu = True`` to apply ReLU to the output.
     """
@@ -79,7 +79,7 @@ class BatchNorm1d(_FeatureMajorNorm, nn.BatchNorm1d):
 
 
 class BatchNorm2d(_FeatureMajorNorm, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` (same arguments, parameters, state_dict) for feature-major [N, C, H, W] too.
+    """``nn.BatchNorm2d`` (arguments, parameters, state_dict) for feature-major [N, C, H, W] too.
 
     Set ``relu = True`` to apply ReLU to the output; ``forward(x, residual)`` adds before that.
     """

@@ -1,4 +1,4 @@
-"""sparsify(model) makes the linear and convolution layers of any model sparse; densify undoes it."""
+"""sparsify(model) makes linear and convolution layers of any model sparse; densify undoes it."""
 
 from __future__ import annotations
 
@@ -211,7 +211,8 @@ def _make_sparse(
     else:
         layer = SparseConv2d.from_dense(module, **options)  # type: ignore[arg-type]
     if module.bias is not None:
-        layer.bias = module.bias
+        # The very object, which a training loop may hold already.
+        layer.register_parameter("bias", module._parameters["bias"])
     return layer.to_storage_(DENSE_MASKED) if layer.density > DENSE_MASKED_ABOVE else layer
 
 

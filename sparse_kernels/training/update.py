@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import rules
+from .rewrite import added_mask
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 
 
@@ -146,7 +147,7 @@ def _grow(
     keys = torch.cat([kept, grown.to(kept.device)]).sort().values
     _check_growth(state, grown, count, keys)
     return LayerChange(
-        keys=keys, added=keys[~torch.isin(keys, state.keys)], removed=state.nnz - kept.numel()
+        keys=keys, added=keys[added_mask(state.keys, keys)], removed=state.nnz - kept.numel()
     )
 
 

@@ -178,7 +178,8 @@ def relative_error(sparse: SparseLayer, x: Tensor) -> float:
     wanted = sparse.pattern.compress(sparse.weight_to_matrix(weight))
     pairs = [(y32, y64), (x32.grad, x64.grad), (sparse.values.grad, wanted)]
     sparse.zero_grad(set_to_none=True)
-    return max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+    with torch.no_grad():
+        return max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -189,7 +190,7 @@ def table(results: dict[str, Any]) -> str:
         f"{settings['batch_size']}, {settings['rounds']} rounds in turns. "
         f"{machine.one_line(results['machine'])}",
         "",
-        "| layer | forward dense | sparse | speedup | + backward dense | sparse | speedup | error |",
+        "| layer | forward dense | sparse | speedup | +backward dense | sparse | speedup | error |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in results["rows"]:

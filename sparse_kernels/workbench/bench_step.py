@@ -17,7 +17,7 @@ from .. import layout
 from ..training import window_length
 from . import account, machine, models
 from .config import TrainConfig
-from .contenders import Contender, build_dense, build_sparse, dense_layouts
+from .contenders import Contender, build_sparse, start_dense
 from .errors import WorkbenchError
 from .steptime import Timing, interleave, summarize
 
@@ -41,6 +41,7 @@ def run(
     threads: int | None,
     width: int | None = None,
     memory: bool = True,
+    dense_baseline: str = "auto",
 ) -> dict[str, Any]:
     """Time ``steps`` steps of each contender in turns on random images; plain data.
 
@@ -54,6 +55,7 @@ def run(
         density=density,
         block=block,
         width=width,
+        dense_baseline=dense_baseline,
         threads=threads,
         signal="window",
     )
@@ -113,20 +115,8 @@ def _contenders(
         "sparse": build_sparse(config, 0, 100 * far, far),
         "sparse, signal": build_sparse(config, 0, 100 * epoch, always),
     }
-    rejected: dict[str, str] = {}
-    for name in dense_layouts(config):
-        contender = build_dense(config, 0, name)
-        try:
-            contender.step(*batch)
-        except Exception as error:  # torch.compile fails in many ways
-            rejected[name] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
-            continue
-        contenders[name] = contender
-    if len(contenders) == 2:
-        raise WorkbenchError(f"no dense baseline runs: {rejected}")
-    return contenders, rejected
+    dense, rejected = start_dense(config, batch)
+    return {**contenders, **dense}, rejected
 
 
 def _call(contender: Contender, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:

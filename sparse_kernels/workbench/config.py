@@ -11,6 +11,7 @@ from .errors import WorkbenchError
 from .models import spec
 
 SIGNALS = ("exact", "window", "gradient", "random")
+INITS = ("dense", "scaled")
 DENSE_BASELINES = ("auto", "contiguous", "channels_last", "compile")
 _MAX_THREADS = 1024
 
@@ -30,6 +31,7 @@ class TrainConfig:
     density: float = 0.05
     block: str = "1x1"
     distribution: str = "uniform"
+    init: str = "dense"  # the dense net's values; "scaled": divided by the root of the density
     compare: str | None = None  # "dense" trains the dense net beside the sparse one
     dense_baseline: str = "auto"
     epochs: int = 100
@@ -94,6 +96,7 @@ class TrainConfig:
                 self.prune_schedule)  # fmt: skip
         _expect(self.distribution in ("uniform", "erk"), "--distribution", "uniform or erk",
                 self.distribution)  # fmt: skip
+        _expect(self.init in INITS, "--init", f"one of {', '.join(INITS)}", self.init)
         _expect(self.compare in (None, "dense"), "--compare", "dense", self.compare)
         _expect(self.dense_baseline in DENSE_BASELINES, "--dense-baseline",
                 f"one of {', '.join(DENSE_BASELINES)}", self.dense_baseline)  # fmt: skip

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import sparsify
+from ..nn import SparseLayer, sparsify
 from ..training import SparseMomentum
 from . import models
 from .config import TrainConfig
@@ -100,6 +100,14 @@ def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: in
         block=config.block_shape(),
         generator=torch.Generator().manual_seed(seed),
     )
+    if not any(isinstance(module, SparseLayer) for module in model.modules()):
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in account.rows)
+        raise WorkbenchError(
+            f"no layer of {config.net} can be sparse with --block {config.block} ({reasons}); "
+            "choose a smaller block"
+        )
+    if config.init == "scaled":
+        _scale_to_fan_in(model)
     optimizer = _optimizer(model, config)
     masking = SparseMomentum(
         model,
@@ -112,6 +120,18 @@ def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: in
         generator=torch.Generator().manual_seed(seed),
     )
     return Contender("sparse", "sparse", model, model, optimizer, masking, config, account=account)
+
+
+@torch.no_grad()
+def _scale_to_fan_in(model: nn.Module) -> None:
+    """Divide by the root of the density: a unit with fewer inputs keeps the variance of its sum.
+
+    The paper starts from the dense net's values as they are, and loses a factor of the density in
+    the variance of each layer, which costs the first epochs of a short training.
+    """
+    for module in model.modules():
+        if isinstance(module, SparseLayer) and module.nnz:
+            module.values.div_(module.density**0.5)
 
 
 def build_dense(config: TrainConfig, seed: int, layout: str) -> Contender:
@@ -140,32 +160,37 @@ def dense_layouts(config: TrainConfig) -> list[str]:
     return ["contiguous", *(["channels_last"] if has_conv else []), "compile"]
 
 
-def choose_dense(
-    config: TrainConfig, images: Tensor, labels: Tensor
-) -> tuple[str, dict[str, Timing], dict[str, str]]:
-    """(best layout, step time by layout, why a layout was not timed), on one batch of this net.
+def start_dense(
+    config: TrainConfig, batch: tuple[Tensor, Tensor]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Dense contenders after a first step on ``batch``, and why another layout does not run here.
 
-    Raises WorkbenchError if the only layout allowed does not run.
+    Raises WorkbenchError if none runs, TrainingError if the first loss is no number.
     """
-    layouts = dense_layouts(config)
-    steps: dict[str, Callable[[], object]] = {}
+    started: dict[str, Contender] = {}
     rejected: dict[str, str] = {}
-    for layout in layouts:
-        contender = build_dense(config, config.seeds[0], layout)
+    for layout in dense_layouts(config):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                contender.step(images, labels)
+            contender = build_dense(config, config.seeds[0], layout)
+            contender.step(*batch)
         except TrainingError:
             raise
-        except Exception as error:  # torch.compile fails in many ways
-            rejected[layout] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
-            continue
-        steps[layout] = lambda c=contender: c.step(images, labels)  # type: ignore[misc]
-    if not steps:
+        except Exception as error:  # torch.compile fails in many ways, none of them ours
+            first_line = (str(error).splitlines() or [""])[0]
+            rejected[layout] = f"{type(error).__name__}: {first_line}"
+        else:
+            started[layout] = contender
+    if not started:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
         raise WorkbenchError(f"no dense baseline runs ({reasons}); try --dense-baseline contiguous")
-    timings = interleave(steps, rounds=_PROBE_ROUNDS, warmup=1)
+    return started, rejected
+
+
+def choose_dense(
+    config: TrainConfig, batch: tuple[Tensor, Tensor]
+) -> tuple[str, dict[str, Timing], dict[str, str]]:
+    """(best layout, step time by layout, why a layout was not timed), on one batch of this net."""
+    started, rejected = start_dense(config, batch)
+    calls = {name: partial(contender.step, *batch) for name, contender in started.items()}
+    timings = interleave(calls, rounds=_PROBE_ROUNDS, warmup=1)
     return min(timings, key=lambda name: timings[name].median), timings, rejected

@@ -83,7 +83,7 @@ def _baseline(config: TrainConfig, dataset: Dataset) -> dict[str, Any] | None:
     if config.compare is None:
         return None
     batches = BatchLoader(dataset.train, dataset, min(config.batch_size, len(dataset.train)))
-    chosen, timings, rejected = choose_dense(config, *next(iter(batches)))
+    chosen, timings, rejected = choose_dense(config, next(iter(batches)))
     shown = ", ".join(f"{name} {t.median * 1e3:.2f} ms" for name, t in timings.items())
     print(f"dense baseline: {chosen} (a step: {shown})", flush=True)
     for name, reason in rejected.items():

@@ -1,0 +1,144 @@
+"""The command line: what it writes, and that a user's mistake is one line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from sparse_kernels import cli, info
+from sparse_kernels.workbench import report
+
+TINY = (
+    "train --net lenet-300-100 --data mnist-sample --density 0.1 --compare dense "
+    "--dense-baseline contiguous --batch-size 500 --max-steps 3 --threads 1 --name tiny"
+)
+
+
+@pytest.fixture(autouse=True)
+def threads_stay() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(cli.main, list(words))
+
+
+def test_train_writes_a_run_and_report_renders_it_again(tmp_path: Path) -> None:
+    done = invoke(*TINY.split(), "--seeds", "0,1", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "tiny"
+    names = {path.name for path in folder.iterdir()}
+    logs = {f"log-{c}-seed{s}.csv" for c in ("sparse", "dense") for s in (0, 1)}
+    assert logs | {"results.json", "table.md", "reproduce.txt"} <= names
+    assert "| test accuracy |" in done.output and str(folder / "table.md") in done.output
+    assert not [name for name in names if name.endswith(".part")]
+    (folder / "table.md").unlink()
+    again = invoke("report", str(folder))
+    assert again.exit_code == 0 and (folder / "table.md").is_file()
+
+
+def test_the_command_in_the_results_makes_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def remember(config: object, folder: Path) -> None:
+        seen.append(config)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("sparse_kernels.workbench.loop.train", remember)
+    out = ["--out", str(tmp_path)]
+    for words in (
+        [*TINY.split(), "--seed", "3", "--seed", "4", "--block", "4x1", *out],
+        ["train", "--net", "vgg16-d", "--no-augment", "--data-dir", "a b", "--threads", "2", *out],
+        ["train", "--preset", "demo", "--width", "128", *out],
+    ):
+        assert invoke(*words).exit_code == 1
+        assert invoke(*shlex.split(seen[-1].command())[1:]).exit_code == 1
+        assert seen[-1] == seen[-2]
+    assert (seen[0].seeds, seen[0].block) == ((3, 4), "4x1")
+    assert (seen[2].epochs, seen[2].augment, seen[2].data) == (250, False, "cifar10")
+    assert (seen[4].net, seen[4].data, seen[4].compare) == ("wide-mlp", "mnist-sample", "dense")
+
+
+MISTAKES = {
+    "density 0": ("--density 0", 1, "--density: expected"),
+    "density 2": ("--density 2", 1, "--density: expected"),
+    "no number": ("--density much", 2, "--density"),
+    "unknown net": ("--net resnet", 1, "unknown net 'resnet'"),
+    "unknown data": ("--data imagenet", 1, "unknown data set 'imagenet'"),
+    "wrong pair": ("--net vgg16-d", 1, "takes cifar10 images"),
+    "no such directory": ("--data mnist --data-dir nowhere", 1, "nowhere: this directory"),
+    "bad seeds": ("--seeds 1,x", 2, "whole numbers"),
+    "bad block": ("--block four", 1, "--block: expected"),
+    "block above the layer": ("--block 512x512", 1, "no layer of lenet-300-100 can be sparse"),
+    "unknown option": ("--sparsity 0.9", 2, "--sparsity"),
+    "loss explodes": ("--lr 1e30", 1, "the loss of step"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(case: str, tmp_path: Path) -> None:
+    words, code, message = MISTAKES[case]
+    done = invoke(*TINY.split(), "--out", str(tmp_path), *words.split())
+    assert done.exit_code == code, done.output
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_a_report_of_nothing_is_one_line(tmp_path: Path) -> None:
+    done = invoke("report", str(tmp_path))
+    assert done.exit_code == 1 and "results.json: not there" in done.stderr
+
+
+def test_info_describes_the_installation() -> None:
+    done = invoke("info")
+    assert done.exit_code == 0 and done.output.strip() == info.describe().strip()
+
+
+def test_bench_layers_prints_and_writes(tmp_path: Path) -> None:
+    words = [
+        "bench",
+        "layers",
+        "--layer",
+        "linear-784-300",
+        "--rounds",
+        "1",
+        "--batch-size",
+        "8",
+        "--out",
+    ]
+    done = invoke(*words, str(tmp_path))
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "bench-layers.json").read_text())
+    assert results["rows"][0]["layer"] == "linear-784-300"
+    assert "linear-784-300" in done.output
+    assert (tmp_path / "bench-layers.md").read_text().strip() in done.output
+    wrong = invoke("bench", "layers", "--layer", "linear-1")
+    assert wrong.exit_code == 1 and "expected one of conv-64-32" in wrong.stderr
+
+
+def test_the_program_runs_as_a_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparse_kernels.cli"]
+    words = f"train --data mnist-sample --max-steps 2 --threads 1 --name p --out {tmp_path}".split()
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert report.read_run(tmp_path / "p")["runs"][0]["steps"] == 2
+    words = ["train", "--density", "2"]
+    wrong = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240)
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().splitlines() == [
+        "Error: --density: expected a number above 0 and at most 1, got 2.0"
+    ]

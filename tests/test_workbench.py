@@ -1,0 +1,386 @@
+"""The training loop, its account of cost, its reports and the benchmarks, on small nets."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_kernels.nn import sparsify
+from sparse_kernels.workbench import (
+    account,
+    bench_layers,
+    bench_step,
+    contenders,
+    loop,
+    machine,
+    models,
+    report,
+    steptime,
+)
+from sparse_kernels.workbench.config import TrainConfig
+from sparse_kernels.workbench.errors import TrainingError, WorkbenchError
+
+SMALL = TrainConfig(
+    data="mnist-sample",
+    density=0.1,
+    compare="dense",
+    dense_baseline="contiguous",
+    epochs=3,
+    batch_size=600,
+    update_every=4,
+    threads=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tests run side by side; threads would only wait for each other
+    yield
+    torch.set_num_threads(before)
+
+
+def batch(config: TrainConfig = SMALL) -> tuple[torch.Tensor, torch.Tensor]:
+    return bench_step.random_batch(dataclasses.replace(config, batch_size=32))
+
+
+def test_interleave_takes_turns_after_warming_up() -> None:
+    calls: list[str] = []
+    timings = steptime.interleave(
+        {name: lambda name=name: calls.append(name) for name in "ab"}, rounds=3, warmup=2
+    )
+    assert "".join(calls) == "aabb" + "ababab"
+    assert all(t.rounds == 3 and 0 <= t.low <= t.median <= t.high for t in timings.values())
+
+
+def test_summarize_gives_median_and_quartiles() -> None:
+    assert steptime.summarize([4.0, 1.0, 3.0, 2.0, 5.0]) == steptime.Timing(3.0, 2.0, 4.0, 5)
+    assert steptime.summarize([2.0]) == steptime.Timing(2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="at least one"):
+        steptime.summarize([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"density": 0.0}, "--density: expected .* got 0.0"),
+        ({"density": 2.0}, "--density"),
+        ({"density": float("nan")}, "--density"),
+        ({"block": "4"}, "--block: expected .* got '4'"),
+        ({"block": "0x1"}, "--block"),
+        ({"net": "vgg"}, "unknown net 'vgg'"),
+        ({"epochs": 0}, "--epochs"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"lr": float("inf")}, "--lr"),
+        ({"seeds": ()}, "--seed"),
+        ({"seeds": (1, 1)}, "--seed"),
+        ({"threads": 0}, "--threads"),
+        ({"max_steps": 0}, "--max-steps"),
+        ({"holdout": 1.0}, "--holdout"),
+        ({"prune_rate": 1.5}, "--prune-rate"),
+        ({"signal": "psychic"}, "--signal"),
+        ({"name": "../up"}, "--name"),
+        ({"dense_baseline": "fast"}, "--dense-baseline"),
+    ],
+)
+def test_impossible_settings_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(WorkbenchError, match=message):
+        dataclasses.replace(SMALL, **change).check()
+
+
+def test_flops_weigh_each_weight_by_its_outputs() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    sparsify(net, density=0.25, exclude=["3"], generator=torch.Generator().manual_seed(0))
+    positions = account.output_positions(net, (3, 9, 9))
+    assert positions == {"0": 16, "3": 1}
+    costs = {c.name: c for c in account.layer_costs(net, positions)}
+    assert (costs["0"].nnz, costs["0"].numel) == (54, 216)
+    assert (costs["3"].nnz, costs["3"].numel) == (1280, 1280)
+    both = list(costs.values())
+    assert account.weight_density(both) == pytest.approx((54 + 1280) / (216 + 1280))
+    assert account.flops_density(both) == pytest.approx((54 * 16 + 1280) / (216 * 16 + 1280))
+
+
+def test_memory_counts_every_tensor_that_stays() -> None:
+    dense = contenders.build_dense(SMALL, 0, "contiguous")
+    sparse = contenders.build_sparse(SMALL, 0, 1000, 1000)
+    for contender in (dense, sparse):
+        contender.step(*batch())
+    weights = 784 * 300 + 300 * 100 + 100 * 10
+    assert account.memory(dense.model, dense.optimizer) == {
+        "weights": 4 * (weights + 410),
+        "indices": 0,
+        "gradients": 4 * (weights + 410),
+        "optimizer": 4 * (weights + 410),
+        "total": 12 * (weights + 410),
+    }
+    held = account.memory(sparse.model, sparse.optimizer)
+    nnz = weights // 10
+    assert held["weights"] == held["gradients"] == held["optimizer"]
+    assert 4 * (nnz + 410) <= held["weights"] <= 1.3 * 4 * (nnz + 410)
+    # Column index, and row index and permutation of the transposed pattern: 12 bytes each.
+    rows = 2 * 4 * (784 + 300 + 300 + 100 + 100 + 10)
+    assert 12 * nnz < held["indices"] < 1.3 * 12 * nnz + rows
+
+
+def test_contenders_start_alike_and_layouts_compute_the_same() -> None:
+    config = dataclasses.replace(SMALL, net="lenet-5-caffe")
+    losses = [
+        [contender.step(*batch(config)) for _ in range(3)]
+        for contender in (
+            contenders.build_dense(config, 3, "contiguous"),
+            contenders.build_dense(config, 3, "channels_last"),
+            contenders.build_sparse(dataclasses.replace(config, density=1.0), 3, 100, 100),
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)  # density 1 keeps every weight
+
+
+def test_the_learning_rate_falls_every_so_many_steps() -> None:
+    contender = contenders.build_dense(
+        dataclasses.replace(SMALL, lr_decay_every=2), 0, "contiguous"
+    )
+    rates = []
+    for _ in range(5):
+        contender.step(*batch())
+        rates.append(contender.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_loss_that_is_no_number_stops_before_it_is_learnt(kind: str) -> None:
+    contender = (
+        contenders.build_sparse(SMALL, 0, 100, 100)
+        if kind == "sparse"
+        else contenders.build_dense(SMALL, 0, "contiguous")
+    )
+    images, labels = batch()
+    contender.step(images, labels)
+    before = [p.detach().clone() for p in contender.model.parameters()]
+    images[3] = float("nan")
+    with pytest.raises(TrainingError, match=rf"{kind}: the loss of step 2 is nan.*--lr"):
+        contender.step(images, labels)
+    for old, new in zip(before, contender.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_the_fastest_dense_layout_is_chosen_and_failures_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    config = dataclasses.replace(SMALL, net="lenet-5-caffe", dense_baseline="auto")
+    assert contenders.dense_layouts(config) == ["contiguous", "channels_last", "compile"]
+    assert contenders.dense_layouts(dataclasses.replace(config, net="wide-mlp")) == [
+        "contiguous",
+        "compile",
+    ]
+    chosen, timings, rejected = contenders.choose_dense(config, batch(config))
+    assert set(timings) == {"contiguous", "channels_last"}
+    assert timings[chosen].median == min(t.median for t in timings.values())
+    assert rejected == {"compile": "RuntimeError: no C++ compiler"}
+    with pytest.raises(WorkbenchError, match=r"no C\+\+ compiler.*--dense-baseline contiguous"):
+        only = dataclasses.replace(config, dense_baseline="compile")
+        contenders.choose_dense(only, batch(config))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Three epochs of six steps, sparse and dense, two seeds."""
+    folder = tmp_path_factory.mktemp("run")
+    results = loop.train(dataclasses.replace(SMALL, seeds=(0, 1)), folder)
+    report.write_run(folder, results)
+    return folder, results
+
+
+def test_training_learns_conserves_and_updates_masks(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = finished
+    assert [(r["seed"], r["contender"]) for r in results["runs"]] == [
+        (0, "sparse"), (0, "dense"), (1, "sparse"), (1, "dense"),
+    ]  # fmt: skip
+    for run in results["runs"]:
+        losses = [e["train_loss"] for e in run["epochs"]]
+        assert losses[-1] < losses[0]
+        assert run["steps"] == 18 and run["epochs"][-1]["step"] == 18
+        seconds = [e["seconds"] for e in run["epochs"]]
+        assert 0 < seconds[0] < seconds[1] < seconds[2] == run["seconds"]
+        assert run["test_accuracy"] is not None
+        assert all(e["validation_accuracy"] is not None for e in run["epochs"])
+        assert [e["test_accuracy"] is None for e in run["epochs"]] == [True, True, False]
+    for run in results["runs"][::2]:
+        assert {round(e["density"], 9) for e in run["epochs"]} == {round(run["density"], 9)}
+        assert run["density"] == pytest.approx(0.1, abs=1e-4)
+        assert set(run["initial_layers"].values()) == {0.1}
+        assert run["epochs"][0]["layers"] != run["initial_layers"]  # redistributed after step 4
+        rates = [e["prune_rate"] for e in run["epochs"]]
+        assert 0.5 > rates[0] > rates[1] > rates[2] == pytest.approx(0.005)
+    assert {r["density"] for r in results["runs"][1::2]} == {1.0}
+
+
+def test_equal_seeds_train_alike(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, compare=None, max_steps=7, threads=1)
+    one, two = (loop.train(config, tmp_path)["runs"][0] for _ in range(2))
+    for key in ("train_loss", "validation_accuracy", "layers"):
+        assert [e[key] for e in one["epochs"]] == [e[key] for e in two["epochs"]]
+    assert one["steps"] == 7 and len(one["epochs"]) == 2
+
+
+def test_the_csv_log_has_a_row_per_epoch(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = finished
+    for run in results["runs"]:
+        path = folder / f"log-{run['contender']}-seed{run['seed']}.csv"
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+        for row, record in zip(rows, run["epochs"], strict=True):
+            assert float(row["train_loss"]) == record["train_loss"]
+            assert float(row["density:1"]) == record["layers"]["1"]
+        assert rows[0]["test_accuracy"] == ""
+        assert (rows[0]["prune_rate"] == "") == (run["contender"] == "dense")
+
+
+def test_the_table_says_what_the_results_say(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = finished
+    text = (folder / "table.md").read_text()
+    sparse, dense = results["runs"][::2], results["runs"][1::2]
+
+    def mean(runs: list[dict[str, Any]], key: str) -> float:
+        return sum(run[key] for run in runs) / len(runs)
+
+    cells = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ") and line.count("|") == 5
+    }
+    accuracy = cells["test accuracy"]
+    assert accuracy[0].startswith(f"{100 * mean(sparse, 'test_accuracy'):.2f} % +- ")
+    speedup = mean(dense, "step_seconds") / mean(sparse, "step_seconds")
+    assert cells["time per step"][2] == f"{speedup:.2f}x"
+    assert cells["weight density"][1].startswith("100.00 %")
+    assert "dense (contiguous)" in text
+    assert (
+        results["command"] in text and results["command"] in (folder / "reproduce.txt").read_text()
+    )
+
+
+def test_a_run_is_rendered_again_from_its_results(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = finished
+    (tmp_path / "results.json").write_text((folder / "results.json").read_text())
+    written = report.render(tmp_path, report.read_run(tmp_path))
+    assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
+    if (folder / "figure.png") in folder.iterdir():
+        assert (tmp_path / "figure.png") in written
+        assert (tmp_path / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_without_matplotlib_everything_but_the_figure_is_written(
+    finished: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    written = report.render(tmp_path, finished[1])
+    assert {p.name for p in written} == {"table.md", "reproduce.txt"}
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"runs": []}'])
+def test_results_that_are_not_there_or_broken_are_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(WorkbenchError, match=r"results\.json: "):
+        report.read_run(tmp_path)
+
+
+def test_net_and_data_must_match(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, net="vgg16-d")
+    with pytest.raises(WorkbenchError, match="vgg16-d takes cifar10 images"):
+        loop.train(config, tmp_path)
+
+
+def test_the_header_tells_machine_versions_and_commit() -> None:
+    head = machine.header()
+    assert {"cpu", "isa", "threads", "torch", "python", "commit", "date"} <= head.keys()
+    assert head["threads"] == torch.get_num_threads() and head["torch"] == torch.__version__
+    json.dumps(head)
+    assert head["cpu"] in machine.one_line(head)
+
+
+def test_layers_are_validated_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"density": 0.1, "block": "4x1", "batch_size": 8, "rounds": 1, "threads": 1}
+    results = bench_layers.run(names=("linear-784-300", "conv-512-2"), **settings)
+    for row in results["rows"]:
+        assert 0 < row["error"] < 1e-5
+        timings = row["forward_backward"]["timings"]
+        assert row["forward_backward"]["dense_best"] in timings
+        assert ("channels_last" in timings) == row["layer"].startswith("conv")
+    assert "conv-512-2" in bench_layers.table(results)
+    monkeypatch.setattr(bench_layers, "relative_error", lambda *a: 0.5)
+    with pytest.raises(WorkbenchError, match=r"5\.0e-01 against float64.*not timed"):
+        bench_layers.run(names=("linear-784-300",), **settings)
+
+
+def test_relative_error_sees_a_wrong_weight() -> None:
+    shape = bench_layers.LayerShape("tiny", 20, 30)
+    layer = bench_layers._sparsified(shape.dense(), 0.2, (1, 1))
+    x = torch.randn(4, 30)
+    assert bench_layers.relative_error(layer, x) < 1e-5
+    wrong = layer.to_dense()
+    with torch.no_grad():
+        wrong.weight[0, 0] += 1.0
+    layer.to_dense = lambda: wrong  # type: ignore[method-assign]
+    assert bench_layers.relative_error(layer, x) > 1e-2
+
+
+def test_bench_step_times_parts_memory_and_updates() -> None:
+    results = bench_step.run(
+        net="lenet-5-caffe", batch_size=16, density=0.1, block="1x1", steps=10, threads=1,
+        dense_baseline="contiguous",
+    )  # fmt: skip
+    assert set(results["timings"]) == {"sparse", "sparse, signal", "contiguous"}
+    for name, parts in results["parts"].items():
+        assert sum(parts.values()) == pytest.approx(results["timings"][name]["median"])
+        assert parts["convolutions"] > 0 and parts["linear"] > 0
+    assert results["memory"]["sparse"]["total"] < results["memory"]["contiguous"]["total"]
+    assert results["update"]["updates_timed"] >= 1 and results["update"]["update_seconds"] > 0
+    assert set(results["peak_memory"]) == {"sparse", "contiguous"}
+    assert min(results["peak_memory"].values()) > 0
+    text = bench_step.table(results)
+    assert "Mask update:" in text and "peak of the process" in text
+
+
+def test_models_and_defaults_of_the_paper() -> None:
+    vgg = TrainConfig(net="vgg16-d", **models.spec("vgg16-d").defaults)
+    assert (vgg.epochs, vgg.batch_size, vgg.lr_decay_every, vgg.augment) == (250, 128, 30_000, True)
+    lenet = TrainConfig(**models.spec("lenet-300-100").defaults)
+    assert (lenet.epochs, lenet.batch_size, lenet.lr, lenet.lr_decay_every) == (
+        100,
+        100,
+        0.1,
+        25_000,
+    )
+    assert (lenet.momentum, lenet.weight_decay, lenet.holdout, lenet.prune_rate) == (
+        0.9,
+        5e-4,
+        0.1,
+        0.5,
+    )
