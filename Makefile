@@ -42,9 +42,9 @@ $(TORCH_STAMP): | $(VPY)
 	@touch $@
 
 # Isolated build: pip fetches pybind11, cmake and ninja for it. torch is installed already and is not touched.
-# build/temp* goes too: its CMake cache names the ninja of an earlier isolated environment, which is gone.
+# build/lib* goes first: setuptools would pack modules that the sources no longer have.
 $(INSTALL_STAMP): $(TORCH_STAMP) $(CPP_SOURCES) $(PACKAGE_SOURCES) $(BUILD_FILES)
-	@rm -rf build/lib* build/bdist* build/temp*
+	@rm -rf build/lib* build/bdist*
 	$(PIP) install '.[test,report]'
 	@touch $@
 

@@ -107,16 +107,13 @@ ConvGeometry Geometry(const char* kernel, const std::vector<int64_t>& v) {
   RequireSize(kernel, "out_channels and in_channels", std::min(g.out_channels, g.in_channels));
   RequireSize(kernel, "kernel, stride, dilation and groups",
               std::min({g.kh, g.kw, g.stride_h, g.stride_w, g.dil_h, g.dil_w, g.groups}), 1);
-  RequireSize(kernel, "padding",
-              std::min({g.pad_top, g.pad_left, g.pad_bottom, g.pad_right}));
+  RequireSize(kernel, "padding", std::min({g.pad_top, g.pad_left, g.pad_bottom, g.pad_right}));
   Require(g.out_channels % g.groups == 0 && g.in_channels % g.groups == 0,
           std::string(kernel) + ": channels must be divisible by groups, got " +
               std::to_string(g.out_channels) + " and " + std::to_string(g.in_channels) + " for " +
               std::to_string(g.groups) + " groups");
-  const int64_t out_h =
-      OutputSize(g.in_h, g.pad_top, g.pad_bottom, g.kh, g.stride_h, g.dil_h);
-  const int64_t out_w =
-      OutputSize(g.in_w, g.pad_left, g.pad_right, g.kw, g.stride_w, g.dil_w);
+  const int64_t out_h = OutputSize(g.in_h, g.pad_top, g.pad_bottom, g.kh, g.stride_h, g.dil_h);
+  const int64_t out_w = OutputSize(g.in_w, g.pad_left, g.pad_right, g.kw, g.stride_w, g.dil_w);
   Require(g.out_h == out_h && g.out_w == out_w,
           std::string(kernel) + ": out_h and out_w must be " + std::to_string(out_h) + " and " +
               std::to_string(out_w) + " for this geometry, got " + std::to_string(g.out_h) +
@@ -154,10 +151,10 @@ void Conv2dDgrad(Address dx, Address grad, Address values, Address t_crow, Addre
   RequirePointer(kernel, "values", values, 1);
   RequirePointer(kernel, "t_perm", t_perm, 1);
   RequireThreads(kernel, threads);
-  sparse_kernels().conv2d_dgrad(
-      Pointer<float>(dx), Pointer<const float>(grad), Pointer<const float>(values),
-      Pointer<const int32_t>(t_crow), Pointer<const int32_t>(t_row), Pointer<const int32_t>(t_perm),
-      g, bh, bw, static_cast<int>(threads));
+  sparse_kernels().conv2d_dgrad(Pointer<float>(dx), Pointer<const float>(grad),
+                                Pointer<const float>(values), Pointer<const int32_t>(t_crow),
+                                Pointer<const int32_t>(t_row), Pointer<const int32_t>(t_perm), g,
+                                bh, bw, static_cast<int>(threads));
 }
 
 void Conv2dWgrad(Address dvalues, Address grad, Address x, Address crow, Address col,

@@ -1,30 +1,39 @@
 // The launchers of the sparse product: what each computes, pointer by pointer. No torch, no Python.
 //
 // Common to all of them:
-//   memory     host; float32 and int32; owned by the caller and only borrowed for the call. Inputs and outputs must not
-//              overlap. float pointers need 4-byte alignment; 64 bytes let the stores bypass the cache.
+//   memory     host; float32 and int32; owned by the caller and only borrowed for the call. Inputs
+//   and outputs must not
+//              overlap. float pointers need 4-byte alignment; 64 bytes let the stores bypass the
+//              cache.
 //   activation feature-major, no gaps: [features][batch], or [channels][height][width][batch].
-//   W          the sparse weight as a matrix [rows, cols] in blocks [bh, bw] (see sparse_kernels/pattern.py):
+//   W          the sparse weight as a matrix [rows, cols] in blocks [bh, bw] (see
+//   sparse_kernels/pattern.py):
 //     values   [capacity][bh][bw]; blocks past crow's last entry are never read
 //     crow     [block_rows + 1], col [capacity]: block columns, sorted within a block row
-//     t_crow   [block_cols + 1], t_row, t_perm [capacity]: block rows sorted within a block column, and the place in values
-//              entries of a partial block outside the matrix are never read, and get a gradient of exactly 0
+//     t_crow   [block_cols + 1], t_row, t_perm [capacity]: block rows sorted within a block column,
+//     and the place in values
+//              entries of a partial block outside the matrix are never read, and get a gradient of
+//              exactly 0
 //   bias       [rows] or null; relu: max(., 0) after the bias, NaN passes
 //   output     every element is written, whatever the pattern, also where nothing is stored
 //   threads    >= 1, how many OpenMP threads to use; results do not depend on it, to the last bit
-//   scratch    one lease of scratch.h per call, bounded by: 16 bytes per stored element and 16 per stored block, 32 * taps
-//              bytes per output row, and per thread one packed tile (some hundred KB, or the input rows of a few pixels of 16
-//              to 64 batch entries where that is more); wgrad: 32 bytes per stored element (8 partial sums) instead of lists.
-//              Never rows x cols, never an im2col matrix.
-//   errors     std::bad_alloc before anything is written. Shapes and patterns are the caller's to check.
+//   scratch    one lease of scratch.h per call, bounded by: 16 bytes per stored element and 16 per
+//   stored block, 32 * taps
+//              bytes per output row, and per thread one packed tile (some hundred KB, or the input
+//              rows of a few pixels of 16 to 64 batch entries where that is more); wgrad: 32 bytes
+//              per stored element (8 partial sums) instead of lists. Never rows x cols, never an
+//              im2col matrix.
+//   errors     std::bad_alloc before anything is written. Shapes and patterns are the caller's to
+//   check.
 #pragma once
 
 #include <cstdint>
 
 namespace sk {
 
-// A convolution: torch.nn.functional.conv2d with asymmetric zero padding. Matrix: rows = out_channels in `groups` segments,
-// cols = kh*kw taps of in_channels/groups; no block spans two groups or two taps.
+// A convolution: torch.nn.functional.conv2d with asymmetric zero padding. Matrix: rows =
+// out_channels in `groups` segments, cols = kh*kw taps of in_channels/groups; no block spans two
+// groups or two taps.
 struct ConvGeometry {
   int64_t batch, in_h, in_w, out_h, out_w;
   int64_t out_channels, in_channels, kh, kw;
@@ -36,29 +45,34 @@ struct ConvGeometry {
 
 struct SparseKernels {
   // y [rows][batch] = relu(W x + bias), x [cols][batch].
-  void (*linear)(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
-                 const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw, int64_t batch, bool relu,
-                 int threads);
+  void (*linear)(float* y, const float* x, const float* values, const float* bias,
+                 const int32_t* crow, const int32_t* col, int64_t rows, int64_t cols, int64_t bh,
+                 int64_t bw, int64_t batch, bool relu, int threads);
   // dx [cols][batch] = W^T grad, grad [rows][batch].
-  void (*linear_dgrad)(float* dx, const float* grad, const float* values, const int32_t* t_crow, const int32_t* t_row,
-                       const int32_t* t_perm, int64_t rows, int64_t cols, int64_t bh, int64_t bw, int64_t batch,
-                       int threads);
+  void (*linear_dgrad)(float* dx, const float* grad, const float* values, const int32_t* t_crow,
+                       const int32_t* t_row, const int32_t* t_perm, int64_t rows, int64_t cols,
+                       int64_t bh, int64_t bw, int64_t batch, int threads);
   // dvalues [capacity][bh][bw] = (grad x^T) at the pattern, zero past the last stored block.
-  void (*linear_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow, const int32_t* col,
-                       int64_t rows, int64_t cols, int64_t bh, int64_t bw, int64_t capacity, int64_t batch,
-                       int threads);
-  // y [out_channels][out_h][out_w][batch] = relu(conv(x, W) + bias), x [in_channels][in_h][in_w][batch].
-  void (*conv2d)(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
-                 const int32_t* col, const ConvGeometry& geometry, int64_t bh, int64_t bw, bool relu, int threads);
+  void (*linear_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow,
+                       const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
+                       int64_t capacity, int64_t batch, int threads);
+  // y [out_channels][out_h][out_w][batch] = relu(conv(x, W) + bias), x
+  // [in_channels][in_h][in_w][batch].
+  void (*conv2d)(float* y, const float* x, const float* values, const float* bias,
+                 const int32_t* crow, const int32_t* col, const ConvGeometry& geometry, int64_t bh,
+                 int64_t bw, bool relu, int threads);
   // dx (like x) from grad (like y): the transposed convolution.
-  void (*conv2d_dgrad)(float* dx, const float* grad, const float* values, const int32_t* t_crow, const int32_t* t_row,
-                       const int32_t* t_perm, const ConvGeometry& geometry, int64_t bh, int64_t bw, int threads);
-  // dvalues [capacity][bh][bw]: the weight's gradient at the pattern, zero past the last stored block.
-  void (*conv2d_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow, const int32_t* col,
-                       const ConvGeometry& geometry, int64_t bh, int64_t bw, int64_t capacity, int threads);
+  void (*conv2d_dgrad)(float* dx, const float* grad, const float* values, const int32_t* t_crow,
+                       const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& geometry,
+                       int64_t bh, int64_t bw, int threads);
+  // dvalues [capacity][bh][bw]: the weight's gradient at the pattern, zero past the last stored
+  // block.
+  void (*conv2d_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow,
+                       const int32_t* col, const ConvGeometry& geometry, int64_t bh, int64_t bw,
+                       int64_t capacity, int threads);
 };
 
-// Each instruction set's build defines `const SparseKernels& sparse_kernels_table()` in its namespace sk::<isa>
-// (csrc/cpu/linear.cpp); dispatch.h chooses one as sk::sparse_kernels().
+// Each instruction set's build defines `const SparseKernels& sparse_kernels_table()` in its
+// namespace sk::<isa> (csrc/cpu/linear.cpp); dispatch.h chooses one as sk::sparse_kernels().
 
 }  // namespace sk

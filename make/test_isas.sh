@@ -8,10 +8,10 @@ python=$VENV/bin/python
 site=$PWD/build/emulated/site
 
 echo "=== building with the emulated AVX-512 variant into build/emulated/site"
-rm -rf "$site" build/lib* build/bdist* build/temp*
+rm -rf "$site" build/lib* build/bdist*
 SPARSE_KERNELS_EMULATE_AVX512=ON SPARSE_KERNELS_CUDA=OFF "$python" -m pip install --quiet --no-index \
   --no-build-isolation --no-deps --target "$site" .
-rm -rf build/lib* build/bdist* build/temp*
+rm -rf build/lib* build/bdist*
 
 export PYTHONPATH=$site OMP_NUM_THREADS=1
 cd "$site" # not the source tree: `python -c` puts the working directory on sys.path

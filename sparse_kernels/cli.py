@@ -27,10 +27,10 @@ DEMO = {
     "density": 0.05,
     "init": "scaled",
     "compare": "dense",
-    "epochs": 15,
+    "epochs": 20,
     "lr": 0.1,
-    "lr_decay_every": 400,
-    "update_every": 100,
+    "lr_decay_every": 500,
+    "update_every": 80,
     "holdout": 0.0,
     "name": "demo",
 }
@@ -254,8 +254,10 @@ def bench_layers(
 def bench_step(out: str | None, **options: Any) -> None:
     """Whole training steps by part, memory, and the time of a mask update, against dense."""
     from .workbench import bench_step as module
+    from .workbench.config import TrainConfig
 
-    results = module.run(**options)
+    steps, memory = options.pop("steps"), options.pop("memory")
+    results = module.run(TrainConfig(**options), steps=steps, memory=memory)
     _publish(f"bench-step-{options['net']}", results, module.table(results), out)
 
 

@@ -1,4 +1,4 @@
-"""Geometry of a 2-d convolution as plain integers, as the operators and the native kernels take it."""
+"""Geometry of a 2-d convolution as plain integers, as operators and native kernels take it."""
 
 from __future__ import annotations
 

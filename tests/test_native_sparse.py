@@ -263,7 +263,9 @@ def test_conv2d_matches_dense_for_random_configurations(seed: int) -> None:
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 1), (3, 5), (16, 16)], ids=str)
-@pytest.mark.parametrize(("rows", "cols", "batch"), [(7, 97, 40), (300, 784, 37), (1, 1, 1), (50, 3000, 9)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "batch"), [(7, 97, 40), (300, 784, 37), (1, 1, 1), (50, 3000, 9)]
+)
 def test_linear_matches_dense(rows: int, cols: int, batch: int, block: tuple[int, int]) -> None:
     case = Case(batch, cols, rows, (1, 1), (1, 1), padding=(0, 0, 0, 0), block=block, density=0.1)
     w = Weight(case, empty_rows=rows > 1)
@@ -298,8 +300,12 @@ def test_nan_passes_the_relu_and_unaligned_pointers_work() -> None:
     y = nan_filled(6 * 25 * 16 + shift)[shift:]
     native.conv2d(y.data_ptr(), x.data_ptr(), w.values.data_ptr(), 0, w.crow.data_ptr(), w.col.data_ptr(),
                   case.geom, 1, 1, True, 2)  # fmt: skip
-    want = F.conv2d(x.view(4, 5, 5, 16).movedim(-1, 0).double(), w.conv_weight(case), padding=1).relu()
-    assert torch.allclose(y.view(6, 5, 5, 16).movedim(-1, 0).double(), want, atol=1e-4, equal_nan=True)
+    want = F.conv2d(
+        x.view(4, 5, 5, 16).movedim(-1, 0).double(), w.conv_weight(case), padding=1
+    ).relu()
+    assert torch.allclose(
+        y.view(6, 5, 5, 16).movedim(-1, 0).double(), want, atol=1e-4, equal_nan=True
+    )
     assert want.isnan().any()
 
 

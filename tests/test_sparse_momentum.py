@@ -162,7 +162,7 @@ def test_whole_training_equals_the_official_procedure(name, density):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_storage_moves_both_ways_and_changes_nothing(name):
+def test_storage_changes_alter_nothing(name):
     """At dense_above 0.35 layers go dense and come back; the reference knows no storage."""
     model, _, masks, reference = train_both(OPTIMIZERS[name], 0.35, dense_above=0.35, steps=60)
     seen = {s for record in masks.history for s in record.storage_changes.values()}
@@ -347,3 +347,26 @@ def test_a_wrong_growth_rule_is_refused_and_changes_nothing(result):
     with pytest.raises(ValueError, match="layer '0': the growth rule must return int64"):
         train(model, optimizer, masks, 1)
     assert all(torch.equal(a.pattern.keys(), b) for a, b in zip(sparse(model), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("density", "before", "after"),
+    [
+        (0.6, "compressed", "dense-masked"),
+        (0.45, "compressed", "compressed"),
+        (0.45, "dense-masked", "dense-masked"),  # between 0.8 * 0.5 and 0.5: as it was
+        (0.3, "dense-masked", "compressed"),
+    ],
+)
+def test_storage_follows_density_with_hysteresis(density, before, after):
+    model = make_model(density=density)
+    for layer in sparse(model):
+        layer.to_storage_(before)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=9, update_every=4, redistribution="none", dense_above=0.5
+    )
+    train(model, optimizer, masks, 5)
+    assert [layer.storage for layer in sparse(model)] == [after] * 3
+    moved = dict.fromkeys(("0", "2", "4"), after) if before != after else {}
+    assert masks.history[0].storage_changes == moved

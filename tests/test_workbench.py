@@ -352,10 +352,8 @@ def test_relative_error_sees_a_wrong_weight() -> None:
 
 
 def test_bench_step_times_parts_memory_and_updates() -> None:
-    results = bench_step.run(
-        net="lenet-5-caffe", batch_size=16, density=0.1, block="1x1", steps=10, threads=1,
-        dense_baseline="contiguous",
-    )  # fmt: skip
+    config = dataclasses.replace(SMALL, net="lenet-5-caffe", batch_size=16)
+    results = bench_step.run(config, steps=10)
     assert set(results["timings"]) == {"sparse", "sparse, signal", "contiguous"}
     for name, parts in results["parts"].items():
         assert sum(parts.values()) == pytest.approx(results["timings"][name]["median"])

@@ -75,8 +75,8 @@ def build(device: str) -> None:
     """Install the package into SITE: no isolation, no dependencies, no network. Raises
     CheckError.
     """
-    stale = [SITE, *(ROOT / "build").glob("temp*"), *(ROOT / "build").glob("lib*")]
-    for folder in stale:  # a CMake cache of another environment names tools that are gone
+    # build/lib*: setuptools would pack modules that the sources no longer have.
+    for folder in [SITE, *(ROOT / "build").glob("lib*")]:
         shutil.rmtree(folder, ignore_errors=True)
     line = command(
         "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "--no-compile"

@@ -1,4 +1,5 @@
-// conv2d and conv2d_dgrad: both turn the pattern into lists for the one sparse product of sparse_product.h.
+// conv2d and conv2d_dgrad: both turn the pattern into lists for the one sparse product of
+// sparse_product.h.
 #include "conv2d.h"
 
 #include "sparse_product.h"
@@ -18,7 +19,8 @@ Blocks blocks_of(const ConvGeometry& g, int64_t bh, int64_t bw) {
   return {bh, bw, ceil_div(rows, bh), ceil_div(cols, bw), rows, cols};
 }
 
-SK_INLINE void put_entry(float* word, int64_t offset, const float* weights, int64_t stride, int64_t r) {
+SK_INLINE void put_entry(float* word, int64_t offset, const float* weights, int64_t stride,
+                         int64_t r) {
   const int32_t o = int32_t(offset);
   std::memcpy(word, &o, sizeof(o));
   if (r == 1) {  // the commonest, without a loop
@@ -28,10 +30,11 @@ SK_INLINE void put_entry(float* word, int64_t offset, const float* weights, int6
   for (int64_t i = 0; i < r; ++i) word[1 + i] = weights[i * stride];
 }
 
-// Chunks over `parts` segments of `seg` output rows in blocks of `height`; calls words(part, block) for the entries of one.
+// Chunks over `parts` segments of `seg` output rows in blocks of `height`; calls words(part, block)
+// for the entries of one.
 template <class Count>
-int64_t make_chunks(Chunk* chunks, int32_t* owner, int64_t parts, int64_t blocks, int64_t seg, int64_t height,
-                    int max_log_r, Count entries) {
+int64_t make_chunks(Chunk* chunks, int32_t* owner, int64_t parts, int64_t blocks, int64_t seg,
+                    int64_t height, int max_log_r, Count entries) {
   int64_t n = 0, words = 0;
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t b = 0; b < blocks; ++b) {
@@ -50,7 +53,8 @@ int64_t make_chunks(Chunk* chunks, int32_t* owner, int64_t parts, int64_t blocks
       }
     }
   }
-  // The caller sizes its lease by a first pass without chunks, and learns the number of words from the return value.
+  // The caller sizes its lease by a first pass without chunks, and learns the number of words from
+  // the return value.
   return chunks ? n : words;
 }
 
@@ -63,7 +67,8 @@ int64_t count_chunks(int64_t parts, int64_t blocks, int64_t seg, int64_t height,
 struct ListScratch {
   int64_t chunks, words, segments;
   size_t bytes() const {
-    return ScratchLease::padded(size_t(chunks) * sizeof(Chunk)) + ScratchLease::padded(size_t(chunks) * 8) +
+    return ScratchLease::padded(size_t(chunks) * sizeof(Chunk)) +
+           ScratchLease::padded(size_t(chunks) * 8) +
            ScratchLease::padded(size_t(chunks) * size_t(segments + 1) * 4) +
            ScratchLease::padded(size_t(words) * 4);
   }
@@ -85,12 +90,13 @@ struct Weights {
 };
 
 // The list of one forward chunk: the stored blocks of a block row, tap by tap, channel by channel.
-void fill_forward(const ConvGeometry& g, const Blocks& b, const Product& p, const ProductPlan& plan, const Weights& w,
-                  int64_t block_row, int64_t r0, int log_r, float* words, int32_t* segments) {
+void fill_forward(const ConvGeometry& g, const Blocks& b, const Product& p, const ProductPlan& plan,
+                  const Weights& w, int64_t block_row, int64_t r0, int log_r, float* words,
+                  int32_t* segments) {
   const int64_t r = int64_t(1) << log_r;
   const int64_t group = block_row / b.row_blocks;
-  // Columns are sorted: taps are met in order, and no division per non-zero is needed (it would cost more than the
-  // products of a small batch).
+  // Columns are sorted: taps are met in order, and no division per non-zero is needed (it would
+  // cost more than the products of a small batch).
   int64_t tap_end = 0, next = 0, kx = -1, s = -1, base = 0;
   int32_t n = 0;
   for (int64_t e = w.crow[block_row]; e < w.crow[block_row + 1]; ++e) {
@@ -112,7 +118,8 @@ void fill_forward(const ConvGeometry& g, const Blocks& b, const Product& p, cons
   while (s < p.segments) segments[++s] = n;
 }
 
-// One phase of dgrad: the taps that connect input pixels (y0 + i*stride_h, x0 + j*stride_w) to output pixels.
+// One phase of dgrad: the taps that connect input pixels (y0 + i*stride_h, x0 + j*stride_w) to
+// output pixels.
 struct Phase {
   int64_t y0, x0;
   int64_t ky[2], kx[2];      // first tap and distance to the next; taps below kh, kw
@@ -129,7 +136,8 @@ SK_INLINE int64_t gcd(int64_t a, int64_t b) {
 }
 
 // Taps k < kernel with (at + pad - k*dil) divisible by stride: an arithmetic progression.
-void phase_taps(int64_t at, int64_t pad, int64_t dil, int64_t stride, int64_t kernel, int64_t* k, int64_t& count) {
+void phase_taps(int64_t at, int64_t pad, int64_t dil, int64_t stride, int64_t kernel, int64_t* k,
+                int64_t& count) {
   k[0] = 0;
   k[1] = stride / gcd(stride, dil);
   while (k[0] < imin(kernel, k[1]) && (at + pad - k[0] * dil) % stride != 0) ++k[0];
@@ -149,8 +157,8 @@ SK_INLINE int32_t lower_bound(const int32_t* a, int32_t lo, int32_t hi, int64_t 
 }
 
 // Stored blocks of one block column that belong to one group.
-void column_range(const ConvGeometry& g, const Blocks& b, const Weights& w, int64_t block_col, int64_t group,
-                  int32_t& lo, int32_t& hi) {
+void column_range(const ConvGeometry& g, const Blocks& b, const Weights& w, int64_t block_col,
+                  int64_t group, int32_t& lo, int32_t& hi) {
   lo = w.crow[block_col];
   hi = w.crow[block_col + 1];
   if (g.groups > 1) {
@@ -159,8 +167,8 @@ void column_range(const ConvGeometry& g, const Blocks& b, const Weights& w, int6
   }
 }
 
-int64_t count_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Weights& w, int64_t group,
-                    int64_t j) {
+int64_t count_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Weights& w,
+                    int64_t group, int64_t j) {
   int64_t n = 0;
   for (int64_t a = 0; a < f.count_y; ++a) {
     for (int64_t c = 0; c < f.count_x; ++c) {
@@ -173,9 +181,11 @@ int64_t count_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, cons
   return n * b.bh;
 }
 
-// The list of one dgrad chunk: block column j of every tap of the phase. Taps run backwards, so that dy grows.
-void fill_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Product& p, const ProductPlan& plan,
-                const Weights& w, int64_t owner, int64_t c0, int log_r, float* words, int32_t* segments) {
+// The list of one dgrad chunk: block column j of every tap of the phase. Taps run backwards, so
+// that dy grows.
+void fill_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Product& p,
+                const ProductPlan& plan, const Weights& w, int64_t owner, int64_t c0, int log_r,
+                float* words, int32_t* segments) {
   const int64_t r = int64_t(1) << log_r;
   const int64_t group = owner / b.col_blocks, j = owner % b.col_blocks;
   int32_t n = 0;
@@ -201,17 +211,20 @@ void fill_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Pr
   for (int64_t s = f.count_y; s < p.segments; ++s) segments[s + 1] = n;
 }
 
-void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, Product p, const Weights& w, int threads) {
+void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, Product p, const Weights& w,
+               int threads) {
   const ProductPlan plan = plan_product(p, b.bw);
   auto entries = [&](int64_t group, int64_t j) { return count_dgrad(g, b, f, w, group, j); };
   ListScratch need;
   need.chunks = count_chunks(g.groups, b.col_blocks, b.seg_cols, b.bw, plan.max_log_r);
-  need.words = make_chunks(nullptr, nullptr, g.groups, b.col_blocks, b.seg_cols, b.bw, plan.max_log_r, entries);
+  need.words = make_chunks(nullptr, nullptr, g.groups, b.col_blocks, b.seg_cols, b.bw,
+                           plan.max_log_r, entries);
   need.segments = p.segments;
   ScratchLease lease(need.bytes() + product_scratch(p, plan, threads));
   int32_t* owner;
   const ProductLists lists = take_lists(lease, need, owner);
-  make_chunks(lists.chunks, owner, g.groups, b.col_blocks, b.seg_cols, b.bw, plan.max_log_r, entries);
+  make_chunks(lists.chunks, owner, g.groups, b.col_blocks, b.seg_cols, b.bw, plan.max_log_r,
+              entries);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t k = 0; k < lists.count; ++k)
     fill_dgrad(g, b, f, p, plan, w, owner[2 * k], owner[2 * k + 1], lists.chunks[k].log_r,
@@ -221,8 +234,9 @@ void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, Product p
 
 }  // namespace
 
-void conv2d(float* y, const float* x, const float* values, const float* bias, const int32_t* crow, const int32_t* col,
-            const ConvGeometry& g, int64_t bh, int64_t bw, bool relu, int threads) {
+void conv2d(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
+            const int32_t* col, const ConvGeometry& g, int64_t bh, int64_t bw, bool relu,
+            int threads) {
   if (g.batch * g.out_h * g.out_w * g.out_channels <= 0) return;
   const Blocks b = blocks_of(g, bh, bw);
   const Weights w{values, crow, col, nullptr};
@@ -250,7 +264,8 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
   };
   ListScratch need;
   need.chunks = count_chunks(g.groups, b.row_blocks, b.seg_rows, bh, plan.max_log_r);
-  need.words = make_chunks(nullptr, nullptr, g.groups, b.row_blocks, b.seg_rows, bh, plan.max_log_r, entries);
+  need.words = make_chunks(nullptr, nullptr, g.groups, b.row_blocks, b.seg_rows, bh, plan.max_log_r,
+                           entries);
   need.segments = g.kh;
   ScratchLease lease(need.bytes() + product_scratch(p, plan, threads));
   int32_t* owner;
@@ -263,8 +278,9 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
   run_product(p, plan, lists, lease, threads);
 }
 
-void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow, const int32_t* t_row,
-                  const int32_t* t_perm, const ConvGeometry& g, int64_t bh, int64_t bw, int threads) {
+void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
+                  const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& g, int64_t bh,
+                  int64_t bw, int threads) {
   if (g.batch * g.in_h * g.in_w * g.in_channels <= 0) return;
   const Blocks b = blocks_of(g, bh, bw);
   const Weights w{values, t_crow, t_row, t_perm};
@@ -289,14 +305,17 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
       p.out_h = ceil_div(g.in_h - y0, g.stride_h);
       p.out_w = ceil_div(g.in_w - x0, g.stride_w);
       p.step_y = p.step_x = 1;
-      if (f.count_y == 0 || f.count_x == 0) f.count_y = f.count_x = 0;  // nothing reaches this phase: zeros
+      if (f.count_y == 0 || f.count_x == 0)
+        f.count_y = f.count_x = 0;  // nothing reaches this phase: zeros
       p.segments = imax<int64_t>(1, f.count_y);
       p.dy_step = 1;
       if (f.count_y > 0) {
         // Exact divisions: phase_taps chose the taps so.
-        p.dy_first = (y0 + g.pad_top - (f.ky[0] + (f.count_y - 1) * f.ky[1]) * g.dil_h) / g.stride_h;
+        p.dy_first =
+            (y0 + g.pad_top - (f.ky[0] + (f.count_y - 1) * f.ky[1]) * g.dil_h) / g.stride_h;
         p.dy_step = f.ky[1] * g.dil_h / g.stride_h;
-        p.dx_first = (x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
+        p.dx_first =
+            (x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
         p.dx_last = (x0 + g.pad_left - f.kx[0] * g.dil_w) / g.stride_w;
       }
       run_phase(g, b, f, p, w, threads);

@@ -1,7 +1,9 @@
-// conv2d_wgrad: the weight gradient at the pattern (a sampled product), tile by tile of packed input.
+// conv2d_wgrad: the weight gradient at the pattern (a sampled product), tile by tile of packed
+// input.
 //
-// Work is cut in at most kMaxParts parts of tiles, a number that depends on the shape alone; each part sums into its own
-// partial values, and the parts are added in order: the result is the same for every number of threads.
+// Work is cut in at most kMaxParts parts of tiles, a number that depends on the shape alone; each
+// part sums into its own partial values, and the parts are added in order: the result is the same
+// for every number of threads.
 #include "conv2d.h"
 #include "scratch.h"
 #include "sparse_dots.h"
@@ -23,10 +25,14 @@ DotKernel pick() {
 template <int R>
 DotKernel pick_k(int k) {
   switch (k) {
-    case 1: return pick<R, 1>();
-    case 2: return pick<R, 2>();
-    case 4: return pick<R, 4>();
-    default: return pick<R, 8>();
+    case 1:
+      return pick<R, 1>();
+    case 2:
+      return pick<R, 2>();
+    case 4:
+      return pick<R, 4>();
+    default:
+      return pick<R, 8>();
   }
 }
 DotKernel dot_kernel_for(int r, int k) {
@@ -35,9 +41,9 @@ DotKernel dot_kernel_for(int r, int k) {
 
 // One stored column of a block row: where its input lies in the tile, and where its gradients go.
 struct Columns {
-  int32_t* offset;   // [sum of stored columns], block row by block row, ordered by (band, tap) key
-  int32_t* value;    // index of the column's first value, relative to the block row's first
-  int32_t* keys;     // [block_rows][key_count + 1]: where each key's columns start
+  int32_t* offset;  // [sum of stored columns], block row by block row, ordered by (band, tap) key
+  int32_t* value;   // index of the column's first value, relative to the block row's first
+  int32_t* keys;    // [block_rows][key_count + 1]: where each key's columns start
 };
 
 struct Job {
@@ -49,8 +55,9 @@ struct Job {
   Columns columns;
 };
 
-// Walks the stored columns of one block row in their order, tap by tap and channel by channel, and calls
-// visit(key, offset, value index) for each. No divisions: there are as many columns as non-zeros.
+// Walks the stored columns of one block row in their order, tap by tap and channel by channel, and
+// calls visit(key, offset, value index) for each. No divisions: there are as many columns as
+// non-zeros.
 template <class Visit>
 SK_INLINE void walk_columns(const Job& j, int64_t row, Visit visit) {
   const WgradPlan& plan = j.plan;
@@ -81,7 +88,8 @@ SK_INLINE void walk_columns(const Job& j, int64_t row, Visit visit) {
   }
 }
 
-// Sorts the stored columns of one block row by (channel band, tap); inside a key they stay in order of channels.
+// Sorts the stored columns of one block row by (channel band, tap); inside a key they stay in order
+// of channels.
 void list_columns(const Job& j, int64_t row) {
   const int64_t count = j.plan.keys;
   int32_t* keys = j.columns.keys + row * (count + 1);
@@ -95,13 +103,15 @@ void list_columns(const Job& j, int64_t row) {
     offset[at] = int32_t(o);
     value[at] = int32_t(v);
   });
-  for (int64_t k = count; k > 0; --k) keys[k] = keys[k - 1];  // filling moved every start to its end
+  for (int64_t k = count; k > 0; --k)
+    keys[k] = keys[k - 1];  // filling moved every start to its end
   keys[0] = 0;
 }
 
 // Dot products of R gradient rows with columns [begin, end) of one key.
-void run_columns(const DotRegion& d, const float* grad, const float* x, const int32_t* offset, const int32_t* value,
-                 int64_t begin, int64_t end, int r, int64_t bw, float* partial) {
+void run_columns(const DotRegion& d, const float* grad, const float* x, const int32_t* offset,
+                 const int32_t* value, int64_t begin, int64_t end, int r, int64_t bw,
+                 float* partial) {
   constexpr int kMax = 8;
   float sums[kAccumulators];
   while (begin < end) {
@@ -124,8 +134,8 @@ void run_columns(const DotRegion& d, const float* grad, const float* x, const in
 }
 
 // All stored columns of one block row against one packed tile (one band of channels).
-void run_block_row(const Job& j, const WgradTile& t, int64_t band, int64_t row, const float* tile, float* grad,
-                   float* partial) {
+void run_block_row(const Job& j, const WgradTile& t, int64_t band, int64_t row, const float* tile,
+                   float* grad, float* partial) {
   const WgradPlan& plan = j.plan;
   const int32_t* keys = j.columns.keys + row * (plan.keys + 1);
   const int64_t key0 = band * plan.keys_per_band, key1 = key0 + plan.keys_per_band;
@@ -145,24 +155,26 @@ void run_block_row(const Job& j, const WgradTile& t, int64_t band, int64_t row, 
       DotRegion d;
       if (!plan.region(j.g, t, key - key0, d, grad_at, x_at)) continue;
       d.grad_row = shape.pitch;
-      run_columns(d, grad + grad_at, tile + x_at, j.columns.offset + first, j.columns.value + first, keys[key],
-                  keys[key + 1], r, j.bw, to);
+      run_columns(d, grad + grad_at, tile + x_at, j.columns.offset + first, j.columns.value + first,
+                  keys[key], keys[key + 1], r, j.bw, to);
     }
     r0 += r;
   }
 }
 
-void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, float* tile, float* grad,
-              float* partial) {
+void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, float* tile,
+              float* grad, float* partial) {
   const WgradPlan& plan = j.plan;
   const TileSource source{j.x, j.g.in_h, j.g.in_w, j.g.batch};
-  for (int64_t index = plan.tiles * part / plan.parts; index < plan.tiles * (part + 1) / plan.parts; ++index) {
+  for (int64_t index = plan.tiles * part / plan.parts; index < plan.tiles * (part + 1) / plan.parts;
+       ++index) {
     const WgradTile t = plan.locate(j.g, index);
     for (int64_t band = 0; band < plan.bands; ++band) {
       const int64_t c0 = band * plan.band_channels;
       const int64_t channels = imin(plan.band_channels, j.g.in_channels - c0);
       pack_tile(tile, plan.tile, source, c0, channels, t.y0, t.y1 - t.y0, t.x0, t.n0);
-      for (int64_t row = row_begin; row < row_end; ++row) run_block_row(j, t, band, row, tile, grad, partial);
+      for (int64_t row = row_begin; row < row_end; ++row)
+        run_block_row(j, t, band, row, tile, grad, partial);
     }
   }
 }
@@ -199,7 +211,8 @@ void run_job(Job& j, float* dvalues, int64_t stored, int threads) {
   const int64_t columns = int64_t(j.crow[j.block_rows]) * j.bw;
   const size_t list_bytes = ScratchLease::padded(size_t(columns) * 4);
   const size_t key_bytes = ScratchLease::padded(size_t(j.block_rows * (plan.keys + 1)) * 4);
-  const size_t part_bytes = plan.parts > 1 ? ScratchLease::padded(size_t(plan.parts * stored) * 4) : 0;
+  const size_t part_bytes =
+      plan.parts > 1 ? ScratchLease::padded(size_t(plan.parts * stored) * 4) : 0;
   const size_t tile_bytes = ScratchLease::padded(size_t(plan.band_channels * plan.tile.pitch) * 4);
   const size_t thread_bytes = tile_bytes + ScratchLease::padded(size_t(plan.grad_floats()) * 4);
   ScratchLease lease(2 * list_bytes + key_bytes + part_bytes + size_t(threads) * thread_bytes);
@@ -210,9 +223,12 @@ void run_job(Job& j, float* dvalues, int64_t stored, int threads) {
   char* scratch = static_cast<char*>(lease.take(size_t(threads) * thread_bytes));
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < j.block_rows; ++row) list_columns(j, row);
-  // Rows are independent: cut them when there are fewer parts than threads, packing the same tiles more than once.
+  // Rows are independent: cut them when there are fewer parts than threads, packing the same tiles
+  // more than once.
   int64_t splits = 1;
-  while (splits < j.block_rows && plan.parts * splits < 4 * threads && (plan.parts * splits) % threads != 0) ++splits;
+  while (splits < j.block_rows && plan.parts * splits < 4 * threads &&
+         (plan.parts * splits) % threads != 0)
+    ++splits;
   int64_t next = 0;
 #pragma omp parallel num_threads(threads)
   {
@@ -236,8 +252,9 @@ void run_job(Job& j, float* dvalues, int64_t stored, int threads) {
 
 }  // namespace
 
-void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32_t* crow, const int32_t* col,
-                  const ConvGeometry& g, int64_t bh, int64_t bw, int64_t capacity, int threads) {
+void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32_t* crow,
+                  const int32_t* col, const ConvGeometry& g, int64_t bh, int64_t bw,
+                  int64_t capacity, int threads) {
   const int64_t seg_rows = g.out_channels / g.groups, seg_cols = g.in_channels / g.groups;
   const int64_t row_blocks = ceil_div(seg_rows, bh), col_blocks = ceil_div(seg_cols, bw);
   const int64_t block_rows = row_blocks * g.groups;

@@ -38,7 +38,8 @@ Pool& pool() {
   return *instance;
 }
 
-// Tiles are read at random: with 4 KB pages the walk misses the first-level TLB all the time, hence huge pages.
+// Tiles are read at random: with 4 KB pages the walk misses the first-level TLB all the time, hence
+// huge pages.
 char* allocate(size_t& size) {
   const bool huge = size >= kHuge / 2;
   const size_t align = huge ? kHuge : kAlign;
@@ -58,8 +59,9 @@ void free_unleased(Pool& p) {
     std::free(b.data);
     b.data = nullptr;
   }
-  p.blocks.erase(std::remove_if(p.blocks.begin(), p.blocks.end(), [](const Block& b) { return !b.data; }),
-                 p.blocks.end());
+  p.blocks.erase(
+      std::remove_if(p.blocks.begin(), p.blocks.end(), [](const Block& b) { return !b.data; }),
+      p.blocks.end());
 }
 
 char* acquire(size_t bytes, size_t& size) {
@@ -67,7 +69,8 @@ char* acquire(size_t bytes, size_t& size) {
   std::lock_guard<std::mutex> lock(p.mutex);
   Block* best = nullptr;
   for (auto& b : p.blocks) {
-    const bool fits = !b.leased && b.size >= bytes && b.size / kWasteFactor <= std::max(bytes, kHuge);
+    const bool fits =
+        !b.leased && b.size >= bytes && b.size / kWasteFactor <= std::max(bytes, kHuge);
     if (fits && (!best || b.size < best->size)) best = &b;
   }
   if (best) {
@@ -104,7 +107,8 @@ ScratchLease::~ScratchLease() { give_back(data_); }
 
 void* ScratchLease::take(size_t bytes) {
   const size_t need = padded(bytes);
-  if (used_ + need > size_) throw std::logic_error("scratch: a kernel asked for more than it leased");
+  if (used_ + need > size_)
+    throw std::logic_error("scratch: a kernel asked for more than it leased");
   void* p = data_ + used_;
   used_ += need;
   return p;

@@ -1,7 +1,8 @@
 // Scratch memory of the native kernels: aligned blocks, kept and reused between calls, counted.
 //
-// A launcher leases one block for its whole call (lists, and one tile per thread) BEFORE its parallel region, so that
-// std::bad_alloc never has to leave one. The pool is shared by all threads of the process and safe to use from any of them.
+// A launcher leases one block for its whole call (lists, and one tile per thread) BEFORE its
+// parallel region, so that std::bad_alloc never has to leave one. The pool is shared by all threads
+// of the process and safe to use from any of them.
 #pragma once
 
 #include <cstddef>
@@ -11,12 +12,14 @@ namespace sk {
 
 class ScratchLease {
  public:
-  explicit ScratchLease(size_t bytes);  // throws std::bad_alloc; contents undefined; aligned to 64 bytes
+  explicit ScratchLease(
+      size_t bytes);  // throws std::bad_alloc; contents undefined; aligned to 64 bytes
   ~ScratchLease();
   ScratchLease(const ScratchLease&) = delete;
   ScratchLease& operator=(const ScratchLease&) = delete;
 
-  // The next part of the lease, aligned to 64 bytes. Asking for more than was leased is a bug and throws std::logic_error.
+  // The next part of the lease, aligned to 64 bytes. Asking for more than was leased is a bug and
+  // throws std::logic_error.
   void* take(size_t bytes);
 
   // What `take(bytes)` uses up: sum these to know what to lease.

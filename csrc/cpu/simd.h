@@ -1,11 +1,13 @@
-// Vectors of float with one interface and a lane count fixed per instruction set: 4 (baseline), 8 (AVX2+FMA), 16 (AVX-512).
+// Vectors of float with one interface and a lane count fixed per instruction set: 4 (baseline), 8
+// (AVX2+FMA), 16 (AVX-512).
 //
-// Included only by sources that are compiled once per instruction set with -DSK_ISA=<namespace>. Everything lives in
-// that namespace, because an inline function of one name compiled with two sets of flags merges at link time, and an
-// AVX-512 copy on an older CPU is an illegal instruction. For the same reason there is no std:: template here.
+// Included only by sources that are compiled once per instruction set with -DSK_ISA=<namespace>.
+// Everything lives in that namespace, because an inline function of one name compiled with two sets
+// of flags merges at link time, and an AVX-512 copy on an older CPU is an illegal instruction. For
+// the same reason there is no std:: template here.
 //
-// SK_EMULATE_AVX512 (with AVX2 flags) gives 16 lanes from two AVX2 registers: the tile shapes and tails of the
-// AVX-512 build can then be run, and held to the oracle, on a machine without AVX-512.
+// SK_EMULATE_AVX512 (with AVX2 flags) gives 16 lanes from two AVX2 registers: the tile shapes and
+// tails of the AVX-512 build can then be run, and held to the oracle, on a machine without AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +29,8 @@ namespace SK_ISA {
 #if defined(SK_EMULATE_AVX512)
 
 constexpr int kLanes = 16;
-constexpr int kAccumulators = 16;  // what the AVX-512 build uses; two registers each here, so slow, but the same code
+constexpr int kAccumulators =
+    16;  // what the AVX-512 build uses; two registers each here, so slow, but the same code
 struct Vec {
   __m256 lo, hi;
 };
@@ -35,9 +38,13 @@ SK_INLINE Vec vzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 SK_INLINE Vec vset1(const float* p) { return {_mm256_broadcast_ss(p), _mm256_broadcast_ss(p)}; }
 SK_INLINE Vec vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 SK_INLINE void vstore(float* p, Vec a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
-SK_INLINE void vstream(float* p, Vec a) { _mm256_stream_ps(p, a.lo), _mm256_stream_ps(p + 8, a.hi); }
+SK_INLINE void vstream(float* p, Vec a) {
+  _mm256_stream_ps(p, a.lo), _mm256_stream_ps(p + 8, a.hi);
+}
 SK_INLINE Vec vadd(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-SK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+SK_INLINE Vec vfma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
 SK_INLINE Vec vrelu(Vec a) {
   return {_mm256_max_ps(_mm256_setzero_ps(), a.lo), _mm256_max_ps(_mm256_setzero_ps(), a.hi)};
 }
@@ -59,7 +66,8 @@ SK_INLINE Vec vrelu(Vec a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }
 #elif defined(__AVX2__) && defined(__FMA__)
 
 constexpr int kLanes = 8;
-constexpr int kAccumulators = 8;  // 8 hide the latency of two FMA units; 16 registers leave no room for 16
+constexpr int kAccumulators =
+    8;  // 8 hide the latency of two FMA units; 16 registers leave no room for 16
 using Vec = __m256;
 SK_INLINE Vec vzero() { return _mm256_setzero_ps(); }
 SK_INLINE Vec vset1(const float* p) { return _mm256_broadcast_ss(p); }
@@ -99,7 +107,8 @@ SK_INLINE Vec vrelu(Vec a) {  // "not less than" lets a NaN through, as torch's 
 
 #endif
 
-// Max with zero as the first operand: x86 returns the second when either is NaN, so that NaN passes as in torch.
+// Max with zero as the first operand: x86 returns the second when either is NaN, so that NaN passes
+// as in torch.
 
 // Bytes of one vector: the alignment that vstream asks of its address.
 constexpr int kVecBytes = kLanes * 4;

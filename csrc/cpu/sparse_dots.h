@@ -1,4 +1,5 @@
-// The inner kernel of the weight gradient: R gradient rows against K shifted input channels, R*K dot products at once.
+// The inner kernel of the weight gradient: R gradient rows against K shifted input channels, R*K
+// dot products at once.
 #pragma once
 
 #include "simd.h"
@@ -6,22 +7,24 @@
 namespace sk {
 namespace SK_ISA {
 
-// A rectangle of pixels of one tile, in floats. Gradient rows are packed without gaps, inputs have the tile's pitch.
+// A rectangle of pixels of one tile, in floats. Gradient rows are packed without gaps, inputs have
+// the tile's pitch.
 struct DotRegion {
-  int64_t lines;               // image rows
-  int64_t pixels;              // per image row
-  int64_t lanes;               // floats per pixel
-  int64_t grad_line, x_line;   // from image row to image row
-  int64_t x_step;              // from pixel to pixel in the tile; `lanes` when the stride is 1
-  int64_t grad_row;            // from gradient row (output channel) to gradient row
+  int64_t lines;              // image rows
+  int64_t pixels;             // per image row
+  int64_t lanes;              // floats per pixel
+  int64_t grad_line, x_line;  // from image row to image row
+  int64_t x_step;             // from pixel to pixel in the tile; `lanes` when the stride is 1
+  int64_t grad_row;           // from gradient row (output channel) to gradient row
 };
 
 // sums[r * K + k] = dot(grad row r, x + offsets[k]) over the region.
-using DotKernel = void (*)(const DotRegion&, const float* grad, const float* x, const int32_t* offsets, float* sums);
+using DotKernel = void (*)(const DotRegion&, const float* grad, const float* x,
+                           const int32_t* offsets, float* sums);
 
 template <int R, int K>
-SK_INLINE void dot_run(Vec (&acc)[R][K], const float* grad, int64_t grad_row, const float* const (&x)[K], int64_t at,
-                       int64_t n) {
+SK_INLINE void dot_run(Vec (&acc)[R][K], const float* grad, int64_t grad_row,
+                       const float* const (&x)[K], int64_t at, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) {
     Vec g[R];
     for (int r = 0; r < R; ++r) g[r] = vload(grad + r * grad_row + i);
@@ -33,7 +36,8 @@ SK_INLINE void dot_run(Vec (&acc)[R][K], const float* grad, int64_t grad_row, co
 }
 
 template <int R, int K>
-void dot_kernel(const DotRegion& d, const float* grad, const float* x, const int32_t* offsets, float* sums) {
+void dot_kernel(const DotRegion& d, const float* grad, const float* x, const int32_t* offsets,
+                float* sums) {
   Vec acc[R][K];
   const float* xs[K];
   for (int k = 0; k < K; ++k) {

@@ -14,16 +14,21 @@ RowsKernel pick() {
 }
 template <int LR, int LP>
 RowsKernel pick_v(int v) {
-  const RowsKernel k[] = {pick<LR, LP, 0>(), pick<LR, LP, 1>(), pick<LR, LP, 2>(), pick<LR, LP, 3>()};
+  const RowsKernel k[] = {pick<LR, LP, 0>(), pick<LR, LP, 1>(), pick<LR, LP, 2>(),
+                          pick<LR, LP, 3>()};
   return k[v];
 }
 template <int LR>
 RowsKernel pick_p(int p, int v) {
   switch (p) {
-    case 0: return pick_v<LR, 0>(v);
-    case 1: return pick_v<LR, 1>(v);
-    case 2: return pick_v<LR, 2>(v);
-    default: return pick_v<LR, 3>(v);
+    case 0:
+      return pick_v<LR, 0>(v);
+    case 1:
+      return pick_v<LR, 1>(v);
+    case 2:
+      return pick_v<LR, 2>(v);
+    default:
+      return pick_v<LR, 3>(v);
   }
 }
 
@@ -33,21 +38,18 @@ int log2_floor(int64_t a) {
   return l;
 }
 
-// Half of a 512 KB second-level cache: the other half is for the lists and the output on its way out.
-#ifndef SK_TILE_KB
-#define SK_TILE_KB 288
-#endif
-constexpr int64_t kTileBytes = SK_TILE_KB * 1024;
-// Outputs larger than this do not survive in the caches until their reader comes: write them past the caches.
-#ifndef SK_STREAM
-#define SK_STREAM (12 << 20)
-#endif
-constexpr int64_t kStreamBytes = SK_STREAM;
+// Half of a 512 KB second-level cache: the other half is for the lists and the output on its way
+// out.
+constexpr int64_t kTileBytes = 288 * 1024;
+// Outputs larger than this do not survive in the caches until their reader comes: write them past
+// the caches.
+constexpr int64_t kStreamBytes = 12 << 20;
 constexpr int kLogAccumulators = kAccumulators == 16 ? 4 : 3;
 
 // Output pixels that one kernel call keeps in registers.
 int pixels_at_once(int64_t width, int log_r, int log_v) {
-  return pow2_floor(imin(width, imin<int64_t>(int64_t(1) << kMaxLog, kAccumulators >> (log_r + log_v))));
+  return pow2_floor(
+      imin(width, imin<int64_t>(int64_t(1) << kMaxLog, kAccumulators >> (log_r + log_v))));
 }
 
 int64_t tile_bytes(const Product& p, int lanes, int64_t h, int64_t w) {
@@ -80,10 +82,14 @@ void choose_band(const Product& p, int lanes, int64_t min_w, int64_t& band_h, in
 
 RowsKernel rows_kernel_for(int log_r, int log_p, int log_v) {
   switch (log_r) {
-    case 0: return pick_p<0>(log_p, log_v);
-    case 1: return pick_p<1>(log_p, log_v);
-    case 2: return pick_p<2>(log_p, log_v);
-    default: return pick_p<3>(log_p, log_v);
+    case 0:
+      return pick_p<0>(log_p, log_v);
+    case 1:
+      return pick_p<1>(log_p, log_v);
+    case 2:
+      return pick_p<2>(log_p, log_v);
+    default:
+      return pick_p<3>(log_p, log_v);
   }
 }
 
@@ -94,16 +100,19 @@ ProductPlan plan_product(const Product& p, int64_t block_rows_at_once) {
   int log_v = imin(line_log, log2_floor(ceil_div(p.src.batch, kLanes)));
   if (log_v < line_log && (kLanes << log_v) < p.src.batch) ++log_v;
   plan.max_log_r = imin(imin(kMaxLog, log2_floor(block_rows_at_once)), kLogAccumulators - log_v);
-  // Narrow images cannot fill the registers with pixels; take more of the batch, as long as the tile stays in cache.
+  // Narrow images cannot fill the registers with pixels; take more of the batch, as long as the
+  // tile stays in cache.
   while (log_v < kMaxLog && plan.max_log_r + log_v + 1 <= kLogAccumulators &&
-         (p.out_w << (log_v + plan.max_log_r)) < kAccumulators && (int64_t(kLanes) << log_v) < p.src.batch &&
+         (p.out_w << (log_v + plan.max_log_r)) < kAccumulators &&
+         (int64_t(kLanes) << log_v) < p.src.batch &&
          tile_bytes(p, kLanes << (log_v + 1), 1, p.out_w) <= kTileBytes)
     ++log_v;
   plan.log_v = log_v;
   const int lanes = kLanes << log_v;
   const int64_t min_w = pixels_at_once(p.out_w, 0, log_v);
   choose_band(p, lanes, min_w, plan.band_h, plan.band_w);
-  const int64_t rows = imin(p.src.height, (plan.band_h - 1) * p.step_y + (p.segments - 1) * p.dy_step + 1);
+  const int64_t rows =
+      imin(p.src.height, (plan.band_h - 1) * p.step_y + (p.segments - 1) * p.dy_step + 1);
   const int64_t cols = (plan.band_w - 1) * p.step_x + p.dx_last - p.dx_first + 1;
   plan.tile = tile_shape(lanes, imax<int64_t>(rows, 1), cols);
   plan.lane_groups = ceil_div(p.src.batch, lanes);
@@ -134,8 +143,8 @@ Item locate(const Product& p, const ProductPlan& plan, int64_t index) {
   t.n0 = group * plan.tile.lanes;
   t.i0 = (band / plan.bands_x) * plan.band_h;
   t.rows = imin(plan.band_h, p.out_h - t.i0);
-  // The last band is as wide as the others and overlaps its neighbour: every pixel is computed by a kernel of
-  // the same shape, so that its sum does not depend on how the image was cut.
+  // The last band is as wide as the others and overlaps its neighbour: every pixel is computed by a
+  // kernel of the same shape, so that its sum does not depend on how the image was cut.
   t.j0 = imin((band % plan.bands_x) * plan.band_w, p.out_w - plan.band_w);
   t.cols = plan.band_w;
   const int64_t top = t.i0 * p.step_y + p.dy_first;
@@ -146,18 +155,22 @@ Item locate(const Product& p, const ProductPlan& plan, int64_t index) {
 }
 
 // Blocks of `width` pixels that cover the item; the last of a row overlaps the one before it.
-int64_t list_blocks(const Product& p, const ProductPlan& plan, const Item& t, int64_t width, PixelBlock* blocks) {
+int64_t list_blocks(const Product& p, const ProductPlan& plan, const Item& t, int64_t width,
+                    PixelBlock* blocks) {
   int64_t n = 0;
   for (int64_t i = t.i0; i < t.i0 + t.rows; ++i) {
     const int64_t top = i * p.step_y + p.dy_first;
-    const int64_t lo = imin(p.segments, imax<int64_t>(0, ceil_div(imax<int64_t>(0, -top), p.dy_step)));
+    const int64_t lo =
+        imin(p.segments, imax<int64_t>(0, ceil_div(imax<int64_t>(0, -top), p.dy_step)));
     const int64_t below = p.src.height - 1 - top;  // highest dy - dy_first inside the image
     const int64_t hi = imax(lo, imin(p.segments, floor_div(below, p.dy_step) + 1));
     for (int64_t j = 0; j < t.cols; j += width) {
       const int64_t at = imin(j, t.cols - width);
       PixelBlock& b = blocks[n++];
       b.tile = (top - t.y0) * plan.tile.row_pitch + at * p.step_x * plan.tile.lanes;
-      b.out = ((p.first_y + i * p.every_y) * p.dst_width + p.first_x + (t.j0 + at) * p.every_x) * p.src.batch + t.n0;
+      b.out = ((p.first_y + i * p.every_y) * p.dst_width + p.first_x + (t.j0 + at) * p.every_x) *
+                  p.src.batch +
+              t.n0;
       b.seg_lo = int32_t(lo);
       b.seg_hi = int32_t(hi);
     }
@@ -165,10 +178,11 @@ int64_t list_blocks(const Product& p, const ProductPlan& plan, const Item& t, in
   return n;
 }
 
-void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lists, int64_t index, int64_t split,
-              int64_t splits, float* tile, PixelBlock* blocks, bool stream) {
+void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lists, int64_t index,
+              int64_t split, int64_t splits, float* tile, PixelBlock* blocks, bool stream) {
   const Item t = locate(p, plan, index);
-  pack_tile(tile, plan.tile, p.src, 0, p.src_channels, t.y0, t.y1 - t.y0, t.j0 * p.step_x + p.dx_first, t.n0);
+  pack_tile(tile, plan.tile, p.src, 0, p.src_channels, t.y0, t.y1 - t.y0,
+            t.j0 * p.step_x + p.dx_first, t.n0);
   RowsContext c;
   c.tile = tile;
   c.pixel_step = p.step_x * plan.tile.lanes;
@@ -184,7 +198,8 @@ void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lis
   c.stream = stream && c.valid == plan.tile.lanes;
   const int64_t first = lists.count * split / splits;
   const int64_t last = lists.count * (split + 1) / splits;
-  // Runs of chunks of one height: a single run where the block height is a power of two and divides the rows.
+  // Runs of chunks of one height: a single run where the block height is a power of two and divides
+  // the rows.
   for (int64_t k = first; k < last;) {
     int64_t end = k + 1;
     while (end < last && lists.chunks[end].log_r == lists.chunks[k].log_r) ++end;
@@ -203,16 +218,18 @@ size_t product_scratch(const Product& p, const ProductPlan& plan, int threads) {
   return size_t(threads) * (tile_scratch(p, plan) + block_scratch(plan));
 }
 
-void run_product(const Product& p, const ProductPlan& plan, const ProductLists& lists, ScratchLease& lease,
-                 int threads) {
+void run_product(const Product& p, const ProductPlan& plan, const ProductLists& lists,
+                 ScratchLease& lease, int threads) {
   const size_t per_thread = tile_scratch(p, plan) + block_scratch(plan);
   char* scratch = static_cast<char*>(lease.take(size_t(threads) * per_thread));
   const int64_t tiles = plan.lane_groups * plan.bands_y * plan.bands_x;
   // Too few tiles for the threads: cut the rows too, at the price of packing a tile more than once.
   int64_t splits = 1;
-  while (splits < lists.count && tiles * splits < 4 * threads && (tiles * splits) % threads != 0) ++splits;
+  while (splits < lists.count && tiles * splits < 4 * threads && (tiles * splits) % threads != 0)
+    ++splits;
   const bool stream = p.rows * p.dst_height * p.dst_width * p.src.batch * 4 > kStreamBytes &&
-                      p.src.batch % kLanes == 0 && reinterpret_cast<uintptr_t>(p.dst) % kVecBytes == 0;
+                      p.src.batch % kLanes == 0 &&
+                      reinterpret_cast<uintptr_t>(p.dst) % kVecBytes == 0;
   int64_t next = 0;
 #pragma omp parallel num_threads(threads)
   {
@@ -220,7 +237,8 @@ void run_product(const Product& p, const ProductPlan& plan, const ProductLists& 
 #pragma omp atomic capture
     thread = next++;
     float* tile = reinterpret_cast<float*>(scratch + size_t(thread) * per_thread);
-    PixelBlock* blocks = reinterpret_cast<PixelBlock*>(reinterpret_cast<char*>(tile) + tile_scratch(p, plan));
+    PixelBlock* blocks =
+        reinterpret_cast<PixelBlock*>(reinterpret_cast<char*>(tile) + tile_scratch(p, plan));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < tiles * splits; ++item)
       run_item(p, plan, lists, item / splits, item % splits, splits, tile, blocks, stream);

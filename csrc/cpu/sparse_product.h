@@ -1,8 +1,10 @@
-// A sparse product over shifted pixels: what conv2d, conv2d_dgrad and the linear products have in common.
+// A sparse product over shifted pixels: what conv2d, conv2d_dgrad and the linear products have in
+// common.
 //
-// out[row][i][j] = sum over the row's non-zeros of weight * src[channel][i*step_y + dy][j*step_x + dx], zero outside the image.
-// Forward: rows are output channels, (dy, dx) the taps. dgrad with stride s: one product per phase of the input
-// pixel modulo s, whose taps are those that reach the phase; each is a unit-stride product over the gradient.
+// out[row][i][j] = sum over the row's non-zeros of weight * src[channel][i*step_y + dy][j*step_x +
+// dx], zero outside the image. Forward: rows are output channels, (dy, dx) the taps. dgrad with
+// stride s: one product per phase of the input pixel modulo s, whose taps are those that reach the
+// phase; each is a unit-stride product over the gradient.
 #pragma once
 
 #include "../kernels.h"
@@ -16,35 +18,38 @@ namespace SK_ISA {
 struct Product {
   TileSource src;
   int64_t src_channels;
-  int64_t rows;                          // output rows (channels)
-  float* dst;                            // [rows][dst_height][dst_width][batch]
+  int64_t rows;  // output rows (channels)
+  float* dst;    // [rows][dst_height][dst_width][batch]
   int64_t dst_height, dst_width;
-  int64_t first_y, first_x;              // first output pixel computed
-  int64_t every_y, every_x;              // distance between the output pixels computed
-  int64_t out_h, out_w;                  // how many are computed
-  int64_t step_y, step_x;                // input step per output pixel
-  int64_t segments;                      // vertical taps
-  int64_t dy_first, dy_step;             // tap s is at dy = dy_first + s * dy_step, dy_step > 0
-  int64_t dx_first, dx_last;             // range of horizontal taps
+  int64_t first_y, first_x;   // first output pixel computed
+  int64_t every_y, every_x;   // distance between the output pixels computed
+  int64_t out_h, out_w;       // how many are computed
+  int64_t step_y, step_x;     // input step per output pixel
+  int64_t segments;           // vertical taps
+  int64_t dy_first, dy_step;  // tap s is at dy = dy_first + s * dy_step, dy_step > 0
+  int64_t dx_first, dx_last;  // range of horizontal taps
   const float* bias;
   bool relu;
 };
 
-// How a product is cut into tiles. Chosen from shapes alone, never from the number of threads, wherever it can
-// influence the order of a sum.
+// How a product is cut into tiles. Chosen from shapes alone, never from the number of threads,
+// wherever it can influence the order of a sum.
 struct ProductPlan {
   TileShape tile;
-  int log_v;                    // vectors per pixel
-  int max_log_r;                // highest chunk
-  int64_t band_h, band_w;       // output pixels per tile
+  int log_v;               // vectors per pixel
+  int max_log_r;           // highest chunk
+  int64_t band_h, band_w;  // output pixels per tile
   int64_t lane_groups, bands_y, bands_x;
 };
 
 ProductPlan plan_product(const Product& p, int64_t block_rows_at_once);
 
-// Offset of (channel, dy of segment s, dx) in a tile, relative to the output pixel's (dy_first, dx_first).
-SK_INLINE int64_t tile_offset(const Product& p, const ProductPlan& plan, int64_t channel, int64_t s, int64_t dx) {
-  return channel * plan.tile.pitch + s * p.dy_step * plan.tile.row_pitch + (dx - p.dx_first) * plan.tile.lanes;
+// Offset of (channel, dy of segment s, dx) in a tile, relative to the output pixel's (dy_first,
+// dx_first).
+SK_INLINE int64_t tile_offset(const Product& p, const ProductPlan& plan, int64_t channel, int64_t s,
+                              int64_t dx) {
+  return channel * plan.tile.pitch + s * p.dy_step * plan.tile.row_pitch +
+         (dx - p.dx_first) * plan.tile.lanes;
 }
 
 // The non-zeros, ready for rows_kernel. Chunks cover every output row once.
@@ -68,8 +73,8 @@ SK_INLINE int chunk_log(int64_t rest, int max_log_r) {
 }
 
 size_t product_scratch(const Product& p, const ProductPlan& plan, int threads);
-void run_product(const Product& p, const ProductPlan& plan, const ProductLists& lists, ScratchLease& lease,
-                 int threads);
+void run_product(const Product& p, const ProductPlan& plan, const ProductLists& lists,
+                 ScratchLease& lease, int threads);
 
 }  // namespace SK_ISA
 }  // namespace sk

@@ -4,18 +4,17 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-#ifndef SK_TILE_KB
-#define SK_TILE_KB 288
-#endif
-constexpr int64_t kTileBytes = SK_TILE_KB * 1024;  // half of a 512 KB second-level cache and a little more
+constexpr int64_t kTileBytes = 288 * 1024;  // half of a 512 KB second-level cache and a little more
 constexpr int64_t kMaxParts = 8;
-constexpr int64_t kMaxBands = 32;           // bounds the key table: rows x bands
+constexpr int64_t kMaxBands = 32;  // bounds the key table: rows x bands
 
-// Relative costs per output pixel and vector of the batch, in fused multiply-adds. Fitted roughly on Zen 3.
+// Relative costs per output pixel and vector of the batch, in fused multiply-adds. Fitted roughly
+// on Zen 3.
 constexpr double kPackCost = 2.0;    // packing one vector
 constexpr double kVisitCost = 6.0;   // starting and summing up one stored element in one tile
 constexpr double kGroupCost = 12.0;  // starting one group of elements in one tile
-constexpr double kSpillCost = 2.5;   // a tile beyond the budget: its loads miss the second-level cache
+constexpr double kSpillCost =
+    2.5;  // a tile beyond the budget: its loads miss the second-level cache
 
 struct Candidate {
   bool clipped;
@@ -53,7 +52,8 @@ double cost_of(const ConvGeometry& g, const Candidate& c, double per_row, double
   const double per_key = per_row / double(c.bands * (c.clipped ? g.kh * g.kw : 1));
   const double groups = double(g.out_channels) * per_row / imin(8.0, imax(per_key, 1.0));
   const double fma = double(g.out_channels) * per_row * spill * (c.clipped ? inside : 1.0);
-  const double start = (kVisitCost * double(g.out_channels) * per_row + kGroupCost * groups) / (pixels * vecs);
+  const double start =
+      (kVisitCost * double(g.out_channels) * per_row + kGroupCost * groups) / (pixels * vecs);
   const double pack = kPackCost * double(s.height * s.width) / pixels * double(g.in_channels);
   return fma + start + pack + kPackCost * double(g.out_channels * c.bands);
 }
@@ -79,8 +79,8 @@ WgradTile WgradPlan::locate(const ConvGeometry& g, int64_t index) const {
   return t;
 }
 
-bool WgradPlan::region(const ConvGeometry& g, const WgradTile& t, int64_t tap, DotRegion& d, int64_t& grad_at,
-                       int64_t& x_at) const {
+bool WgradPlan::region(const ConvGeometry& g, const WgradTile& t, int64_t tap, DotRegion& d,
+                       int64_t& grad_at, int64_t& x_at) const {
   d.lanes = tile.lanes;
   d.grad_line = t.cols * tile.lanes;
   d.x_line = g.stride_h * tile.row_pitch;
@@ -141,7 +141,8 @@ WgradPlan plan_wgrad(const ConvGeometry& g, double per_row) {
   plan.tiles = plan.lane_groups * plan.bands_y * plan.bands_x;
   plan.keys_per_band = best.clipped ? g.kh * g.kw : 1;
   plan.keys = plan.keys_per_band * plan.bands;
-  // A part costs one pass over partial values: few parts where little work stands behind each value.
+  // A part costs one pass over partial values: few parts where little work stands behind each
+  // value.
   const int64_t worth = imax<int64_t>(1, g.batch * g.out_h * g.out_w / 512);
   plan.parts = imin(imin(plan.tiles, kMaxParts), worth);
   return plan;

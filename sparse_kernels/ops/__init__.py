@@ -1,4 +1,4 @@
-"""What can be computed: every operator's schema, checks, fake kernel, derivative, public function."""
+"""What can be computed: schema, checks, fake kernel, derivative, function of every operator."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ class SparseConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, crow, col, t_crow, t_row, t_perm, bias, probe, geometry, relu = inputs
+        x, values, crow, col, t_crow, t_row, t_perm, _, _, geometry, relu = inputs
         ctx.geometry = list(geometry)
         ctx.save_for_backward(x, values, crow, col, t_crow, t_row, t_perm, output if relu else None)
 
@@ -290,7 +290,7 @@ def conv2d(
     geometry: Sequence[int],
     relu: bool = False,
 ) -> Tensor:
-    """Sparse 2-d convolution (cross-correlation, as torch.nn.functional.conv2d), then ReLU if asked.
+    """Sparse 2-d convolution (cross-correlation, as torch's), then ReLU if asked.
 
     Args:
         x: [N, C_in, H, W] or unbatched [C_in, H, W], any strides.

@@ -163,7 +163,7 @@ class SparseLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, crow, col, t_crow, t_row, t_perm, bias, probe, _, relu = inputs
+        x, values, crow, col, t_crow, t_row, t_perm, _, _, _, relu = inputs
         ctx.relu = relu
         ctx.save_for_backward(x, values, crow, col, t_crow, t_row, t_perm, output if relu else None)
 

@@ -30,7 +30,7 @@ def _output(
     for name, pair in named.items():
         if len(pair) != 2 or min(pair) < 1:
             raise ValueError(f"{op}: {name} must be two integers of at least 1, got {list(pair)}")
-    if len(padding) != 2 or any(not 0 <= p <= k // 2 for p, k in zip(padding, kernel)):
+    if len(padding) != 2 or any(not 0 <= p <= k // 2 for p, k in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"{op}: padding must be between 0 and half the kernel {list(kernel)}, got "
             f"{list(padding)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from . import machine
@@ -47,6 +48,15 @@ def _curve(run: dict[str, Any]) -> tuple[list[float], list[float], str]:
     return [p[0] for p in points], [p[1] for p in points], "held-out" if held_out else "test"
 
 
+def _label(name: str, runs: list[dict[str, Any]]) -> str:
+    """Time of a step and final test accuracy, means over the seeds."""
+    own = [run for run in runs if run["contender"] == name]
+    step = fmean(run["step_seconds"] for run in own) * 1e3
+    return (
+        f"{name}: {step:.3g} ms a step, test {100 * fmean(r['test_accuracy'] for r in own):.2f} %"
+    )
+
+
 def _draw_accuracy(axes: Any, results: dict[str, Any]) -> None:
     labelled: set[str] = set()
     every: list[float] = []
@@ -55,18 +65,11 @@ def _draw_accuracy(axes: Any, results: dict[str, Any]) -> None:
         name = run["contender"]
         seconds, accuracy, kind = _curve(run)
         every += accuracy
-        label = (
-            f"{name}: {run['step_seconds'] * 1e3:.3g} ms a step" if name not in labelled else None
-        )
+        label = _label(name, results["runs"]) if name not in labelled else None
         labelled.add(name)
         # Few epochs deserve a mark each; many would hide the line.
         marker = _MARKERS[name] if len(seconds) <= 40 else None
         axes.plot(seconds, accuracy, color=_COLOURS[name], marker=marker, markersize=4, label=label)
-        if len(seconds) > 0:
-            axes.annotate(
-                f"{accuracy[-1]:.1f} %", (seconds[-1], accuracy[-1]), textcoords="offset points",
-                xytext=(4, -12), color=_COLOURS[name], fontsize=8, ha="center",
-            )  # fmt: skip
     axes.set_xlabel("training time in seconds")
     axes.set_ylabel(f"{kind} accuracy in %")
     axes.set_title("Accuracy against the clock", fontsize=10)

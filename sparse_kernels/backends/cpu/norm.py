@@ -20,7 +20,7 @@ def batch_norm(
     relu: bool,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm (+ residual, ReLU) over [N, C] or [N, C, H, W]; returns y, mean, biased variance."""
+    """Batch norm (+ residual, ReLU) of [N, C] or [N, C, H, W]: y, mean and biased variance."""
     xs = activation(x)
     ws, bs = optional(weight), optional(bias)
     rs = None if residual is None else activation(residual)
