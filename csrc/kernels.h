@@ -17,12 +17,12 @@
 //   bias       [rows] or null; relu: max(., 0) after the bias, NaN passes
 //   output     every element is written, whatever the pattern, also where nothing is stored
 //   threads    >= 1, how many OpenMP threads to use; results do not depend on it, to the last bit
-//   scratch    one lease of scratch.h per call, bounded by: 16 bytes per stored element and 16 per
-//   stored block, 32 * taps
-//              bytes per output row, and per thread one packed tile (some hundred KB, or the input
-//              rows of a few pixels of 16 to 64 batch entries where that is more); wgrad: 32 bytes
-//              per stored element (8 partial sums) instead of lists. Never rows x cols, never an
-//              im2col matrix.
+//   scratch    one lease of scratch.h per call. Products: per stored element at most 8 bytes, per
+//              output row 24 + 4 * (kh + 1); wgrad: 40 bytes per stored element (lists and up to 8
+//              partial sums; stored elements of partial blocks count in full), 128 * taps + 4 per
+//              block row. Plus per thread one packed tile: about 300 KB, or where that is too small
+//              the channels of the fewest pixels and batch entries that a kernel takes at once.
+//              Never rows x cols, never an im2col matrix.
 //   errors     std::bad_alloc before anything is written. Shapes and patterns are the caller's to
 //   check.
 #pragma once

@@ -25,10 +25,10 @@ AVX512_NAMESPACE = re.compile(r"N?K?2sk6avx512")
 def python(code: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a new interpreter (after `command`, if given); SPARSE_KERNELS_ISA is unset."""
     env = {k: v for k, v in os.environ.items() if k != "SPARSE_KERNELS_ISA"} | environment
-    # The same package as here, installed or not.
-    env["PYTHONPATH"] = str(Path(info.__file__).parents[1])
+    # The same package as here, installed or not: both -c and -m look into the working directory.
+    cwd = Path(info.__file__).parents[1]
     arguments = [*command, sys.executable, "-c", code]
-    return subprocess.run(arguments, capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run(arguments, capture_output=True, text=True, env=env, cwd=cwd, timeout=300)
 
 
 PRINT_ISA = "from sparse_kernels._load import native; print(native().isa())"

@@ -133,11 +133,13 @@ def test_bench_layers_prints_and_writes(tmp_path: Path) -> None:
 def test_the_program_runs_as_a_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparse_kernels.cli"]
     words = f"train --data mnist-sample --max-steps 2 --threads 1 --name p --out {tmp_path}".split()
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240)
+    # `-m` looks into the working directory first: the package under test, installed or not.
+    cwd = Path(report.__file__).parents[2]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=cwd, timeout=240)
     assert done.returncode == 0, done.stderr
     assert report.read_run(tmp_path / "p")["runs"][0]["steps"] == 2
     words = ["train", "--density", "2"]
-    wrong = subprocess.run([*command, *words], capture_output=True, text=True, timeout=240)
+    wrong = subprocess.run([*command, *words], capture_output=True, text=True, cwd=cwd, timeout=240)
     assert wrong.returncode == 1
     assert wrong.stderr.strip().splitlines() == [
         "Error: --density: expected a number above 0 and at most 1, got 2.0"

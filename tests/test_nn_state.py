@@ -273,3 +273,18 @@ def test_bad_inputs_name_both_sides(storage) -> None:
             linear(x)
     with pytest.raises(ValueError, match="on cpu, got meta"):
         linear(torch.zeros(2, 4, device="meta"))
+
+
+def test_another_shape_while_an_old_loss_is_referenced() -> None:
+    """A loss that a training loop still holds must not make the next backward refuse."""
+    layer = SparseLinear(6, 5, density=0.5)
+    loss = layer(torch.randn(4, 6)).sum()
+    loss.backward()
+    for storage in ("dense-masked", "compressed"):
+        layer.to_storage_(storage)
+        layer.values.grad = None
+        layer(torch.randn(4, 6)).sum().backward()
+        assert layer.values.grad.shape == layer.values.shape
+    layer.load_state_dict(SparseLinear(6, 5, density=0.9).state_dict())
+    layer(torch.randn(4, 6)).sum().backward()
+    assert layer.values.grad.shape == layer.values.shape and loss.isfinite()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparse_kernels.nn._parameter import replace_data
 from sparse_kernels.pattern import PatternError, SparsityPattern
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _resize(
     """Give values and buffers the checkpoint's shapes, so that torch's own loading fits them."""
     if layer.values.shape != values.shape:
         layer.values.grad = None
-        layer.values.data = layer.values.data.new_zeros(values.shape)
+        replace_data(layer.values, layer.values.data.new_zeros(values.shape))
     _adopt(layer, found)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparse_kernels import ops
 from sparse_kernels.nn import _checkpoint
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
+from sparse_kernels.nn._parameter import replace_data
 from sparse_kernels.nn._weight_view import read_only
 from sparse_kernels.pattern import SparsityPattern
 
@@ -244,7 +245,7 @@ class SparseLayer(nn.Module):
         pattern = self.pattern
         convert = pattern.expand if storage == DENSE_MASKED else pattern.compress
         gradient, self.values.grad = self.values.grad, None
-        self.values.data = convert(self.values.data)
+        replace_data(self.values, convert(self.values.data))
         if gradient is not None:
             self.values.grad = convert(gradient)
         if storage == DENSE_MASKED:

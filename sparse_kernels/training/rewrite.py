@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_kernels.nn._parameter import replace_data
+
 COMPRESSED = "compressed"
 DENSE_MASKED = "dense-masked"
 
@@ -98,22 +100,9 @@ def _slots(layer: Any, optimizer: torch.optim.Optimizer | None) -> Iterator[tupl
     yield "values", values.data
 
 
-def _replace_data(values: Tensor, data: Tensor) -> None:
-    """Give the parameter `values` data of another shape and make autograd notice.
-
-    A loss that is still referenced keeps the parameter's gradient accumulator alive, and that
-    remembers the old shape: the next backward would refuse its gradient. torch drops an
-    accumulator only where the dtype changes, so the parameter passes through another dtype for a
-    moment. Tensor hooks stay.
-    """
-    other = torch.float32 if data.dtype == torch.float64 else torch.float64
-    values.data = torch.empty(0, dtype=other, device=data.device)
-    values.data = data
-
-
 def _assign(layer: Any, optimizer: torch.optim.Optimizer | None, name: str, tensor: Tensor) -> None:
     if name == "values":
-        _replace_data(layer.values, tensor)
+        replace_data(layer.values, tensor)
     elif name == "grad":
         layer.values.grad = tensor
     else:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,7 +158,9 @@ def _peak(config: TrainConfig, contender: str) -> int:
         {**config.as_dict(), "threads": torch.get_num_threads(), "contender": contender}
     )
     command = [sys.executable, "-m", "sparse_kernels.workbench.peak_memory"]
-    done = subprocess.run(command, input=request, capture_output=True, text=True)
+    # `-m` looks into the working directory first: the very package that asks, not a checkout.
+    here = Path(__file__).parents[2]
+    done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=here)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise WorkbenchError(f"peak memory of {contender} could not be measured: {lines[-1]}")
