@@ -17,7 +17,7 @@ from sparse_kernels.backends import cpu, cuda, reference
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
 
-_forced: str | None = None
+_forced: str | None = os.environ.get("SPARSE_KERNELS_BACKEND") or None
 _cache: dict[tuple[object, ...], ModuleType] = {}
 
 
@@ -26,12 +26,11 @@ class BackendError(RuntimeError):
 
 
 def _forced_backend() -> str | None:
-    name = _forced or os.environ.get("SPARSE_KERNELS_BACKEND") or None
-    if name is not None and name not in BACKENDS:
+    if _forced is not None and _forced not in BACKENDS:
         raise BackendError(
-            f"SPARSE_KERNELS_BACKEND={name!r} is no backend: choose one of {', '.join(BACKENDS)}"
+            f"SPARSE_KERNELS_BACKEND={_forced!r} is no backend: choose one of {', '.join(BACKENDS)}"
         )
-    return name
+    return _forced
 
 
 @contextlib.contextmanager
@@ -74,13 +73,14 @@ def choose(op: str, x: torch.Tensor, values: torch.Tensor | None = None) -> Modu
 
     Raises BackendError that lists every backend's reason when none does.
     """
-    forced = _forced_backend()
-    block = None if values is None else tuple(values.shape[1:])
-    values_dtype = None if values is None else values.dtype
-    key = (op, forced, x.device.type, x.dtype, values_dtype, block)
+    # On the way of every operator, so no more than a dictionary look-up.
+    if values is None:
+        key: tuple[object, ...] = (op, _forced, x.device.type, x.dtype)
+    else:
+        key = (op, _forced, x.device.type, x.dtype, values.dtype, values.shape[1], values.shape[2])
     module = _cache.get(key)
     if module is None:
-        module = _cache[key] = _choose(op, forced, x, values)
+        module = _cache[key] = _choose(op, _forced_backend(), x, values)
     return module
 
 

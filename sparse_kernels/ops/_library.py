@@ -123,6 +123,22 @@ def check_index(
     capacity: int,
 ) -> None:
     """The five index tensors fit the block grid; their contents are ``SparsityPattern``'s care."""
+    crow, col, t_crow, t_row, t_perm = index
+    int32, device = torch.int32, x.device
+    # One expression on the way of every operator; what is wrong is found out only if something is.
+    if (
+        crow.dtype == col.dtype == t_crow.dtype == t_row.dtype == t_perm.dtype == int32
+        and crow.shape == (block_rows + 1,)
+        and t_crow.shape == (block_cols + 1,)
+        and col.shape == t_row.shape == t_perm.shape == (capacity,)
+        and crow.device == col.device == t_crow.device == t_row.device == t_perm.device == device
+        and crow.is_contiguous()
+        and col.is_contiguous()
+        and t_crow.is_contiguous()
+        and t_row.is_contiguous()
+        and t_perm.is_contiguous()
+    ):
+        return
     expected = (block_rows + 1, capacity, block_cols + 1, capacity, capacity)
     names = ("crow", "col", "t_crow", "t_row", "t_perm")
     for name, tensor, length in zip(names, index, expected, strict=True):
