@@ -23,8 +23,8 @@
 //              block row. Plus per thread one packed tile: about 300 KB, or where that is too small
 //              the channels of the fewest pixels and batch entries that a kernel takes at once.
 //              Never rows x cols, never an im2col matrix.
-//   errors     std::bad_alloc before anything is written. Shapes and patterns are the caller's to
-//   check.
+//   errors     std::bad_alloc; the output may then be partly written. Shapes and patterns are the
+//              caller's to check.
 #pragma once
 
 #include <cstdint>

@@ -46,6 +46,8 @@ def feature_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
     A dimension of size 0 counts as 1, as in torch's own contiguous strides. Symbolic sizes are
     accepted.
     """
+    if len(shape) == 2:
+        return 1, _at_least_one(shape[0])
     if len(shape) == 0:
         raise ValueError("shape: expected at least one dimension (the batch), got none")
     strides = [1]
@@ -120,14 +122,17 @@ def from_feature_major(tensor: Tensor) -> Tensor:
     return out
 
 
-def _is_plain_float32(tensor: Tensor) -> bool:
-    """Whether native code may read the memory: real CPU float32, outside of autograd."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is a real one outside of tracing and autograd: its memory may be read."""
     return (
-        tensor.dtype == torch.float32
-        and tensor.device.type == "cpu"
+        not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)  # no fake, wrapped or user-defined tensor
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )
+
+
+def _is_plain_float32(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and is_plain(tensor)
 
 
 def _transpose_to(module: Any, out: Tensor, tensor: Tensor) -> bool:

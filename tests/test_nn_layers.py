@@ -6,6 +6,7 @@ import logging
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -298,3 +299,12 @@ def test_sixteen_bit_activations_beside_float32_values() -> None:
         assert relative_error(y.float(), layer(x)) < 2e-2
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
+
+
+def test_numpy_integers_are_sizes() -> None:
+    layer = SparseLinear(np.prod((4, 5)), np.int64(3), density=0.5)
+    assert layer(torch.randn(2, 20)).shape == (2, 3)
+    conv = SparseConv2d(np.int64(2), 4, np.int64(3), padding=(np.int32(1), 1), density=0.5)
+    assert conv(torch.randn(1, 2, 5, 5)).shape == (1, 4, 5, 5)
+    with pytest.raises(ValueError, match="in_features must be an integer of at least 1, got 2.5"):
+        SparseLinear(2.5, 3)

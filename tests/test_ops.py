@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
-from sparse_kernels import ops, plan
+from sparse_kernels import layout, ops, plan
 from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.pattern import SparsityPattern
 
@@ -249,3 +250,57 @@ def test_float64_is_served_by_the_reference_and_float32_by_the_native_kernels() 
     assert plan.choose("linear", x.double(), values.double()) is plan.BACKENDS["reference"]
     with plan.use_backend("reference"):
         assert plan.choose("linear", x, values) is plan.BACKENDS["reference"]
+
+
+def test_a_fused_relu_treats_infinite_and_missing_gradients_as_torch_does() -> None:
+    pattern = SparsityPattern.full((2, 2))
+    values = pattern.compress(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).requires_grad_()
+    bias = torch.zeros(2, requires_grad=True)
+    x = torch.tensor([[-1.0, float("nan")]])
+    y = ops.linear(x, values, *pattern.tensors(), bias, out_features=2, relu=True)
+    y.backward(torch.tensor([[float("inf"), 1.0]]))
+    weight = torch.eye(2)
+    plain = torch.zeros(2, requires_grad=True)
+    torch.nn.functional.linear(x, weight, plain).relu().backward(torch.tensor([[float("inf"), 1]]))
+    assert torch.equal(bias.grad.isnan(), plain.grad.isnan())
+    assert torch.equal(bias.grad.nan_to_num(), plain.grad.nan_to_num())
+
+
+def test_tensors_on_another_device_are_refused() -> None:
+    x, values, *index, bias, _, out, _ = _linear_args(torch.float32)
+    with pytest.raises(ValueError, match="bias must be on the input's device cpu, got meta"):
+        ops.linear(x, values, *index, bias.to("meta"), out_features=out)
+    image = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="weight must be on the input's device cpu, got meta"):
+        ops.batch_norm(image, None, None, torch.ones(3, device="meta"), training=True)
+    shape = ops.linear(
+        x.to("meta"), values.to("meta"), *[t.to("meta") for t in index], out_features=out
+    )
+    assert shape.is_meta and shape.shape == (4, 6)
+
+
+def test_evaluating_batch_norm_returns_fresh_statistics() -> None:
+    x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    torch.library.opcheck(
+        LIB.batch_norm.default, (x, None, None, mean, var, False, 1e-5, False, None)
+    )
+    _, out_mean, out_var = LIB.batch_norm(x, None, None, mean, var, False, 1e-5, False, None)
+    assert out_mean.data_ptr() != mean.data_ptr() and out_var.data_ptr() != var.data_ptr()
+    assert not LIB.batch_norm(x.requires_grad_(), *[None] * 4, True, 1e-5, False, None)[
+        1
+    ].requires_grad
+
+
+def test_an_input_is_converted_once_a_step() -> None:
+    x, values, *index, _, _, out, _ = _linear_args(torch.float32)
+    layout.reset_conversions()
+    y = ops.linear(x, values, *index, out_features=out)
+    y.backward(torch.randn(4, 6))
+    assert layout.conversions() == 2  # the input and the gradient, which both products read
+
+
+def test_pooling_takes_the_argument_forms_of_torch() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    expected = torch.nn.functional.max_pool2d(x, 2)
+    for kernel, stride in (((2,), []), (numpy.int64(2), None), ([2, 2], (2,))):
+        assert torch.equal(ops.max_pool2d(x, kernel, stride), expected)

@@ -8,7 +8,7 @@ constexpr int64_t kTileBytes = 288 * 1024;  // half of a 512 KB second-level cac
 constexpr int64_t kMaxParts = 8;
 constexpr int64_t kMaxBands = 32;  // bounds the key table: rows x bands
 
-// Relative costs per output pixel and vector of the batch, in fused multiply-adds. Fitted roughly
+// Relative costs per output pixel and vector of the batch, in fused multiply-adds. Estimated, not fitted:
 // on Zen 3.
 constexpr double kPackCost = 2.0;    // packing one vector
 constexpr double kVisitCost = 6.0;   // starting and summing up one stored element in one tile

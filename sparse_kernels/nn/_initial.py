@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 
 from sparse_kernels.pattern import SparsityPattern
+
+
+def check_size(name: str, value: Any) -> int:
+    """``value`` as an int of at least 1; numpy's integers count, as they do for torch."""
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = 0
+    if size < 1 or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return size
 
 
 def check_density(density: float, what: str = "density") -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from sparse_kernels import ops
 from sparse_kernels.geometry import Conv2dGeometry
+from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._select import Keep, choose_pattern
 from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
 from sparse_kernels.pattern import SparsityPattern
@@ -20,10 +22,15 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def _pair(name: str, value: Size) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+    try:
+        pair = tuple(operator.index(side) for side in value)  # type: ignore[union-attr]
+    except TypeError:
+        pair = ()
+        if hasattr(value, "__index__"):
+            pair = (operator.index(value), operator.index(value))
+    if len(pair) != 2:
         raise ValueError(f"{name} must be one or two integers, got {value!r}")
-    return pair
+    return pair[0], pair[1]
 
 
 def _pads(
@@ -94,6 +101,9 @@ class SparseConv2d(SparseLayer):
         dilated = _pair("dilation", dilation)
         padded = padding if isinstance(padding, str) else _pair("padding", padding)
         pads = _pads(padded, kernel, steps, dilated)
+        in_channels = check_size("in_channels", in_channels)
+        out_channels = check_size("out_channels", out_channels)
+        groups = check_size("groups", groups)
         geometry = Conv2dGeometry(
             out_channels, in_channels, *kernel, *steps, *pads, *dilated, groups
         ).validate()

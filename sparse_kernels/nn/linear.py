@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_kernels import ops
+from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._select import Keep, choose_pattern
 from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
 from sparse_kernels.pattern import SparsityPattern
@@ -45,9 +46,8 @@ class SparseLinear(SparseLayer):
         generator: torch.Generator | None = None,
         capacity: int | None = None,
     ) -> None:
-        for name, number in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         super().__init__(
             (out_features, in_features),
             bias=bias,

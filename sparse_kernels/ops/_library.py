@@ -49,7 +49,7 @@ def define(
             args = args[:probe_at] + args[probe_at + 1 :]
         compute = getattr(plan.choose(name, args[0], values), name)
         kind = args[0].device.type
-        if not torch.is_autocast_enabled(kind):
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return compute(*args)
         # The dtype was settled before the operator; torch's own calls inside must keep it.
         with torch.autocast(kind, enabled=False):
@@ -167,6 +167,21 @@ def check_values(op: str, x: Tensor, values: Tensor) -> None:
             "move one of them with .to()"
         )
     check_dtypes(op, x, values)
+
+
+def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Every other tensor lies on ``x``'s device: native code would read a foreign pointer."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be on the input's device {x.device}, got {tensor.device}; "
+                "move one of them with .to()"
+            )
+
+
+def masked_grad(grad: Tensor, y: Tensor) -> Tensor:
+    """Gradient through a fused ReLU, as torch's own: NaN outputs pass it on, inf * 0 is 0."""
+    return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
 def blocks(length: int, parts: int, side: int) -> int:

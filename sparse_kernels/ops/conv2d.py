@@ -21,13 +21,15 @@ from sparse_kernels.ops._library import (
     autograd,
     blocks,
     check_activation,
+    check_device,
     check_dtypes,
     check_index,
     check_values,
     define,
+    masked_grad,
     with_check,
 )
-from sparse_kernels.ops.linear import autocast, weight_dtype
+from sparse_kernels.ops.linear import autocast, convert_once, weight_dtype
 
 _ops: Any = torch.ops.sparse_kernels
 Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -88,6 +90,7 @@ def _check_forward(
 ) -> None:
     check_activation("conv2d", "input", x, 4)
     check_values("conv2d", x, values)
+    check_device("conv2d", x, bias=bias, probe=probe)
     g = _geometry("conv2d", geometry)
     _check_images("conv2d", g, x.shape, None)
     if values.shape[0] != col.shape[0]:
@@ -147,6 +150,7 @@ def _check_pair(op: str, grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Co
     check_activation(op, "grad", grad, 4)
     check_activation(op, "input", x, 4)
     check_dtypes(op, grad, x)
+    check_device(op, x, grad=grad)
     g = _geometry(op, geometry)
     _check_images(op, g, x.shape, grad)
     return g
@@ -208,6 +212,7 @@ class SparseConv2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         # torch inspects the signature of a separate setup_context on every call: 40 us.
+        args = (convert_once(args[0], args[1]), *args[1:])
         output = _ops.conv2d(*args)
         SparseConv2dFunction.save(ctx, args, output)
         return output
@@ -223,7 +228,7 @@ class SparseConv2dFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, values, *index, y = ctx.saved_tensors
         needs, geometry = ctx.needs_input_grad, ctx.geometry
-        grad = grads[0] if y is None else grads[0] * (y > 0)
+        grad = convert_once(grads[0] if y is None else masked_grad(grads[0], y), values)
         dx = dv = None
         if needs[0]:
             dx = _ops.conv2d_dgrad(grad, values, *index, x.shape[2], x.shape[3], geometry)

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_kernels.layout import empty_feature_major
+from sparse_kernels.layout import empty_feature_major, is_plain, to_feature_major
 from sparse_kernels.ops._library import (
     INDEX,
     WEIGHT,
     autograd,
     blocks,
     check_activation,
+    check_device,
     check_dtypes,
     check_index,
     check_values,
     define,
+    masked_grad,
     with_check,
 )
 
@@ -53,6 +55,7 @@ def _check_forward(
 ) -> None:
     check_activation("linear", "input", x, 2)
     check_values("linear", x, values)
+    check_device("linear", x, bias=bias, probe=probe)
     if values.shape[0] != col.shape[0]:
         raise ValueError(
             f"linear: values and col must have one capacity, got {values.shape[0]} and "
@@ -104,6 +107,7 @@ def _check_pair(op: str, grad: Tensor, x: Tensor, dims: int) -> None:
             f"{op}: grad and input must have one batch size, got {grad.shape[0]} and {x.shape[0]}"
         )
     check_dtypes(op, grad, x)
+    check_device(op, x, grad=grad)
 
 
 def _check_wgrad(
@@ -160,6 +164,7 @@ class SparseLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         # torch inspects the signature of a separate setup_context on every call: 40 us.
+        args = (convert_once(args[0], args[1]), *args[1:])
         output = _ops.linear(*args)
         SparseLinearFunction.save(ctx, args, output)
         return output
@@ -175,7 +180,7 @@ class SparseLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, values, *index, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grad = grads[0] if y is None else grads[0] * (y > 0)
+        grad = convert_once(grads[0] if y is None else masked_grad(grads[0], y), values)
         dx = _ops.linear_dgrad(grad, values, *index, x.shape[1]) if needs[0] else None
         dv = None
         if needs[1]:
@@ -228,9 +233,21 @@ autograd("linear_wgrad", _wgrad_backward, _wgrad_context)
 autograd("linear_wgrad_dense", _wgrad_dense_backward, _wgrad_dense_context)
 
 
+def convert_once(x: Tensor, values: Tensor) -> Tensor:
+    """``x`` in the layout of the backend that serves it: two operators read it in every step.
+
+    Without this, forward and weight gradient (or both gradients) would convert it one by one.
+    """
+    if x.dtype == values.dtype == torch.float32 and x.device.type == "cpu" and is_plain(x):
+        return to_feature_major(x)
+    return x
+
+
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that an enabled autocast wants for products; values stay float32."""
     kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):  # meta, for one
+        return x
     if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
         return x.to(torch.get_autocast_dtype(kind))
     return x

@@ -22,7 +22,8 @@ class MaskedWeightFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (mask,) = ctx.saved_tensors
-        return grads[0] * mask, None, grads[0] if ctx.needs_input_grad[2] else None
+        # Not a product: inf * 0 would be NaN where no weight exists.
+        return grads[0].masked_fill(~mask, 0), None, grads[0] if ctx.needs_input_grad[2] else None
 
 
 def masked_weight(dense: Tensor, mask: Tensor, probe: Tensor | None = None) -> Tensor:

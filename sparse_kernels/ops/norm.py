@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.layout import empty_feature_major
-from sparse_kernels.ops._library import autograd, define, no_double_backward, with_check
+from sparse_kernels.ops._library import (
+    autograd,
+    check_device,
+    define,
+    no_double_backward,
+    with_check,
+)
 from sparse_kernels.ops.linear import weight_dtype
 
 _ops: Any = torch.ops.sparse_kernels
@@ -38,6 +44,7 @@ def _check_forward(
             )
     if not training and (mean is None or var is None):
         raise ValueError("batch_norm: evaluation needs running_mean and running_var, got None")
+    check_device("batch_norm", x, **named, residual=residual)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"batch_norm: residual must be {x.dtype} of shape {tuple(x.shape)}, got "
@@ -58,7 +65,9 @@ def _check_backward(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> None:
             f"batch_norm_backward: grad and output must have the input's shape {tuple(x.shape)}, "
             f"got {tuple(grad.shape)} and {tuple(y.shape)}"
         )
-    for tensor in rest[:3]:
+    weight, mean, var = rest[:3]
+    check_device("batch_norm_backward", x, grad=grad, weight=weight, mean=mean, var=var)
+    for tensor in (weight, mean, var):
         if tensor is not None and tuple(tensor.shape) != (x.shape[1],):
             raise ValueError(
                 f"batch_norm_backward: weight, mean and var must have shape ({x.shape[1]},), got "
@@ -90,6 +99,7 @@ define(
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _, _, training, eps, relu, residual = inputs
     y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
     ctx.mode = (training, eps, relu, residual is not None)
     ctx.save_for_backward(x, weight, mean, var, y if relu else None)
 
@@ -145,6 +155,10 @@ def batch_norm(
             f"{tuple(x.shape)}"
         )
     batch_stats = training or running_mean is None
+    if residual is not None and residual.dtype != x.dtype and residual.is_floating_point():
+        # As `norm(x) + residual` promotes under autocast.
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wide), residual.to(wide)
     y, mean, var = _ops.batch_norm(
         x,
         weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparse_kernels.layout import empty_feature_major
 from sparse_kernels.ops._library import (
     autograd,
     check_activation,
+    check_device,
     define,
     no_double_backward,
     with_check,
@@ -75,6 +77,7 @@ def _check_max_backward(
     dilation: Pair,
 ) -> None:
     check_activation("max_pool2d_backward", "grad", grad, 4)
+    check_device("max_pool2d_backward", grad, argmax=argmax)
     if argmax.dtype != torch.uint8 or argmax.shape != grad.shape:
         raise ValueError(
             f"max_pool2d_backward: argmax must be uint8 of shape {tuple(grad.shape)}, got "
@@ -160,8 +163,17 @@ no_double_backward("max_pool2d_backward", "max_pool2d")
 no_double_backward("avg_pool2d_backward", "avg_pool2d")
 
 
-def _pair(value: int | Pair) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+def _pair(value: Any) -> list[int]:
+    """One or two integers (numpy's too, or a sequence of one) as two, as torch takes them."""
+    sides = [operator.index(v) for v in value] if isinstance(value, Sequence) else []
+    sides = sides or [operator.index(value)]
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def _stride(stride: Any, kernel: list[int]) -> list[int]:
+    """Torch's default stride is the kernel; an empty sequence means the default."""
+    absent = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
+    return kernel if absent else _pair(stride)
 
 
 def _batched(op: str, x: Tensor) -> Tensor:
@@ -189,7 +201,7 @@ def max_pool2d(
     y = _ops.max_pool2d(
         _batched("max_pool2d", x),
         kernel,
-        kernel if stride is None else _pair(stride),
+        _stride(stride, kernel),
         _pair(padding),
         _pair(dilation),
         ceil_mode,
@@ -217,7 +229,7 @@ def avg_pool2d(
     y = _ops.avg_pool2d(
         _batched("avg_pool2d", x),
         kernel,
-        kernel if stride is None else _pair(stride),
+        _stride(stride, kernel),
         _pair(padding),
         ceil_mode,
         count_include_pad,

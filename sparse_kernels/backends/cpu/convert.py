@@ -12,12 +12,19 @@ from sparse_kernels.layout import empty_feature_major, to_feature_major
 
 def activation(x: Tensor) -> Tensor:
     """``x`` as feature-major float32: itself where it already is."""
-    return to_feature_major(x.detach().to(torch.float32))
+    return to_feature_major(x if x.dtype == torch.float32 else x.detach().to(torch.float32))
 
 
 def dense(x: Tensor) -> Tensor:
     """``x`` as contiguous float32, for weights and per-channel vectors."""
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return x  # the usual case costs no dispatcher call
     return x.detach().to(torch.float32).contiguous()
+
+
+def result(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 result in the dtype that the caller computes in."""
+    return y if dtype == torch.float32 else y.to(dtype)
 
 
 def pointer(x: Tensor | None) -> int:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from sparse_kernels._load import native
-from sparse_kernels.backends.cpu.convert import activation, dense, empty_float, optional, pointer
+from sparse_kernels.backends.cpu.convert import (
+    activation,
+    dense,
+    empty_float,
+    optional,
+    pointer,
+    result,
+)
 
 
 def batch_norm(
@@ -28,7 +35,9 @@ def batch_norm(
     if training or mean is None or var is None:
         mean = torch.empty(channels, dtype=torch.float32, device=x.device)
         var = torch.empty_like(mean)
-    mean, var = dense(mean), dense(var)
+    else:  # copies: an operator's outputs must not alias its inputs
+        mean = mean.detach().to(torch.float32, copy=True)
+        var = var.detach().to(torch.float32, copy=True)
     y = empty_float(x.shape, x)
     native().batch_norm_forward(
         y.data_ptr(),
@@ -46,7 +55,7 @@ def batch_norm(
         relu,
         torch.get_num_threads(),
     )
-    return y.to(x.dtype), mean, var
+    return result(y, x.dtype), mean, var
 
 
 def batch_norm_backward(
@@ -88,5 +97,5 @@ def batch_norm_backward(
         relu,
         torch.get_num_threads(),
     )
-    left = x.new_empty(0) if dresidual is None else dresidual.to(x.dtype)
-    return dx.to(x.dtype), dweight, dbias, left
+    left = x.new_empty(0) if dresidual is None else result(dresidual, x.dtype)
+    return result(dx, x.dtype), dweight, dbias, left

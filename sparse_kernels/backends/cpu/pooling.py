@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels._load import native
-from sparse_kernels.backends.cpu.convert import activation, empty_float
+from sparse_kernels.backends.cpu.convert import activation, empty_float, result
 from sparse_kernels.geometry import pool_output_size
 from sparse_kernels.layout import empty_feature_major, to_feature_major
 
@@ -34,7 +34,7 @@ def max_pool2d(
     native().max_pool2d(
         y.data_ptr(), argmax.data_ptr(), xs.data_ptr(), dims, torch.get_num_threads()
     )
-    return y.to(x.dtype), argmax
+    return result(y, x.dtype), argmax
 
 
 def max_pool2d_backward(
@@ -55,7 +55,7 @@ def max_pool2d_backward(
     native().max_pool2d_backward(
         dx.data_ptr(), gs.data_ptr(), taps.data_ptr(), dims, torch.get_num_threads()
     )
-    return dx.to(grad.dtype)
+    return result(dx, grad.dtype)
 
 
 def avg_pool2d(
@@ -79,7 +79,7 @@ def avg_pool2d(
         divisor_override or 0,
         torch.get_num_threads(),
     )
-    return y.to(x.dtype)
+    return result(y, x.dtype)
 
 
 def avg_pool2d_backward(
@@ -105,4 +105,4 @@ def avg_pool2d_backward(
         divisor_override or 0,
         torch.get_num_threads(),
     )
-    return dx.to(grad.dtype)
+    return result(dx, grad.dtype)

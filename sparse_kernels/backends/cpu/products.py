@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from sparse_kernels._load import native
-from sparse_kernels.backends.cpu.convert import activation, dense, empty_float, optional, pointer
+from sparse_kernels.backends.cpu.convert import (
+    activation,
+    dense,
+    empty_float,
+    optional,
+    pointer,
+    result,
+)
 from sparse_kernels.geometry import Conv2dGeometry
 
 
@@ -43,7 +50,7 @@ def linear(
         relu,
         torch.get_num_threads(),
     )
-    return y.to(x.dtype)
+    return result(y, x.dtype)
 
 
 def linear_dgrad(
@@ -74,7 +81,7 @@ def linear_dgrad(
         batch,
         torch.get_num_threads(),
     )
-    return dx.to(grad.dtype)
+    return result(dx, grad.dtype)
 
 
 def linear_wgrad(
@@ -148,7 +155,7 @@ def conv2d(
         relu,
         torch.get_num_threads(),
     )
-    return y.to(x.dtype)
+    return result(y, x.dtype)
 
 
 def conv2d_dgrad(
@@ -179,7 +186,7 @@ def conv2d_dgrad(
         values.shape[2],
         torch.get_num_threads(),
     )
-    return dx.to(grad.dtype)
+    return result(dx, grad.dtype)
 
 
 def conv2d_wgrad(
