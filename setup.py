@@ -6,6 +6,7 @@ CUDACXX=/path/to/nvcc, SPARSE_KERNELS_EMULATE_AVX512=ON (tests), CMAKE_ARGS (any
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import shutil
@@ -31,7 +32,8 @@ class CMakeBuild(build_ext):
         # An earlier isolated build left paths to tools that are gone with its environment.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
-            cmake(), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -41,7 +43,7 @@ class CMakeBuild(build_ext):
             + (os.environ.get("SPARSE_KERNELS_EMULATE_AVX512") or "OFF"),
         ]  # fmt: skip
         run([*configure, *shlex.split(os.environ.get("CMAKE_ARGS", ""))])
-        run([cmake(), "--build", str(build), *self.jobs()])
+        run([tool("cmake"), "--build", str(build), *self.jobs()])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
 
@@ -59,15 +61,28 @@ def run(command: list[str]) -> None:
         )
 
 
-def cmake() -> str:
-    """The cmake of the build requirements, which an isolated build has on its PATH."""
-    found = shutil.which("cmake")
+def tool(name: str) -> str:
+    """Path of cmake or ninja: an isolated build has them on its PATH; without isolation they may be
+    in an environment that nobody activated, beside its Python or inside their packages.
+    """
+    folders = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent), bin_dir(name)]
+    found = shutil.which(name, path=os.pathsep.join(folder for folder in folders if folder))
     if found is None:
         raise SystemExit(
-            "building sparse_kernels needs cmake, and none was found on PATH: run `pip install "
-            "cmake ninja pybind11`, or leave out --no-build-isolation"
+            f"building sparse_kernels needs {name}, and none was found on PATH or in the "
+            f"environment of {sys.executable}: run `{sys.executable} -m pip install cmake ninja "
+            "pybind11`, or leave out --no-build-isolation"
         )
     return found
+
+
+def bin_dir(name: str) -> str:
+    """Where the Python package cmake or ninja keeps its program; empty without the package."""
+    try:
+        package = importlib.import_module(name)
+    except ImportError:
+        return ""
+    return str(getattr(package, "CMAKE_BIN_DIR" if name == "cmake" else "BIN_DIR", ""))
 
 
 setup(

@@ -18,13 +18,11 @@ namespace {
 
 using Release = py::call_guard<py::gil_scoped_release>;
 
-int64_t BlockCount(int64_t parts, int64_t size, int64_t block) {
-  return parts * ((size / parts + block - 1) / block);
-}
-
-void RequireWeight(const char* kernel, Address crow, Address col, int64_t bh, int64_t bw) {
+void RequireWeight(const char* kernel, Address crow, Address col, int64_t bh, int64_t bw,
+                   int64_t capacity) {
   RequireSize(kernel, "bh", bh, 1);
   RequireSize(kernel, "bw", bw, 1);
+  RequireSize(kernel, "capacity", capacity);
   RequirePointer(kernel, "crow (or t_crow)", crow, 1);
   RequirePointer(kernel, "col (or t_row)", col, 1);
 }
@@ -40,27 +38,27 @@ void RequireMatrix(const char* kernel, const Matrix& m) {
 }
 
 void Linear(Address y, Address x, Address values, Address bias, Address crow, Address col,
-            int64_t rows, int64_t cols, int64_t bh, int64_t bw, int64_t batch, bool relu,
-            int64_t threads) {
+            int64_t rows, int64_t cols, int64_t bh, int64_t bw, int64_t capacity, int64_t batch,
+            bool relu, int64_t threads) {
   const char* kernel = "linear";
   RequireMatrix(kernel, {rows, cols, batch});
-  RequireWeight(kernel, crow, col, bh, bw);
+  RequireWeight(kernel, crow, col, bh, bw, capacity);
   RequirePointer(kernel, "y", y, rows * batch);
   RequirePointer(kernel, "x", x, cols * batch);
   RequirePointer(kernel, "values", values, 1);
   RequireThreads(kernel, threads);
   sparse_kernels().linear(Pointer<float>(y), Pointer<const float>(x), Pointer<const float>(values),
                           Pointer<const float>(bias), Pointer<const int32_t>(crow),
-                          Pointer<const int32_t>(col), rows, cols, bh, bw, batch, relu,
+                          Pointer<const int32_t>(col), rows, cols, bh, bw, capacity, batch, relu,
                           static_cast<int>(threads));
 }
 
 void LinearDgrad(Address dx, Address grad, Address values, Address t_crow, Address t_row,
-                 Address t_perm, int64_t rows, int64_t cols, int64_t bh, int64_t bw, int64_t batch,
-                 int64_t threads) {
+                 Address t_perm, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
+                 int64_t capacity, int64_t batch, int64_t threads) {
   const char* kernel = "linear_dgrad";
   RequireMatrix(kernel, {rows, cols, batch});
-  RequireWeight(kernel, t_crow, t_row, bh, bw);
+  RequireWeight(kernel, t_crow, t_row, bh, bw, capacity);
   RequirePointer(kernel, "dx", dx, cols * batch);
   RequirePointer(kernel, "grad", grad, rows * batch);
   RequirePointer(kernel, "values", values, 1);
@@ -69,7 +67,7 @@ void LinearDgrad(Address dx, Address grad, Address values, Address t_crow, Addre
   sparse_kernels().linear_dgrad(Pointer<float>(dx), Pointer<const float>(grad),
                                 Pointer<const float>(values), Pointer<const int32_t>(t_crow),
                                 Pointer<const int32_t>(t_row), Pointer<const int32_t>(t_perm), rows,
-                                cols, bh, bw, batch, static_cast<int>(threads));
+                                cols, bh, bw, capacity, batch, static_cast<int>(threads));
 }
 
 void LinearWgrad(Address dvalues, Address grad, Address x, Address crow, Address col, int64_t rows,
@@ -77,8 +75,7 @@ void LinearWgrad(Address dvalues, Address grad, Address x, Address crow, Address
                  int64_t threads) {
   const char* kernel = "linear_wgrad";
   RequireMatrix(kernel, {rows, cols, batch});
-  RequireWeight(kernel, crow, col, bh, bw);
-  RequireSize(kernel, "capacity", capacity, Pointer<const int32_t>(crow)[(rows + bh - 1) / bh]);
+  RequireWeight(kernel, crow, col, bh, bw, capacity);
   RequirePointer(kernel, "dvalues", dvalues, capacity);
   RequirePointer(kernel, "grad", grad, rows * batch);
   RequirePointer(kernel, "x", x, cols * batch);
@@ -112,6 +109,16 @@ ConvGeometry Geometry(const char* kernel, const std::vector<int64_t>& v) {
           std::string(kernel) + ": channels must be divisible by groups, got " +
               std::to_string(g.out_channels) + " and " + std::to_string(g.in_channels) + " for " +
               std::to_string(g.groups) + " groups");
+  // Keeps every size below in 64 bits; no memory holds an image of this size.
+  const double limit = double(int64_t(1) << 40);
+  const double height = double(g.in_h) + double(g.pad_top) + double(g.pad_bottom);
+  const double width = double(g.in_w) + double(g.pad_left) + double(g.pad_right);
+  Require(std::max({height, width, height * width, double(g.kh) * double(g.dil_h),
+                    double(g.kw) * double(g.dil_w)}) <= limit,
+          std::string(kernel) +
+              ": the padded image and the dilated kernel must have at most 2^40 pixels, got an "
+              "image of " +
+              std::to_string(height) + " x " + std::to_string(width));
   const int64_t out_h = OutputSize(g.in_h, g.pad_top, g.pad_bottom, g.kh, g.stride_h, g.dil_h);
   const int64_t out_w = OutputSize(g.in_w, g.pad_left, g.pad_right, g.kw, g.stride_w, g.dil_w);
   Require(g.out_h == out_h && g.out_w == out_w,
@@ -127,25 +134,27 @@ int64_t OutputElements(const ConvGeometry& g) {
 int64_t InputElements(const ConvGeometry& g) { return g.in_channels * g.in_h * g.in_w * g.batch; }
 
 void Conv2d(Address y, Address x, Address values, Address bias, Address crow, Address col,
-            const std::vector<int64_t>& geom, int64_t bh, int64_t bw, bool relu, int64_t threads) {
+            const std::vector<int64_t>& geom, int64_t bh, int64_t bw, int64_t capacity, bool relu,
+            int64_t threads) {
   const char* kernel = "conv2d";
   const ConvGeometry g = Geometry(kernel, geom);
-  RequireWeight(kernel, crow, col, bh, bw);
+  RequireWeight(kernel, crow, col, bh, bw, capacity);
   RequirePointer(kernel, "y", y, OutputElements(g));
   RequirePointer(kernel, "x", x, InputElements(g));
   RequirePointer(kernel, "values", values, 1);
   RequireThreads(kernel, threads);
   sparse_kernels().conv2d(Pointer<float>(y), Pointer<const float>(x), Pointer<const float>(values),
                           Pointer<const float>(bias), Pointer<const int32_t>(crow),
-                          Pointer<const int32_t>(col), g, bh, bw, relu, static_cast<int>(threads));
+                          Pointer<const int32_t>(col), g, bh, bw, capacity, relu,
+                          static_cast<int>(threads));
 }
 
 void Conv2dDgrad(Address dx, Address grad, Address values, Address t_crow, Address t_row,
                  Address t_perm, const std::vector<int64_t>& geom, int64_t bh, int64_t bw,
-                 int64_t threads) {
+                 int64_t capacity, int64_t threads) {
   const char* kernel = "conv2d_dgrad";
   const ConvGeometry g = Geometry(kernel, geom);
-  RequireWeight(kernel, t_crow, t_row, bh, bw);
+  RequireWeight(kernel, t_crow, t_row, bh, bw, capacity);
   RequirePointer(kernel, "dx", dx, InputElements(g));
   RequirePointer(kernel, "grad", grad, OutputElements(g));
   RequirePointer(kernel, "values", values, 1);
@@ -154,7 +163,7 @@ void Conv2dDgrad(Address dx, Address grad, Address values, Address t_crow, Addre
   sparse_kernels().conv2d_dgrad(Pointer<float>(dx), Pointer<const float>(grad),
                                 Pointer<const float>(values), Pointer<const int32_t>(t_crow),
                                 Pointer<const int32_t>(t_row), Pointer<const int32_t>(t_perm), g,
-                                bh, bw, static_cast<int>(threads));
+                                bh, bw, capacity, static_cast<int>(threads));
 }
 
 void Conv2dWgrad(Address dvalues, Address grad, Address x, Address crow, Address col,
@@ -162,9 +171,7 @@ void Conv2dWgrad(Address dvalues, Address grad, Address x, Address crow, Address
                  int64_t threads) {
   const char* kernel = "conv2d_wgrad";
   const ConvGeometry g = Geometry(kernel, geom);
-  RequireWeight(kernel, crow, col, bh, bw);
-  const int64_t block_rows = BlockCount(g.groups, g.out_channels, bh);
-  RequireSize(kernel, "capacity", capacity, Pointer<const int32_t>(crow)[block_rows]);
+  RequireWeight(kernel, crow, col, bh, bw, capacity);
   RequirePointer(kernel, "dvalues", dvalues, capacity);
   RequirePointer(kernel, "grad", grad, OutputElements(g));
   RequirePointer(kernel, "x", x, InputElements(g));
@@ -178,12 +185,13 @@ void Conv2dWgrad(Address dvalues, Address grad, Address x, Address crow, Address
 void BindLinear(py::module_& m) {
   m.def("linear", &Linear, py::arg("y"), py::arg("x"), py::arg("values"), py::arg("bias"),
         py::arg("crow"), py::arg("col"), py::arg("rows"), py::arg("cols"), py::arg("bh"),
-        py::arg("bw"), py::arg("batch"), py::arg("relu"), py::arg("threads"), Release(),
-        "y = relu(W x + bias); see csrc/kernels.h. Patterns are not checked here.");
+        py::arg("bw"), py::arg("capacity"), py::arg("batch"), py::arg("relu"), py::arg("threads"),
+        Release(),
+        "y = relu(W x + bias); see csrc/kernels.h. Damaged index contents raise ValueError.");
   m.def("linear_dgrad", &LinearDgrad, py::arg("dx"), py::arg("grad"), py::arg("values"),
         py::arg("t_crow"), py::arg("t_row"), py::arg("t_perm"), py::arg("rows"), py::arg("cols"),
-        py::arg("bh"), py::arg("bw"), py::arg("batch"), py::arg("threads"), Release(),
-        "dx = W^T grad; see csrc/kernels.h.");
+        py::arg("bh"), py::arg("bw"), py::arg("capacity"), py::arg("batch"), py::arg("threads"),
+        Release(), "dx = W^T grad; see csrc/kernels.h.");
   m.def("linear_wgrad", &LinearWgrad, py::arg("dvalues"), py::arg("grad"), py::arg("x"),
         py::arg("crow"), py::arg("col"), py::arg("rows"), py::arg("cols"), py::arg("bh"),
         py::arg("bw"), py::arg("capacity"), py::arg("batch"), py::arg("threads"), Release(),
@@ -191,13 +199,14 @@ void BindLinear(py::module_& m) {
 }
 
 void BindConv2d(py::module_& m) {
-  m.def("conv2d", &Conv2d, py::arg("y"), py::arg("x"), py::arg("values"), py::arg("bias"),
-        py::arg("crow"), py::arg("col"), py::arg("geom"), py::arg("bh"), py::arg("bw"),
-        py::arg("relu"), py::arg("threads"), Release(),
-        "y = relu(conv(x, W) + bias); see csrc/kernels.h. Patterns are not checked here.");
+  m.def(
+      "conv2d", &Conv2d, py::arg("y"), py::arg("x"), py::arg("values"), py::arg("bias"),
+      py::arg("crow"), py::arg("col"), py::arg("geom"), py::arg("bh"), py::arg("bw"),
+      py::arg("capacity"), py::arg("relu"), py::arg("threads"), Release(),
+      "y = relu(conv(x, W) + bias); see csrc/kernels.h. Damaged index contents raise ValueError.");
   m.def("conv2d_dgrad", &Conv2dDgrad, py::arg("dx"), py::arg("grad"), py::arg("values"),
         py::arg("t_crow"), py::arg("t_row"), py::arg("t_perm"), py::arg("geom"), py::arg("bh"),
-        py::arg("bw"), py::arg("threads"), Release(),
+        py::arg("bw"), py::arg("capacity"), py::arg("threads"), Release(),
         "dx: the transposed convolution of grad; see csrc/kernels.h.");
   m.def("conv2d_wgrad", &Conv2dWgrad, py::arg("dvalues"), py::arg("grad"), py::arg("x"),
         py::arg("crow"), py::arg("col"), py::arg("geom"), py::arg("bh"), py::arg("bw"),

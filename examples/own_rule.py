@@ -39,7 +39,7 @@ def main() -> None:
     rule = per_cost({"0": 12.0 * 12.0, "4": 1.0})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     sparse = SparseMomentum(
-        model, optimizer, total_steps=60, update_every=20, redistribution=rule, signal="exact"
+        model, optimizer, total_steps=60, update_every=20, redistribution=rule, signal="window"
     )
     for step in range(60):
         x = torch.randn(32, 1, 12, 12)

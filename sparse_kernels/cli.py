@@ -31,9 +31,15 @@ DEMO = {
     "lr": 0.1,
     "lr_decay_every": 500,
     "update_every": 80,
+    # 10 steps with dense gradients before an update: there are only 80 steps between two.
+    "window_tolerance": 0.35,
     "holdout": 0.0,
     "name": "demo",
 }
+
+
+# What torch says, as a plain RuntimeError, when memory does not suffice.
+_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "Storage size calculation")
 
 
 def _one_line_errors(command: Command) -> Command:
@@ -42,16 +48,25 @@ def _one_line_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> Any:
         from ._load import NativeMissingError
+        from .plan import BackendError
         from .workbench.errors import WorkbenchError
 
         try:
             return command(*arguments, **options)
-        except (WorkbenchError, NativeMissingError) as error:
+        except (WorkbenchError, NativeMissingError, BackendError) as error:
             raise click.ClickException(" ".join(str(error).split())) from error
-        except (ValueError, MemoryError, OSError) as error:
+        except (ValueError, MemoryError, OSError, FloatingPointError) as error:
             # sparsify, SparseMomentum and the file system speak of what the options asked for.
             raise click.ClickException(
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+        except RuntimeError as error:
+            text = (str(error).splitlines() or [""])[0]
+            if not any(words in text for words in _ALLOCATION_FAILED):
+                raise
+            raise click.ClickException(
+                f"not enough memory ({text}); lower --batch-size or --width, or choose a smaller "
+                "net"
             ) from error
 
     return wrapped  # type: ignore[return-value]
@@ -126,6 +141,9 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option("--signal", type=click.Choice(SIGNALS), default="window", show_default=True,
               help="What grows: exact: dense momentum of all steps, as the paper; window: of the "
               "last; gradient: RigL; random: SET.")  # fmt: skip
+@click.option("--window-tolerance", type=float, default=0.1, show_default=True,
+              help="Share of the momentum that the window may miss: 0.1 takes the last 22 steps "
+              "before an update at momentum 0.9, 0.35 the last 10.")  # fmt: skip
 @click.option(
     "--update-every",
     type=int,
@@ -156,12 +174,29 @@ def train(context: click.Context, preset: str | None, **options: Any) -> None:
 
     config = _configure(context, preset, options)
     config.check()
-    folder = Path(config.out) / config.run_name()
-    folder.mkdir(parents=True, exist_ok=True)
+    demo = preset == "demo" and config.run_name() == DEMO["name"]
+    folder = _run_folder(Path(config.out) / config.run_name(), overwrite=demo)
     results = run_training(config, folder)
     written = report.write_run(folder, results)
     click.echo("\n" + report.table(results))
     click.echo("written: " + ", ".join(str(path) for path in written))
+
+
+def _run_folder(folder: Path, *, overwrite: bool) -> Path:
+    """Make the directory of a run: ``folder``, or with -2, -3, ... if an earlier run lies there.
+
+    ``overwrite`` takes it all the same, and says so: what `make demo` makes can be made again.
+    """
+    chosen, number = folder, 1
+    while chosen.is_dir() and any(chosen.iterdir()) and not overwrite:
+        number += 1
+        chosen = folder.with_name(f"{folder.name}-{number}")
+    if chosen != folder:
+        click.echo(f"note: {folder} holds an earlier run and is kept; this one goes to {chosen}")
+    elif chosen.is_dir() and any(chosen.iterdir()):
+        click.echo(f"note: overwriting {chosen}")
+    chosen.mkdir(parents=True, exist_ok=True)
+    return chosen
 
 
 def _configure(context: click.Context, preset: str | None, options: dict[str, Any]) -> Any:
@@ -186,8 +221,7 @@ def report(run: str) -> None:
     """Render table and figure of runs/<name> again from its results.json."""
     from .workbench import report as reports
 
-    results = reports.read_run(Path(run))
-    written = reports.render(Path(run), results)
+    results, written = reports.render_again(Path(run))
     click.echo(reports.table(results))
     click.echo("written: " + ", ".join(str(path) for path in written))
 
@@ -244,7 +278,11 @@ def bench_layers(
 @click.option("--net", default="vgg16-d", show_default=True)
 @click.option("--width", type=int, default=None, help="Width of wide-mlp's hidden layers.")
 @click.option(
-    "--dense-baseline", type=click.Choice(DENSE_BASELINES), default="auto", show_default=True
+    "--dense-baseline",
+    type=click.Choice(DENSE_BASELINES),
+    default="auto",
+    show_default=True,
+    help="auto: all that run here, the fastest counts.",
 )
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -161,6 +163,21 @@ def test_cuda_on_without_nvcc_says_what_to_set(tmp_path: Path) -> None:
     assert "CUDACXX=/path/to/nvcc" in message and "SPARSE_KERNELS_CUDA=OFF" in message
 
 
+@pytest.mark.parametrize("name", ["cmake", "ninja"])
+def test_build_tools_of_an_environment_that_is_not_activated_are_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`venv/bin/python -m pip install --no-build-isolation .` without the venv on PATH."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs the Python package {name} (make dev-tools)")
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    tool = runpy.run_path(str(ROOT / "setup.py"))["tool"]
+    assert Path(tool(name)).name == name and os.access(tool(name), os.X_OK)
+    with pytest.raises(SystemExit, match="needs no-such-tool"):
+        tool("no-such-tool")
+
+
 # Runs every kernel family once without torch (which may itself need AVX under emulation).
 DIGEST = r"""
 import array, hashlib, importlib.util, sys
@@ -187,13 +204,13 @@ order = sorted(range(O * 6), key=lambda k: (col[k], k))
 t_row, t_perm = array.array("i", [k // 6 for k in order]), array.array("i", order)
 t_crow = array.array("i", [sum(c < j for c in col) for j in range(F + 1)])
 y, dx, dv = floats(N * O * 6), floats(N * F * 4), floats(O * 6)
-n.linear(p(y), p(x), p(v), p(b), p(crow), p(col), O, F, 1, 1, N, True, 2)
-n.linear_dgrad(p(dx), p(g), p(v), p(t_crow), p(t_row), p(t_perm), O, F, 1, 1, N, 2)
+n.linear(p(y), p(x), p(v), p(b), p(crow), p(col), O, F, 1, 1, O * 6, N, True, 2)
+n.linear_dgrad(p(dx), p(g), p(v), p(t_crow), p(t_row), p(t_perm), O, F, 1, 1, O * 6, N, 2)
 n.linear_wgrad(p(dv), p(g), p(x), p(crow), p(col), O, F, 1, 1, O * 6, N, 2)
 show(y, dx, dv)
 geom = [N, 2, 2, 3, 2, O, F, 1, 1, 1, 1, 0, 0, 1, 0, 1, 1, 1]
-n.conv2d(p(y), p(x), p(v), p(b), p(crow), p(col), geom, 1, 1, True, 2)
-n.conv2d_dgrad(p(dx), p(g), p(v), p(t_crow), p(t_row), p(t_perm), geom, 1, 1, 2)
+n.conv2d(p(y), p(x), p(v), p(b), p(crow), p(col), geom, 1, 1, O * 6, True, 2)
+n.conv2d_dgrad(p(dx), p(g), p(v), p(t_crow), p(t_row), p(t_perm), geom, 1, 1, O * 6, 2)
 n.conv2d_wgrad(p(dv), p(g), p(x), p(crow), p(col), geom, 1, 1, O * 6, 2)
 show(y, dx, dv)
 mean, var = floats(F), floats(F)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from sparse_kernels import cli, info
+from sparse_kernels import cli, info, plan
 from sparse_kernels.workbench import report
 
 TINY = (
@@ -83,6 +83,7 @@ MISTAKES = {
     "bad block": ("--block four", 1, "--block: expected"),
     "block above the layer": ("--block 512x512", 1, "no layer of lenet-300-100 can be sparse"),
     "unknown option": ("--sparsity 0.9", 2, "--sparsity"),
+    "net above memory": ("--net wide-mlp --width 100000000", 1, "cannot be built"),
     "loss explodes": ("--lr 1e30", 1, "the loss of step"),
 }
 
@@ -98,9 +99,81 @@ def test_a_mistake_is_one_line(case: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("results.json"))
 
 
+def test_an_unknown_backend_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_forced", "foo")  # what SPARSE_KERNELS_BACKEND=foo leaves there
+    monkeypatch.setattr(plan, "_cache", {})
+    for words in (["info"], [*TINY.split(), "--out", str(tmp_path)]):
+        done = invoke(*words)
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+        assert "'foo' is no backend" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FloatingPointError("layer '1' at step 4"), "layer '1' at step 4"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nframe #0"),
+            "not enough memory",
+        ),
+    ],
+)
+def test_what_training_raises_is_one_line(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("sparse_kernels.workbench.loop.train", fail)
+    done = invoke(*TINY.split(), "--out", str(tmp_path))
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    (line,) = [text for text in done.stderr.splitlines() if text]
+    assert line.startswith("Error: ") and message in line
+
+
+def test_a_fault_of_ours_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("sparse_kernels.workbench.loop.train", fail)
+    done = invoke(*TINY.split(), "--out", str(tmp_path))
+    assert isinstance(done.exception, RuntimeError)
+
+
+def test_a_run_is_kept_when_its_name_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(config: object, folder: Path) -> None:
+        (folder / "log.csv").write_text(str(len(list(tmp_path.iterdir()))))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("sparse_kernels.workbench.loop.train", leave)
+    words = [*TINY.split(), "--out", str(tmp_path)]
+    (tmp_path / "tiny").mkdir()  # empty, as a run that never started leaves it
+    outputs = [invoke(*words).stdout for _ in range(3)]
+    assert "note" not in outputs[0]
+    for output, name in zip(outputs[1:], ("tiny-2", "tiny-3"), strict=True):
+        assert "is kept" in output and str(tmp_path / name) in output
+    logs = {path.parent.name: path.read_text() for path in tmp_path.rglob("log.csv")}
+    assert logs == {"tiny": "1", "tiny-2": "2", "tiny-3": "3"}
+    demo = ["train", "--preset", "demo", "--out", str(tmp_path)]
+    assert "note" not in invoke(*demo).stdout
+    assert f"note: overwriting {tmp_path / 'demo'}" in invoke(*demo).stdout
+    assert not (tmp_path / "demo-2").exists()
+    invoke(*demo, "--name", "tiny")
+    assert (tmp_path / "tiny-4").is_dir()
+
+
 def test_a_report_of_nothing_is_one_line(tmp_path: Path) -> None:
     done = invoke("report", str(tmp_path))
     assert done.exit_code == 1 and "results.json: not there" in done.stderr
+    empty = {"config": {}, "command": "", "machine": {}, "runs": [{}]}
+    (tmp_path / "results.json").write_text(json.dumps(empty))
+    done = invoke("report", str(tmp_path))
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert "results.json: incomplete" in done.stderr
 
 
 def test_info_describes_the_installation() -> None:

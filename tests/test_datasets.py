@@ -1,4 +1,4 @@
-"""Readers, cache, download, split, augmentation: on files made here and the shipped sample."""
+"""Readers, cache and download: on files made here and the shipped sample."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import lzma
 import struct
 import tarfile
 import threading
@@ -17,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_kernels.workbench import augment, datasets, fetch, formats
-from sparse_kernels.workbench.datasets import BatchLoader, DataError, hold_out, load
+from sparse_kernels.workbench import datasets, fetch, formats
+from sparse_kernels.workbench.datasets import DataError, load
 
 TRAIN, TEST = 30, 10
 
@@ -190,6 +191,12 @@ def test_broken_cifar_files_are_named(tmp_path: Path) -> None:
         load("cifar10", tmp_path)
 
 
+def _flip(data: bytes) -> bytes:
+    """The bytes with those in the middle inverted."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(255 - b for b in data[middle : middle + 64]) + data[middle + 64 :]
+
+
 def test_broken_cifar_archives_are_named(tmp_path: Path) -> None:
     batches = cifar_batches()
     whole = cifar_archive(tmp_path / "whole.tar.gz", batches).read_bytes()
@@ -201,6 +208,11 @@ def test_broken_cifar_archives_are_named(tmp_path: Path) -> None:
     rubbish.write_bytes(b"no archive at all" * 99)
     with pytest.raises(DataError, match=r"rubbish\.tar\.gz.*damaged"):
         load("cifar10", rubbish)
+    packed = lzma.compress(whole)
+    for name, data in {"cut.xz": packed[: len(packed) // 2], "bad.xz": _flip(packed)}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=rf"{name}.*damaged"):
+            load("cifar10", tmp_path / name)
     del batches["test_batch.bin"]
     lacking = cifar_archive(tmp_path / "lacking.tar.gz", batches)
     with pytest.raises(DataError, match=r"test_batch\.bin is missing"):
@@ -216,9 +228,14 @@ def test_the_cache_is_used_rebuilt_when_damaged_and_bound_to_the_files(
     with monkeypatch.context() as context:
         context.setattr(datasets, "_parse_mnist", lambda files: pytest.fail("parsed again"))
         assert torch.equal(load("mnist", folder).train.images, first.train.images)
-    for damaged in (b"PK\3\4 broken", b"", cached.read_bytes()[:5000]):
+    whole, lacking, other = cached.read_bytes(), io.BytesIO(), io.BytesIO()
+    np.savez(lacking, train_images=first.train.images.numpy())
+    np.save(other, np.zeros(3))
+    stale = (lacking.getvalue(), other.getvalue())
+    for damaged in (b"PK\3\4 broken", b"", whole[:5000], _flip(whole), *stale):
         cached.write_bytes(damaged)
         assert torch.equal(load("mnist", folder).train.images, first.train.images)
+        assert cached.read_bytes() == whole
     write_files(folder, mnist_files(seed=7), zipped=True)
     assert not torch.equal(load("mnist", folder).train.images, first.train.images)
     assert not list(tmp_path.rglob("*.part"))
@@ -320,77 +337,3 @@ def test_the_shipped_sample_is_balanced_distinct_and_looks_like_mnist() -> None:
     means = torch.stack([train[data.train.labels == d].mean(0) for d in range(10)])
     nearest = torch.cdist(data.test.images.flatten(1).float(), means).argmin(1)
     assert (nearest == data.test.labels).float().mean() > 0.75
-
-
-def test_hold_out_is_a_partition_fixed_by_its_seed() -> None:
-    data = load("mnist-sample")
-    train, validation = hold_out(data.train, 0.1, seed=3)
-    assert (len(train), len(validation)) == (3600, 400)
-    both = torch.cat([train.images, validation.images]).flatten(1)
-    assert torch.unique(both, dim=0).shape[0] == 4000
-    assert torch.equal(hold_out(data.train, 0.1, seed=3)[1].images, validation.images)
-    assert not torch.equal(hold_out(data.train, 0.1, seed=4)[1].images, validation.images)
-    assert len(hold_out(data.train, 0.0, seed=0)[1]) == 0
-    with pytest.raises(ValueError, match="held-out fraction"):
-        hold_out(data.train, 1.0, seed=0)
-
-
-def test_batches_cover_an_epoch_once_and_equal_seeds_give_equal_batches() -> None:
-    data = load("mnist-sample")
-    split = datasets.Split(data.train.images[:105], torch.arange(105))
-    one, two = (BatchLoader(split, data, 20, seed=5) for _ in range(2))
-    first = list(one)
-    assert [labels.numel() for _, labels in first] == [20] * 5 + [5]
-    assert sorted(torch.cat([labels for _, labels in first]).tolist()) == list(range(105))
-    for (images, labels), (others, other_labels) in zip(first, two, strict=True):
-        assert torch.equal(images, others) and torch.equal(labels, other_labels)
-    second = list(one)
-    assert not torch.equal(first[0][1], second[0][1])  # every epoch has its own order
-    plain = list(BatchLoader(split, data, 20))
-    assert plain[1][1].tolist() == list(range(20, 40))
-    expected = (split.images[20:40].float() / 255 - 0.1307) / 0.3081
-    torch.testing.assert_close(plain[1][0], expected)
-
-
-def test_a_single_left_over_image_is_dropped_only_when_training() -> None:
-    data = load("mnist-sample")
-    split = datasets.Split(data.train.images[:41], data.train.labels[:41])
-    shuffled, plain = BatchLoader(split, data, 20, seed=0), BatchLoader(split, data, 20)
-    assert (len(shuffled), len(list(shuffled))) == (2, 2)
-    assert (len(plain), len(list(plain))) == (3, 3)
-    with pytest.raises(ValueError, match="batch_size"):
-        BatchLoader(split, data, 0)
-
-
-def test_crop_and_flip_is_a_window_of_the_reflected_image() -> None:
-    images = torch.randint(0, 256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    out = augment.crop_and_flip(images, torch.Generator().manual_seed(1))
-    assert out.shape == images.shape
-    padded = torch.nn.functional.pad(images.double(), (4, 4, 4, 4), mode="reflect")
-    flips = tops = 0
-    for image, result in zip(padded, out.double(), strict=True):
-        found = [
-            (top, left, flip)
-            for top in range(9)
-            for left in range(9)
-            for flip in (False, True)
-            if torch.equal(
-                image[:, top : top + 32, left : left + 32].flip(2)
-                if flip
-                else image[:, top : top + 32, left : left + 32],
-                result,
-            )
-        ]
-        assert len(found) == 1
-        tops += found[0][0]
-        flips += found[0][2]
-    assert 16 < flips < 48 and 3 < tops / 64 < 5  # 32 and 4 in the mean
-    again = augment.crop_and_flip(images, torch.Generator().manual_seed(1))
-    assert torch.equal(out, again)
-    with pytest.raises(ValueError, match="pad 32"):
-        augment.crop_and_flip(images, torch.Generator(), pad=32)
-
-
-def test_normalize_checks_its_channels() -> None:
-    with pytest.raises(ValueError, match="3 channels"):
-        augment.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), (0.5,), (0.5,))

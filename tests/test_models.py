@@ -70,6 +70,8 @@ def test_the_width_of_the_mlp_is_configurable() -> None:
         ("resnet", {}, "unknown net 'resnet'.*lenet-300-100"),
         ("lenet-300-100", {"width": 10}, "lenet-300-100.*width"),
         ("wide-mlp", {"width": 0}, "at least 1"),
+        ("wide-mlp", {"width": 10**7}, "cannot be built.*memory.*--width"),
+        ("wide-mlp", {"width": 10**12}, "cannot be built.*--width"),
     ],
 )
 def test_wrong_requests_are_named(name: str, options: dict[str, int], message: str) -> None:

@@ -171,15 +171,15 @@ def run_native(case: Case, w: Weight, x: torch.Tensor, grad: torch.Tensor, bias,
         case.geom,
         bh,
         bw,
+        w.capacity,
         case.relu,
         threads,
     )
+    shared = (case.geom, bh, bw, w.capacity)
     native.conv2d_dgrad(
-        *pointers(dx, grad, w.values, w.t_crow, w.t_row, w.t_perm), case.geom, bh, bw, threads
+        *pointers(dx, grad, w.values, w.t_crow, w.t_row, w.t_perm), *shared, threads
     )
-    native.conv2d_wgrad(
-        *pointers(dvalues, grad, x, w.crow, w.col), case.geom, bh, bw, w.capacity, threads
-    )
+    native.conv2d_wgrad(*pointers(dvalues, grad, x, w.crow, w.col), *shared, threads)
     return y, dx, dvalues
 
 
@@ -288,15 +288,10 @@ def test_linear_matches_dense(rows: int, cols: int, batch: int, block: tuple[int
     bias = torch.randn(rows, generator=gen)
     y, dx, dv = nan_filled(rows, batch), nan_filled(cols, batch), nan_filled(*w.values.shape)
     bh, bw = block
-    native.linear(
-        *pointers(y, x, w.values, bias, w.crow, w.col), rows, cols, bh, bw, batch, True, 2
-    )
-    native.linear_dgrad(
-        *pointers(dx, grad, w.values, w.t_crow, w.t_row, w.t_perm), rows, cols, bh, bw, batch, 2
-    )
-    native.linear_wgrad(
-        *pointers(dv, grad, x, w.crow, w.col), rows, cols, bh, bw, w.capacity, batch, 2
-    )
+    shared = (rows, cols, bh, bw, w.capacity, batch)
+    native.linear(*pointers(y, x, w.values, bias, w.crow, w.col), *shared, True, 2)
+    native.linear_dgrad(*pointers(dx, grad, w.values, w.t_crow, w.t_row, w.t_perm), *shared, 2)
+    native.linear_wgrad(*pointers(dv, grad, x, w.crow, w.col), *shared, 2)
     assert error(y, (w.dense @ x.double() + bias.double()[:, None]).relu()) <= TOLERANCE
     assert error(dx, w.dense.T @ grad.double()) <= TOLERANCE
     assert error(dv, w.sampled(grad.double() @ x.double().T)) <= TOLERANCE
@@ -315,7 +310,9 @@ def test_nan_passes_the_relu_and_unaligned_pointers_work() -> None:
     x = torch.randn(4 * 25 * 16 + shift)[shift:]
     x[7] = float("nan")
     y = nan_filled(6 * 25 * 16 + shift)[shift:]
-    native.conv2d(*pointers(y, x, w.values, None, w.crow, w.col), case.geom, 1, 1, True, 2)
+    native.conv2d(
+        *pointers(y, x, w.values, None, w.crow, w.col), case.geom, 1, 1, w.capacity, True, 2
+    )
     want = F.conv2d(
         x.view(4, 5, 5, 16).movedim(-1, 0).double(), w.conv_weight(case), padding=1
     ).relu()
@@ -334,12 +331,9 @@ def test_scratch_is_counted_reused_released_and_independent_of_the_dense_size() 
     values = torch.ones(rows)
     x, y, dv = torch.randn(cols, 4), nan_filled(rows, 4), nan_filled(rows)
     for _ in range(2):
-        native.linear(
-            *pointers(y, x, values, None, index, index), rows, cols, 1, 1, case.batch, False, 2
-        )
-        native.linear_wgrad(
-            *pointers(dv, y, x, index, index), rows, cols, 1, 1, rows, case.batch, 2
-        )
+        shared = (rows, cols, 1, 1, rows, case.batch)
+        native.linear(*pointers(y, x, values, None, index, index), *shared, False, 2)
+        native.linear_wgrad(*pointers(dv, y, x, index, index), *shared, 2)
         assert torch.equal(y, x)
         assert torch.allclose(dv, (x * x).sum(1))
     assert 0 < native.scratch_bytes() <= native.scratch_peak() < 16 << 20
@@ -353,8 +347,10 @@ def test_scratch_is_counted_reused_released_and_independent_of_the_dense_size() 
         ({"threads": 0}, "threads"),
         ({"y": 0}, "y must not be null"),
         ({"bh": 0}, "bh"),
+        ({"capacity": -1}, "capacity"),
         ({"geom": [1, 2]}, "18 integers"),
         ({"geom": [1, 3, 3, 9, 9, 1, 1, 3, 3, 1, 1, 0, 0, 0, 0, 1, 1, 1]}, "out_h"),
+        ({"geom": [1, 1, 1, 1, 1, 1, 1, 3, 3, 1, 1, *[2**60] * 4, 2**60, 2**60, 1]}, "2\\^40"),
         ({"geom": [1, 3, 3, 1, 1, 2, 3, 3, 3, 1, 1, 0, 0, 0, 0, 1, 1, 2]}, "groups"),
     ],
 )
@@ -363,7 +359,7 @@ def test_wrong_arguments_raise_value_errors(change: dict[str, object], message: 
     i = torch.zeros(8, dtype=torch.int32)
     args = dict(zip(("y", "x", "values", "crow", "col"), pointers(t, t, t, i, i), strict=True))
     args |= {"bias": 0, "geom": Case(1, 1, 1, (3, 3)).geom, "bh": 1, "bw": 1, "relu": False}
-    args["threads"] = 1
+    args |= {"threads": 1, "capacity": 8}
     native.conv2d(**args)
     with pytest.raises(ValueError, match=message):
         native.conv2d(**(args | change))

@@ -72,6 +72,30 @@ def test_conv_scratch() -> None:
     assert all(0 < peak <= bound for peak in peaks), (peaks, bound)
 
 
+@pytest.mark.parametrize(
+    ("channels", "pixels", "groups", "nnzb"),
+    [(64, 64, 1, 64), (256, 28, 256, 256 * 4)],
+    ids=["one element per row", "depthwise"],
+)
+def test_few_elements_do_not_pack_whole_images(
+    channels: int, pixels: int, groups: int, nnzb: int
+) -> None:
+    """Little arithmetic must not buy large tiles: wgrad's fit the budget of kernels.h, and a
+    product's stay below the packed image of one lane group.
+    """
+    batch = 16
+    geometry = Conv2dGeometry(channels, channels, 3, 3, 1, 1, 1, 1, 1, 1, groups=groups)
+    pattern = SparsityPattern.random(
+        geometry.matrix_shape, nnzb=nnzb, row_parts=groups, col_parts=9
+    )
+    values = torch.randn(pattern.capacity, 1, 1, requires_grad=True)
+    x = torch.randn(batch, channels, pixels, pixels)
+    image = channels * batch * (pixels + 2) ** 2 * FLOAT
+    forward, wgrad = _peaks(lambda: ops.conv2d(x, values, *pattern.tensors(), geometry=geometry))
+    assert 0 < wgrad <= _bound(pattern, 0) < image / 4, (wgrad, _bound(pattern, 0), image)
+    assert 0 < forward <= _bound(pattern, 0) + THREADS * 2**21 < image, (forward, image)
+
+
 def test_released_scratch_is_gone() -> None:
     pattern = SparsityPattern.random((64, 64), density=0.1)
     values = torch.randn(pattern.capacity, 1, 1)

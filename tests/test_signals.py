@@ -12,7 +12,9 @@ from sparse_kernels.nn.conv import SparseConv2d
 from sparse_kernels.nn.linear import SparseLinear
 from sparse_kernels.training import SparseMomentum
 from sparse_kernels.training.blocks import BlockGrid
+from sparse_kernels.training.gradient_scale import gather
 from sparse_kernels.training.optimizers import OptimizerView
+from sparse_kernels.training.schedule import UpdateSchedule
 from sparse_kernels.training.signals import LayerSignal
 
 STEPS = 30
@@ -43,7 +45,7 @@ def observed(make, grads, kind, last=None, block=(1, 1), tolerance=0.1):
         layer.values.grad = layer.pattern.compress(grad)
         if i >= first:
             layer.make_probe().grad = grad.clone()
-            signal.observe(None)
+            gather([signal], None)
             assert layer.probe.grad is None
         optimizer.step()
     return layer, optimizer, signal
@@ -103,7 +105,7 @@ def test_adam_window_has_the_scale_of_the_optimizers_own_state():
     layer, _, signal = observed(MAKERS["adam"], grads, "window", 22)
     twin = dense_twin(MAKERS["adam"], grads)
     signal.complete(layer.pattern.keys())
-    torch.testing.assert_close(signal.buffers["exp_avg_sq"].reshape(6, 9), twin["exp_avg_sq"])
+    torch.testing.assert_close(signal.state("exp_avg_sq").reshape(6, 9), twin["exp_avg_sq"])
     free = ~layer.pattern.mask()
     short = signal.buffers["exp_avg"].reshape(6, 9)[free] / twin["exp_avg"][free]
     torch.testing.assert_close(short, torch.full_like(short, (1 - 0.9**22) / (1 - 0.9**60)))
@@ -115,7 +117,87 @@ def test_adam_window_over_everything_is_exact():
     twin = dense_twin(MAKERS["adam"], grads)
     signal.complete(layer.pattern.keys())
     for key in ("exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(signal.buffers[key].reshape(6, 9), twin[key])
+        torch.testing.assert_close(signal.state(key).reshape(6, 9), twin[key])
+
+
+def test_adam_windows_that_overlap_are_corrected_once():
+    """Constant gradients over three updates in one window: the scale is the optimizer's each time,
+    stored or not.
+    """
+    grad = gradients(1)[0]
+    layer = SparseLinear(9, 6, density=0.3, dtype=torch.float64)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    view = OptimizerView(optimizer, layer.values, "x")
+    signal = LayerSignal("x", layer, view, "window", 0.01)
+    for step in range(1, 61):
+        layer.values.grad = layer.pattern.compress(grad)
+        if step > 30:
+            layer.make_probe().grad = grad.clone()
+            gather([signal], None)
+        optimizer.step()
+        if step in (40, 50, 60):
+            twin = dense_twin(MAKERS["adam"], [grad] * step)
+            signal.complete(layer.pattern.keys())
+            found = signal.state("exp_avg_sq").reshape(6, 9)
+            torch.testing.assert_close(found, twin["exp_avg_sq"])
+            torch.testing.assert_close(
+                signal.grown_state(torch.arange(54))["exp_avg_sq"].reshape(6, 9), found
+            )
+            signal.finish_update(UpdateSchedule(100, 10), step)
+            assert signal.gathered == step - 30
+
+
+def test_adam_window_keeps_the_average_of_a_weight_that_was_pruned():
+    """A stored second moment enters the buffer in the buffer's own scale."""
+    layer = SparseLinear(9, 6, density=0.3, dtype=torch.float64)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    view = OptimizerView(optimizer, layer.values, "x")
+    signal = LayerSignal("x", layer, view, "window", 0.01)
+    grad = torch.ones(6, 9, dtype=torch.float64)
+    for step in range(1, 41):
+        layer.values.grad = layer.pattern.compress(grad)
+        if step > 30:
+            layer.make_probe().grad = grad.clone()
+            gather([signal], None)
+        optimizer.step()
+    signal.complete(layer.pattern.keys())
+    everywhere = signal.buffers["exp_avg_sq"]
+    torch.testing.assert_close(everywhere, everywhere[:1].expand_as(everywhere))
+
+
+def test_a_layer_whose_gradient_is_rounding_takes_the_scale_of_its_group():
+    """A weight row before BatchNorm has no gradient along itself. Where it has one weight, both
+    gradients of that weight are rounding, here 1e-7 of the rest, and no multiples of each other.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(SparseLinear(9, 6, density=0.4), SparseLinear(6, 5, density=0.4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10)
+    dense = [torch.randn(layer.matrix_shape) for layer in model]
+    dense[0][model[0].pattern.mask()] *= 1e-7
+    for layer, grad in zip(model, dense, strict=True):
+        layer.values.grad = layer.pattern.compress(grad) * 0.01
+        layer.probe.grad = grad.clone()
+    model[0].values.grad = model[0].values.grad.flip(0).contiguous() * 30
+    optimizer.step()
+    for signal, grad in zip(masks._signals, dense, strict=True):
+        found = signal.buffers["momentum_buffer"].reshape(grad.shape)
+        torch.testing.assert_close(found, grad * 0.01, rtol=1e-5, atol=0)
+
+
+def test_param_groups_have_a_scale_of_their_own():
+    model = nn.Sequential(SparseLinear(9, 6, density=0.4), SparseLinear(6, 5, density=0.4))
+    groups = [{"params": list(layer.parameters())} for layer in model]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10)
+    model(torch.randn(7, 9)).pow(2).sum().backward()
+    dense = [layer.probe.grad.clone() for layer in model]
+    for layer, factor in zip(model, (0.25, 3.0), strict=True):
+        layer.values.grad *= factor
+    optimizer.step()
+    for signal, grad, factor in zip(masks._signals, dense, (0.25, 3.0), strict=True):
+        found = signal.buffers["momentum_buffer"].reshape(grad.shape)
+        torch.testing.assert_close(found, grad * factor, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1 / 65536, 0.37, 3.0])
@@ -126,7 +208,7 @@ def test_the_scale_of_the_optimizers_gradient_is_found(factor):
     grad = gradients(1)[0].float()
     layer.values.grad = layer.pattern.compress(grad) * factor
     layer.make_probe().grad = grad.clone()
-    signal.observe(None)
+    gather([signal], None)
     found = signal.buffers["momentum_buffer"].reshape(6, 9)
     torch.testing.assert_close(found, grad * factor, rtol=1e-6, atol=0)
     if factor == 1.0:

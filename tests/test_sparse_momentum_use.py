@@ -153,12 +153,13 @@ def test_skipped_steps_count_for_nothing():
 def test_gradient_that_is_no_multiple_is_refused():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    SparseMomentum(model, optimizer, total_steps=20, update_every=2)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=2)
     x, y = next(iter(batches(1)))
     nn.functional.cross_entropy(model(x), y).backward()
     nn.utils.clip_grad_value_(model.parameters(), 1e-6)
-    with pytest.raises(RuntimeError, match=r"layer '0': values.grad is not a multiple"):
+    with pytest.raises(RuntimeError, match=r"layer '\d': values.grad is not a multiple"):
         optimizer.step()
+    assert masks.steps == 0
 
 
 # ---- edges -------------------------------------------------------------------------------------
@@ -172,11 +173,13 @@ def test_empty_and_full_layers_and_no_momentum_at_all():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     before = stored(model)
     masks = SparseMomentum(model, optimizer, total_steps=9, update_every=2, dense_above=1.0)
-    for _ in range(9):  # no loss: every momentum is zero
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        masks.step()
+    with pytest.warns(RuntimeWarning, match="no gradient reached") as warned:
+        for _ in range(9):  # no loss: every momentum is zero
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            masks.step()
+    assert len(warned) == 1
     assert masks.updates == 4 and stored(model) == before
     assert all(bool(layer.values.isfinite().all()) for layer in sparse(model))
 
@@ -186,9 +189,11 @@ def test_no_gradient_ever_is_no_crash():
     optimizer = torch.optim.Adam(model.parameters())
     before = stored(model)
     masks = SparseMomentum(model, optimizer, total_steps=4, update_every=1)
-    for _ in range(4):
-        optimizer.step()
-        masks.step()
+    message = "after step 1: no gradient reached the growth signal of '0', '2', '4'"
+    with pytest.warns(RuntimeWarning, match=message):
+        for _ in range(4):
+            optimizer.step()
+            masks.step()
     assert stored(model) == before and masks.updates == 3
 
 

@@ -1,4 +1,4 @@
-"""The training loop, its account of cost, its reports and the benchmarks, on small nets."""
+"""The training loop, its reports and the benchmarks, on small nets."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from workbench_support import SMALL
 
-from sparse_kernels.nn import sparsify
 from sparse_kernels.workbench import (
-    account,
     bench_layers,
     bench_step,
-    contenders,
     loop,
     machine,
     models,
@@ -27,18 +24,7 @@ from sparse_kernels.workbench import (
     steptime,
 )
 from sparse_kernels.workbench.config import TrainConfig
-from sparse_kernels.workbench.errors import TrainingError, WorkbenchError
-
-SMALL = TrainConfig(
-    data="mnist-sample",
-    density=0.1,
-    compare="dense",
-    dense_baseline="contiguous",
-    epochs=3,
-    batch_size=600,
-    update_every=4,
-    threads=1,
-)
+from sparse_kernels.workbench.errors import WorkbenchError
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +33,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # tests run side by side; threads would only wait for each other
     yield
     torch.set_num_threads(before)
-
-
-def batch(config: TrainConfig = SMALL) -> tuple[torch.Tensor, torch.Tensor]:
-    return bench_step.random_batch(dataclasses.replace(config, batch_size=32))
 
 
 def test_interleave_takes_turns_after_warming_up() -> None:
@@ -95,105 +77,6 @@ def test_summarize_gives_median_and_quartiles() -> None:
 def test_impossible_settings_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(WorkbenchError, match=message):
         dataclasses.replace(SMALL, **change).check()
-
-
-def test_flops_weigh_each_weight_by_its_outputs() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
-    sparsify(net, density=0.25, exclude=["3"], generator=torch.Generator().manual_seed(0))
-    positions = account.output_positions(net, (3, 9, 9))
-    assert positions == {"0": 16, "3": 1}
-    costs = {c.name: c for c in account.layer_costs(net, positions)}
-    assert (costs["0"].nnz, costs["0"].numel) == (54, 216)
-    assert (costs["3"].nnz, costs["3"].numel) == (1280, 1280)
-    both = list(costs.values())
-    assert account.weight_density(both) == pytest.approx((54 + 1280) / (216 + 1280))
-    assert account.flops_density(both) == pytest.approx((54 * 16 + 1280) / (216 * 16 + 1280))
-
-
-def test_memory_counts_every_tensor_that_stays() -> None:
-    dense = contenders.build_dense(SMALL, 0, "contiguous")
-    sparse = contenders.build_sparse(SMALL, 0, 1000, 1000)
-    for contender in (dense, sparse):
-        contender.step(*batch())
-    weights = 784 * 300 + 300 * 100 + 100 * 10
-    assert account.memory(dense.model, dense.optimizer) == {
-        "weights": 4 * (weights + 410),
-        "indices": 0,
-        "gradients": 4 * (weights + 410),
-        "optimizer": 4 * (weights + 410),
-        "total": 12 * (weights + 410),
-    }
-    held = account.memory(sparse.model, sparse.optimizer)
-    nnz = weights // 10
-    assert held["weights"] == held["gradients"] == held["optimizer"]
-    assert 4 * (nnz + 410) <= held["weights"] <= 1.3 * 4 * (nnz + 410)
-    # Column index, and row index and permutation of the transposed pattern: 12 bytes each.
-    rows = 2 * 4 * (784 + 300 + 300 + 100 + 100 + 10)
-    assert 12 * nnz < held["indices"] < 1.3 * 12 * nnz + rows
-
-
-def test_contenders_start_alike_and_layouts_compute_the_same() -> None:
-    config = dataclasses.replace(SMALL, net="lenet-5-caffe")
-    losses = [
-        [contender.step(*batch(config)) for _ in range(3)]
-        for contender in (
-            contenders.build_dense(config, 3, "contiguous"),
-            contenders.build_dense(config, 3, "channels_last"),
-            contenders.build_sparse(dataclasses.replace(config, density=1.0), 3, 100, 100),
-        )
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0] == pytest.approx(losses[2], rel=1e-4)  # density 1 keeps every weight
-
-
-def test_the_learning_rate_falls_every_so_many_steps() -> None:
-    contender = contenders.build_dense(
-        dataclasses.replace(SMALL, lr_decay_every=2), 0, "contiguous"
-    )
-    rates = []
-    for _ in range(5):
-        contender.step(*batch())
-        rates.append(contender.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
-
-
-@pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_a_loss_that_is_no_number_stops_before_it_is_learnt(kind: str) -> None:
-    contender = (
-        contenders.build_sparse(SMALL, 0, 100, 100)
-        if kind == "sparse"
-        else contenders.build_dense(SMALL, 0, "contiguous")
-    )
-    images, labels = batch()
-    contender.step(images, labels)
-    before = [p.detach().clone() for p in contender.model.parameters()]
-    images[3] = float("nan")
-    with pytest.raises(TrainingError, match=rf"{kind}: the loss of step 2 is nan.*--lr"):
-        contender.step(images, labels)
-    for old, new in zip(before, contender.model.parameters(), strict=True):
-        assert torch.equal(old, new)
-
-
-def test_the_fastest_dense_layout_is_chosen_and_failures_are_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def broken(*arguments: object, **options: object) -> None:
-        raise RuntimeError("no C++ compiler\nand more")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    config = dataclasses.replace(SMALL, net="lenet-5-caffe", dense_baseline="auto")
-    assert contenders.dense_layouts(config) == ["contiguous", "channels_last", "compile"]
-    assert contenders.dense_layouts(dataclasses.replace(config, net="wide-mlp")) == [
-        "contiguous",
-        "compile",
-    ]
-    chosen, timings, rejected = contenders.choose_dense(config, batch(config))
-    assert set(timings) == {"contiguous", "channels_last"}
-    assert timings[chosen].median == min(t.median for t in timings.values())
-    assert rejected == {"compile": "RuntimeError: no C++ compiler"}
-    with pytest.raises(WorkbenchError, match=r"no C\+\+ compiler.*--dense-baseline contiguous"):
-        only = dataclasses.replace(config, dense_baseline="compile")
-        contenders.choose_dense(only, batch(config))
 
 
 @pytest.fixture(scope="module")
@@ -268,13 +151,35 @@ def test_the_table_says_what_the_results_say(finished: tuple[Path, dict[str, Any
     }
     accuracy = cells["test accuracy"]
     assert accuracy[0].startswith(f"{100 * mean(sparse, 'test_accuracy'):.2f} % +- ")
-    speedup = mean(dense, "step_seconds") / mean(sparse, "step_seconds")
-    assert cells["time per step"][2] == f"{speedup:.2f}x"
+    rows = {
+        "usual step (median)": "step_seconds",
+        "mean step, signal and mask updates included": "mean_step_seconds",
+    }
+    for title, key in rows.items():
+        assert cells[title][2] == f"{mean(dense, key) / mean(sparse, key):.2f}x"
+    signal, total = (
+        sum(run["memory"][part] for run in sparse) / len(sparse) for part in ("signal", "total")
+    )
+    assert cells["growth signal, at most"][0].startswith(f"{signal / 1e6:.3f} MB")
+    assert cells["growth signal, at most"][1].startswith("0.000 MB")
+    both = f"{(total + signal) / 1e6:.3f} MB"
+    assert cells["all four and the growth signal, at most"][0].startswith(both)
     assert cells["weight density"][1].startswith("100.00 %")
     assert "dense (contiguous)" in text
     assert (
         results["command"] in text and results["command"] in (folder / "reproduce.txt").read_text()
     )
+
+
+def test_the_table_tells_executed_flops_where_they_differ(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    results = json.loads((finished[0] / "results.json").read_text())
+    for run in results["runs"]:
+        run["executed_flops_density"] = run["flops_density"]
+    assert report._EXECUTED not in report.table(results)  # it would say nothing new
+    results["runs"][0]["executed_flops_density"] = 0.75
+    assert f"| {report._EXECUTED} |" in report.table(results)
 
 
 def test_a_run_is_rendered_again_from_its_results(
@@ -284,6 +189,11 @@ def test_a_run_is_rendered_again_from_its_results(
     (tmp_path / "results.json").write_text((folder / "results.json").read_text())
     written = report.render(tmp_path, report.read_run(tmp_path))
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
+    for run in (older := report.read_run(tmp_path))["runs"]:  # as the first version wrote it
+        for key in ("mean_step_seconds", "executed_flops_density"):
+            del run[key]
+        del run["memory"]["signal"], run["memory"]["total_with_signal"]
+    assert "mean step" not in report.table(older) and "usual step" in report.table(older)
     if (folder / "figure.png") in folder.iterdir():
         assert (tmp_path / "figure.png") in written
         assert (tmp_path / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -309,6 +219,36 @@ def test_results_that_are_not_there_or_broken_are_named(tmp_path: Path, text: st
         (tmp_path / "results.json").write_text(text)
     with pytest.raises(WorkbenchError, match=r"results\.json: "):
         report.read_run(tmp_path)
+
+
+def _emptied(results: dict[str, Any], what: str) -> None:
+    if what == "no settings":
+        results["config"] = {}
+    elif what == "no measures":
+        results["runs"] = [{"seed": 0, "contender": "sparse"}]
+    elif what == "no run":
+        results["runs"] = []
+    elif what == "runs of text":
+        results["runs"] = ["sparse"]
+    elif what == "no accuracy":
+        results["runs"][0]["test_accuracy"] = None
+    elif what == "no machine":
+        results["machine"] = None
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["no settings", "no measures", "no run", "runs of text", "no accuracy", "no machine"],
+)
+def test_results_without_content_are_named_and_change_no_file(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, what: str
+) -> None:
+    results = json.loads((finished[0] / "results.json").read_text())
+    _emptied(results, what)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(WorkbenchError, match=r"results\.json: .*run the experiment again"):
+        report.render_again(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_net_and_data_must_match(tmp_path: Path) -> None:
@@ -360,10 +300,15 @@ def test_bench_step_times_parts_memory_and_updates() -> None:
         assert parts["convolutions"] > 0 and parts["linear"] > 0
     assert results["memory"]["sparse"]["total"] < results["memory"]["contiguous"]["total"]
     assert results["update"]["updates_timed"] >= 1 and results["update"]["update_seconds"] > 0
-    assert set(results["peak_memory"]) == {"sparse", "contiguous"}
+    assert set(results["peak_memory"]) == {"sparse", "sparse, signal", "contiguous"}
     assert min(results["peak_memory"].values()) > 0
+    assert results["memory"]["sparse"]["signal"] == 0
+    assert results["memory"]["sparse, signal"]["signal"] > 0
     text = bench_step.table(results)
-    assert "Mask update:" in text and "peak of the process" in text
+    assert "Mask update:" in text
+    for row in ("usual steps |", "signal and mask update |", "| growth signal, at most |"):
+        assert row in text
+    assert "activations included (dense: contiguous)" in text
 
 
 def test_models_and_defaults_of_the_paper() -> None:

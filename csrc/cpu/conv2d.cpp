@@ -2,6 +2,7 @@
 // sparse_product.h.
 #include "conv2d.h"
 
+#include "pattern_check.h"
 #include "sparse_product.h"
 
 namespace sk {
@@ -213,7 +214,7 @@ void fill_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Pr
 
 void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, Product p, const Weights& w,
                int threads) {
-  const ProductPlan plan = plan_product(p, b.bw);
+  const ProductPlan plan = plan_product(p, g, b.bw);
   auto entries = [&](int64_t group, int64_t j) { return count_dgrad(g, b, f, w, group, j); };
   ListScratch need;
   need.chunks = count_chunks(g.groups, b.col_blocks, b.seg_cols, b.bw, plan.max_log_r);
@@ -235,10 +236,14 @@ void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, Product p
 }  // namespace
 
 void conv2d(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
-            const int32_t* col, const ConvGeometry& g, int64_t bh, int64_t bw, bool relu,
-            int threads) {
-  if (g.batch * g.out_h * g.out_w * g.out_channels <= 0) return;
+            const int32_t* col, const ConvGeometry& g, int64_t bh, int64_t bw, int64_t capacity,
+            bool relu, int threads) {
   const Blocks b = blocks_of(g, bh, bw);
+  const int64_t block_rows = g.groups * b.row_blocks;
+  check_pattern(
+      {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * b.col_blocks},
+      capacity, threads);
+  if (g.batch * g.out_h * g.out_w * g.out_channels <= 0) return;
   const Weights w{values, crow, col, nullptr};
   Product p{};
   p.src = {x, g.in_h, g.in_w, g.batch};
@@ -257,7 +262,9 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
   p.dx_last = (g.kw - 1) * g.dil_w - g.pad_left;
   p.bias = bias;
   p.relu = relu;
-  const ProductPlan plan = plan_product(p, bh);
+  p.per_channel =
+      double(crow[block_rows]) * double(bh * bw) / double(imax<int64_t>(1, g.in_channels));
+  const ProductPlan plan = plan_product(p, g, bh);
   auto entries = [&](int64_t group, int64_t i) {
     const int64_t row = group * b.row_blocks + i;
     return int64_t(crow[row + 1] - crow[row]) * bw;
@@ -280,9 +287,14 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
 
 void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
                   const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& g, int64_t bh,
-                  int64_t bw, int threads) {
-  if (g.batch * g.in_h * g.in_w * g.in_channels <= 0) return;
+                  int64_t bw, int64_t capacity, int threads) {
   const Blocks b = blocks_of(g, bh, bw);
+  const int64_t block_cols = g.kh * g.kw * b.col_blocks;
+  check_pattern({"t_crow", "t_row", t_crow, t_row, t_perm, block_cols, g.groups * b.row_blocks},
+                capacity, threads);
+  if (g.batch * g.in_h * g.in_w * g.in_channels <= 0) return;
+  const double per_channel =
+      double(t_crow[block_cols]) * double(bh * bw) / double(imax<int64_t>(1, g.out_channels));
   const Weights w{values, t_crow, t_row, t_perm};
   for (int64_t y0 = 0; y0 < imin(g.stride_h, g.in_h); ++y0) {
     for (int64_t x0 = 0; x0 < imin(g.stride_w, g.in_w); ++x0) {
@@ -308,6 +320,7 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
       if (f.count_y == 0 || f.count_x == 0)
         f.count_y = f.count_x = 0;  // nothing reaches this phase: zeros
       p.segments = imax<int64_t>(1, f.count_y);
+      p.per_channel = per_channel * double(f.count_y * f.count_x) / double(g.kh * g.kw);
       p.dy_step = 1;
       if (f.count_y > 0) {
         // Exact divisions: phase_taps chose the taps so.

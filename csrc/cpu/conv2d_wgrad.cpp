@@ -5,6 +5,7 @@
 // part sums into its own partial values, and the parts are added in order: the result is the same
 // for every number of threads.
 #include "conv2d.h"
+#include "pattern_check.h"
 #include "scratch.h"
 #include "sparse_dots.h"
 #include "tile.h"
@@ -258,6 +259,9 @@ void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32
   const int64_t seg_rows = g.out_channels / g.groups, seg_cols = g.in_channels / g.groups;
   const int64_t row_blocks = ceil_div(seg_rows, bh), col_blocks = ceil_div(seg_cols, bw);
   const int64_t block_rows = row_blocks * g.groups;
+  check_pattern(
+      {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * col_blocks},
+      capacity, threads);
   const int64_t stored = int64_t(crow[block_rows]) * bh * bw;
   zero_floats(dvalues + stored, capacity * bh * bw - stored);
   if (stored == 0) return;

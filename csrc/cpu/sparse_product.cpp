@@ -1,5 +1,7 @@
 #include "sparse_product.h"
 
+#include "pattern_check.h"
+
 namespace sk {
 namespace SK_ISA {
 namespace {
@@ -44,6 +46,11 @@ constexpr int64_t kTileBytes = 288 * 1024;
 // Outputs larger than this do not survive in the caches until their reader comes: write them past
 // the caches.
 constexpr int64_t kStreamBytes = 12 << 20;
+// Beyond kTileBytes: costs relative to a multiply-add from the second-level cache, estimated.
+constexpr double kSpillCost = 1.5;  // at once, and up to 1 more over the next kSpillBytes
+constexpr double kPackCost = 2.0;   // packing one vector
+constexpr int64_t kSpillBytes = 1 << 20;
+constexpr int64_t kLargeTileBytes = 32 << 20;
 constexpr int kLogAccumulators = kAccumulators == 16 ? 4 : 3;
 
 // Output pixels that one kernel call keeps in registers.
@@ -52,28 +59,51 @@ int pixels_at_once(int64_t width, int log_r, int log_v) {
       imin(width, imin<int64_t>(int64_t(1) << kMaxLog, kAccumulators >> (log_r + log_v))));
 }
 
-int64_t tile_bytes(const Product& p, int lanes, int64_t h, int64_t w) {
+TileShape band_shape(const Product& p, int lanes, int64_t h, int64_t w) {
   const int64_t rows = imin(p.src.height, (h - 1) * p.step_y + (p.segments - 1) * p.dy_step + 1);
   const int64_t cols = (w - 1) * p.step_x + p.dx_last - p.dx_first + 1;
-  return p.src_channels * tile_shape(lanes, rows, cols).pitch * 4;
+  return tile_shape(lanes, imax<int64_t>(rows, 1), cols);
 }
 
-// The band with the least packing per output pixel that fits; at least one row of `min_w` pixels.
+// A double: shapes that no memory holds are planned, too, before they are refused.
+double tile_bytes(const Product& p, int lanes, int64_t h, int64_t w) {
+  return double(p.src_channels) * double(band_shape(p, lanes, h, w).pitch) * 4;
+}
+
+// Most bytes that a band may take whose cost says so: where a row of few pixels is beyond the
+// second-level cache anyway (deep layers, large dilations), packing the same window for every few
+// pixels may cost far more than missing it.
+double most_bytes(double least) {
+  return imax(double(kTileBytes), imin(8 * least, imax(double(kLargeTileBytes), 2 * least)));
+}
+
+// Multiply-adds and packing per output pixel and source channel, in multiply-adds.
+double band_cost(const Product& p, int lanes, int64_t h, int64_t w) {
+  const double over = tile_bytes(p, lanes, h, w) - double(kTileBytes);
+  const double spill = over <= 0 ? 1.0 : kSpillCost + imin(1.0, over / double(kSpillBytes));
+  const TileShape s = band_shape(p, lanes, h, w);
+  return spill * p.per_channel + kPackCost * double(s.height * s.width) / double(h * w);
+}
+
+// The band of the least cost; at least one row of `min_w` pixels.
 void choose_band(const Product& p, int lanes, int64_t min_w, int64_t& band_h, int64_t& band_w) {
   band_h = 1;
   band_w = min_w;
   double best = 1e300;
+  // What fits the cache, and what may be worth missing it.
+  const double limits[] = {double(kTileBytes), most_bytes(tile_bytes(p, lanes, 1, min_w))};
   for (int64_t w = min_w; w <= p.out_w; w = w == p.out_w ? w + 1 : imin(p.out_w, 2 * w)) {
-    int64_t h = 1;
-    while (h < p.out_h && tile_bytes(p, lanes, h + 1, w) <= kTileBytes) ++h;
-    const int64_t bytes = tile_bytes(p, lanes, h, w);
-    if (bytes > kTileBytes && w > min_w) break;
-    h = ceil_div(p.out_h, ceil_div(p.out_h, h));  // bands of equal height
-    const double cost = double(tile_bytes(p, lanes, h, w)) / double(h * w);
-    if (cost < best) {
-      best = cost;
-      band_h = h;
-      band_w = w;
+    for (const double limit : limits) {
+      int64_t h = 1;
+      while (h < p.out_h && tile_bytes(p, lanes, h + 1, w) <= limit) ++h;
+      if (tile_bytes(p, lanes, h, w) > limit && w > min_w) continue;
+      h = ceil_div(p.out_h, ceil_div(p.out_h, h));  // bands of equal height
+      const double cost = band_cost(p, lanes, h, w);
+      if (cost < best) {
+        best = cost;
+        band_h = h;
+        band_w = w;
+      }
     }
   }
 }
@@ -93,7 +123,8 @@ RowsKernel rows_kernel_for(int log_r, int log_p, int log_v) {
   }
 }
 
-ProductPlan plan_product(const Product& p, int64_t block_rows_at_once) {
+ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_rows_at_once) {
+  check_tile(tile_bytes(p, kLanes, 1, 1) / 4, g);  // what no candidate can go below
   ProductPlan plan;
   // Full cache lines per pixel where the batch has them: half lines are poor to stream and to pack.
   const int line_log = kLanes == 4 ? 2 : (kLanes == 8 ? 1 : 0);
@@ -111,10 +142,11 @@ ProductPlan plan_product(const Product& p, int64_t block_rows_at_once) {
   const int lanes = kLanes << log_v;
   const int64_t min_w = pixels_at_once(p.out_w, 0, log_v);
   choose_band(p, lanes, min_w, plan.band_h, plan.band_w);
-  const int64_t rows =
-      imin(p.src.height, (plan.band_h - 1) * p.step_y + (p.segments - 1) * p.dy_step + 1);
-  const int64_t cols = (plan.band_w - 1) * p.step_x + p.dx_last - p.dx_first + 1;
-  plan.tile = tile_shape(lanes, imax<int64_t>(rows, 1), cols);
+  plan.tile = band_shape(p, lanes, plan.band_h, plan.band_w);
+  // Offsets reach below a tile that the image's edge cut short.
+  check_tile(double(p.src_channels) * double(plan.tile.pitch) +
+                 double((p.segments - 1) * p.dy_step) * double(plan.tile.row_pitch),
+             g);
   plan.lane_groups = ceil_div(p.src.batch, lanes);
   plan.bands_y = ceil_div(p.out_h, plan.band_h);
   plan.bands_x = ceil_div(p.out_w, plan.band_w);
@@ -136,16 +168,15 @@ struct Item {
   int64_t n0, i0, rows, j0, cols, y0, y1;
 };
 
-Item locate(const Product& p, const ProductPlan& plan, int64_t index) {
+Item locate(const Product& p, const ProductPlan& plan, int64_t group, int64_t band_y,
+            int64_t band_x) {
   Item t;
-  const int64_t group = index % plan.lane_groups;
-  const int64_t band = index / plan.lane_groups;
   t.n0 = group * plan.tile.lanes;
-  t.i0 = (band / plan.bands_x) * plan.band_h;
+  t.i0 = band_y * plan.band_h;
   t.rows = imin(plan.band_h, p.out_h - t.i0);
   // The last band is as wide as the others and overlaps its neighbour: every pixel is computed by a
   // kernel of the same shape, so that its sum does not depend on how the image was cut.
-  t.j0 = imin((band % plan.bands_x) * plan.band_w, p.out_w - plan.band_w);
+  t.j0 = imin(band_x * plan.band_w, p.out_w - plan.band_w);
   t.cols = plan.band_w;
   const int64_t top = t.i0 * p.step_y + p.dy_first;
   const int64_t bottom = (t.i0 + t.rows - 1) * p.step_y + p.dy_first + (p.segments - 1) * p.dy_step;
@@ -178,9 +209,8 @@ int64_t list_blocks(const Product& p, const ProductPlan& plan, const Item& t, in
   return n;
 }
 
-void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lists, int64_t index,
+void run_tile(const Product& p, const ProductPlan& plan, const ProductLists& lists, const Item& t,
               int64_t split, int64_t splits, float* tile, PixelBlock* blocks, bool stream) {
-  const Item t = locate(p, plan, index);
   pack_tile(tile, plan.tile, p.src, 0, p.src_channels, t.y0, t.y1 - t.y0,
             t.j0 * p.step_x + p.dx_first, t.n0);
   RowsContext c;
@@ -212,6 +242,16 @@ void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lis
   }
 }
 
+void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lists, int64_t index,
+              int64_t split, int64_t splits, float* tile, PixelBlock* blocks, bool stream) {
+  const int64_t group = index % plan.lane_groups, band = index / plan.lane_groups;
+  const int64_t y = band / plan.items_x(p), x = band % plan.items_x(p);
+  run_tile(p, plan, lists, locate(p, plan, group, y, x), split, splits, tile, blocks, stream);
+  // The overlap is written twice, by one thread: two would race.
+  if (x + 2 == plan.bands_x && plan.overlaps(p))
+    run_tile(p, plan, lists, locate(p, plan, group, y, x + 1), split, splits, tile, blocks, stream);
+}
+
 }  // namespace
 
 size_t product_scratch(const Product& p, const ProductPlan& plan, int threads) {
@@ -222,7 +262,7 @@ void run_product(const Product& p, const ProductPlan& plan, const ProductLists& 
                  ScratchLease& lease, int threads) {
   const size_t per_thread = tile_scratch(p, plan) + block_scratch(plan);
   char* scratch = static_cast<char*>(lease.take(size_t(threads) * per_thread));
-  const int64_t tiles = plan.lane_groups * plan.bands_y * plan.bands_x;
+  const int64_t tiles = plan.lane_groups * plan.bands_y * plan.items_x(p);
   // Too few tiles for the threads: cut the rows too, at the price of packing a tile more than once.
   int64_t splits = 1;
   while (splits < lists.count && tiles * splits < 4 * threads && (tiles * splits) % threads != 0)

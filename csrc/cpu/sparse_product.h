@@ -30,6 +30,7 @@ struct Product {
   int64_t dx_first, dx_last;  // range of horizontal taps
   const float* bias;
   bool relu;
+  double per_channel;  // mean number of stored elements per source channel
 };
 
 // How a product is cut into tiles. Chosen from shapes alone, never from the number of threads,
@@ -40,9 +41,14 @@ struct ProductPlan {
   int max_log_r;           // highest chunk
   int64_t band_h, band_w;  // output pixels per tile
   int64_t lane_groups, bands_y, bands_x;
+
+  // The last band of a row overlaps its neighbour (see locate): one work item does both.
+  bool overlaps(const Product& p) const { return p.out_w % band_w != 0; }
+  int64_t items_x(const Product& p) const { return bands_x - (overlaps(p) ? 1 : 0); }
 };
 
-ProductPlan plan_product(const Product& p, int64_t block_rows_at_once);
+// Throws std::invalid_argument if the tile is beyond 32-bit offsets; `g` is for its message.
+ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_rows_at_once);
 
 // Offset of (channel, dy of segment s, dx) in a tile, relative to the output pixel's (dy_first,
 // dx_first).

@@ -1,15 +1,18 @@
 #include "wgrad_plan.h"
 
+#include "pattern_check.h"
+
 namespace sk {
 namespace SK_ISA {
 namespace {
 
 constexpr int64_t kTileBytes = 288 * 1024;  // half of a 512 KB second-level cache and a little more
+constexpr int64_t kLargeTileBytes = 32 << 20;
 constexpr int64_t kMaxParts = 8;
 constexpr int64_t kMaxBands = 32;  // bounds the key table: rows x bands
 
-// Relative costs per output pixel and vector of the batch, in fused multiply-adds. Estimated, not fitted:
-// on Zen 3.
+// Relative costs per output pixel and vector of the batch, in fused multiply-adds. Estimated,
+// not fitted.
 constexpr double kPackCost = 2.0;    // packing one vector
 constexpr double kVisitCost = 6.0;   // starting and summing up one stored element in one tile
 constexpr double kGroupCost = 12.0;  // starting one group of elements in one tile
@@ -44,11 +47,18 @@ double coverage(int64_t out, int64_t in, int64_t stride, int64_t pad, int64_t ke
   return double(inside) / double(out * kernel);
 }
 
+// The packed input and up to four packed gradient rows. A double: shapes that no memory holds are
+// planned, too, before they are refused.
+double bytes_of(const ConvGeometry& g, const Candidate& c) {
+  const double channels = double(ceil_div(g.in_channels, c.bands));
+  return 4 * (channels * double(shape_of(g, c).pitch) +
+              4 * double(tile_shape(c.lanes, c.h, c.w).pitch));
+}
+
 double cost_of(const ConvGeometry& g, const Candidate& c, double per_row, double inside) {
   const TileShape s = shape_of(g, c);
-  const int64_t channels = ceil_div(g.in_channels, c.bands);
   const double pixels = double(c.h * c.w), vecs = double(c.lanes) / kLanes;
-  const double spill = channels * s.pitch * 4 > kTileBytes ? kSpillCost : 1.0;
+  const double spill = bytes_of(g, c) > double(kTileBytes) ? kSpillCost : 1.0;
   const double per_key = per_row / double(c.bands * (c.clipped ? g.kh * g.kw : 1));
   const double groups = double(g.out_channels) * per_row / imin(8.0, imax(per_key, 1.0));
   const double fma = double(g.out_channels) * per_row * spill * (c.clipped ? inside : 1.0);
@@ -56,6 +66,44 @@ double cost_of(const ConvGeometry& g, const Candidate& c, double per_row, double
       (kVisitCost * double(g.out_channels) * per_row + kGroupCost * groups) / (pixels * vecs);
   const double pack = kPackCost * double(s.height * s.width) / pixels * double(g.in_channels);
   return fma + start + pack + kPackCost * double(g.out_channels * c.bands);
+}
+
+// The cheapest candidate of at most `budget` bytes, false if there is none; `least` becomes the
+// bytes of the smallest.
+bool choose(const ConvGeometry& g, double per_row, double inside, double budget, Candidate& best,
+            double& least) {
+  double best_cost = 1e300;
+  auto consider = [&](const Candidate& c) {
+    const double bytes = bytes_of(g, c);
+    least = imin(least, bytes);
+    if (bytes > budget) return;
+    const double cost = cost_of(g, c, per_row, inside);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = c;
+    }
+  };
+  const int64_t max_lanes = round_up(g.batch, kLanes);
+  for (int lanes = kLanes < 16 ? 16 : kLanes;; lanes *= 2) {
+    const int used = int(imin<int64_t>(lanes, max_lanes));
+    for (int64_t bands = 1; bands <= imin(kMaxBands, g.in_channels); bands *= 2) {
+      for (int64_t w = g.out_w;; w = ceil_div(w, 2)) {
+        for (int64_t h = g.out_h;; h = ceil_div(h, 2)) {
+          consider({false, used, bands, h, w});
+          if (w == g.out_w) consider({true, used, bands, h, w});
+          if (h == 1) break;
+        }
+        if (w == 1) break;
+      }
+    }
+    if (lanes >= max_lanes || lanes >= 128) break;
+  }
+  return best_cost < 1e300;
+}
+
+// Where even the smallest tile is beyond the budget: a few times that, for the cost to choose from.
+double most_bytes(double least) {
+  return imin(8 * least, imax(double(kLargeTileBytes), 2 * least));
 }
 
 }  // namespace
@@ -105,33 +153,15 @@ bool WgradPlan::region(const ConvGeometry& g, const WgradTile& t, int64_t tap, D
 WgradPlan plan_wgrad(const ConvGeometry& g, double per_row) {
   const double inside = coverage(g.out_h, g.in_h, g.stride_h, g.pad_top, g.kh, g.dil_h) *
                         coverage(g.out_w, g.in_w, g.stride_w, g.pad_left, g.kw, g.dil_w);
+  double least = 1e300;
   Candidate best{};
-  double best_cost = 1e300;
-  const int64_t max_lanes = round_up(g.batch, kLanes);
-  for (int lanes = kLanes < 16 ? 16 : kLanes;; lanes *= 2) {
-    const int used = int(imin<int64_t>(lanes, max_lanes));
-    for (int64_t bands = 1; bands <= imin(kMaxBands, g.in_channels); bands *= 2) {
-      for (int64_t w = g.out_w;; w = ceil_div(w, 2)) {
-        for (int64_t h = g.out_h;; h = ceil_div(h, 2)) {
-          for (int clipped = 0; clipped < (w == g.out_w ? 2 : 1); ++clipped) {
-            const Candidate c{clipped == 1, used, bands, h, w};
-            const double cost = cost_of(g, c, per_row, inside);
-            if (cost < best_cost) {
-              best_cost = cost;
-              best = c;
-            }
-          }
-          if (h == 1) break;
-        }
-        if (w == 1) break;
-      }
-    }
-    if (lanes >= max_lanes || lanes >= 128) break;
-  }
+  if (!choose(g, per_row, inside, double(kTileBytes), best, least))
+    choose(g, per_row, inside, most_bytes(least), best, least);
   WgradPlan plan;
   plan.clipped = best.clipped;
   plan.tile = shape_of(g, best);
   plan.band_channels = ceil_div(g.in_channels, best.bands);
+  check_tile(double(plan.band_channels) * double(plan.tile.pitch), g);
   plan.bands = ceil_div(g.in_channels, plan.band_channels);
   plan.band_h = best.h;
   plan.band_w = best.w;

@@ -43,7 +43,8 @@ struct WgradPlan {
               int64_t& grad_at, int64_t& x_at) const;
 };
 
-// `per_row`: mean number of stored elements per row of the matrix.
+// `per_row`: mean number of stored elements per row of the matrix. Throws std::invalid_argument if
+// the tile is beyond 32-bit offsets.
 WgradPlan plan_wgrad(const ConvGeometry& g, double per_row);
 
 }  // namespace SK_ISA

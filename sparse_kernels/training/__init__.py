@@ -1,9 +1,10 @@
 """Training a sparse network: the rules, the growth signals, and the driver that applies them."""
 
+from .config import SparseMomentumConfig
 from .rewrite import rewrite
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 from .schedule import UpdateSchedule, window_length
-from .sparse_momentum import SparseMomentum, SparseMomentumConfig
+from .sparse_momentum import SparseMomentum
 from .update import UpdateRecord
 
 __all__ = [

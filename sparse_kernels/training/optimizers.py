@@ -71,12 +71,12 @@ class OptimizerView:
                 "probably made before sparsify() replaced the layer. Build the optimizer from "
                 "model.parameters() after sparsify()"
             )
-        self._group = found[0]
+        self.group_index = found[0]
 
     @property
     def group(self) -> dict[str, Any]:
         """The param group (looked up each time: load_state_dict replaces the group's dict)."""
-        return self.optimizer.param_groups[self._group]
+        return self.optimizer.param_groups[self.group_index]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -119,8 +119,7 @@ class OptimizerView:
         place.
 
         grad: any shape, as the optimizer sees it (before its own maximize). first: torch's SGD
-            takes the
-        very first gradient without dampening.
+            takes the very first gradient without dampening.
         """
         grad = -grad if self.group.get("maximize") else grad
         for name in self.state_names:

@@ -81,6 +81,11 @@ class UpdateSchedule:
         start = self.window_start(step, length)
         return length != 0 and start is not None and step >= start
 
+    def next_opening(self, step: int, length: int | None) -> int | None:
+        """First step of the window (see `window_start`) if it lies after `step`, else None."""
+        start = self.window_start(step, length)
+        return start if length != 0 and start is not None and start > step else None
+
 
 def window_length(beta: float, tolerance: float) -> int:
     """Smallest L >= 1 with beta**L <= tolerance: momentum over L steps is short of the full one by

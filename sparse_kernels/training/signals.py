@@ -1,13 +1,13 @@
 """Growth signals: how much momentum a weight that does not exist would have.
 
-Each signal takes the dense weight gradient from a layer's probe (`layer.make_probe()`: a
-never-read tensor [rows, cols] whose gradient it is) just before the optimizer steps, and frees it
-at once:
+Four kinds, which differ in the steps whose dense weight gradient they need. That gradient is a
+layer's probe's (`layer.make_probe()`: a never-read tensor [rows, cols]); a signal takes it just
+before the optimizer steps, and frees it at once:
 
 - "exact": dense momentum in every step while updates are left, the official code of arXiv
   1907.04840 to the letter.
 - "window": only the last L steps before an update, beta**L <= tolerance; what is missing of the
-  momentum is beta**L.
+  momentum is beta**L (less, where windows overlap because updates are nearer than L steps).
 - "gradient": the one dense gradient of the step before the update (RigL, Evci et al. 2020).
 - "random": none, and no dense gradient ever (SET, Mocanu et al. 2018).
 
@@ -28,21 +28,16 @@ from .schedule import UpdateSchedule, window_length
 
 SIGNALS = ("exact", "window", "gradient", "random")
 GRADIENT = "gradient"
+_EVERYWHERE = slice(None)
 ADAM_MIN_WINDOW = 10
 """Adam divides by a second moment: over fewer steps |M| is near 1 everywhere and says nothing."""
-SCALE_SNAP = 1e-4
-"""A gradient scale this close to 1 is rounding of two kernels, not clipping."""
-SCALE_MISMATCH = 0.1
-"""Largest relative distance between values.grad and scale * dense gradient that is taken as
-rounding.
-"""
 
 
 class LayerSignal:
     """The growth signal of one layer: buffers [blocks, bh, bw] that live only inside the window.
 
     kind: one of SIGNALS; tolerance: of "window". For an optimizer without momentum M is the
-    gradient, so "exact" and "window" both need one step only.
+    gradient, so "exact" and "window" both need one step only and are "gradient".
     """
 
     def __init__(
@@ -54,7 +49,16 @@ class LayerSignal:
         self.kind = kind
         self.tolerance = tolerance
         self.buffers: dict[str, Tensor] = {}
-        self.gathered = 0
+        self.gathered = 0  # steps in the buffers
+        self.since_update = 0  # steps gathered since the last update
+        self._probe: Tensor | None = None  # the probe that carries the hooks
+        self._handles: list[Any] = []
+        self._task = -1  # the last backward pass that was looked at
+
+    @property
+    def starved(self) -> bool:
+        """True if an update needs gradients and there was none since the last update."""
+        return self.length() != 0 and self.since_update == 0
 
     @property
     def gathers_momentum(self) -> bool:
@@ -72,14 +76,57 @@ class LayerSignal:
         steps = window_length(self.view.beta, self.tolerance)
         return max(steps, ADAM_MIN_WINDOW) if self.view.family == "adam" else steps
 
+    @property
+    def frozen(self) -> bool:
+        """True while `values` is not trained: the layer then keeps its pattern."""
+        return not self.layer.values.requires_grad
+
+    # ---- the probe -----------------------------------------------------------------------------
+
     def arm(self, schedule: UpdateSchedule, next_step: int) -> None:
         """Make the probe if `next_step` lies in the window; else remove probe and buffers."""
-        if schedule.in_window(next_step, self.length()):
-            if self.layer.probe is None:
-                self.layer.make_probe()
-            return
+        if not self.frozen and schedule.in_window(next_step, self.length()):
+            self._watch()
+        else:
+            self.disarm()
+
+    def disarm(self) -> None:
+        """Remove probe, hooks and buffers."""
+        self._unwatch()
         self.layer.probe = None
         self.clear()
+
+    def _watch(self) -> None:
+        """Make a probe if there is none, and hook it (again, where the layer renewed it)."""
+        probe = self.layer.probe
+        if probe is None:
+            probe = self.layer.make_probe()
+        if probe is not self._probe:
+            self._unwatch()
+            self._probe = probe
+            # Hooks on the leaves, not on the module: autograd runs them whatever compiled the
+            # forward pass, and a gradient may be discarded between forward and backward.
+            hooked = (probe, self.layer.values)
+            self._handles = [t.register_hook(self._before_gradient) for t in hooked]
+
+    def _unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._probe = [], None
+
+    def _before_gradient(self, grad: Tensor) -> None:
+        """Drop the probe's old gradient if values.grad was discarded (zero_grad) without a step.
+
+        Autograd calls this before it accumulates into the probe and into `values`, in either
+        order; only the first call of a backward pass sees both as they were before it.
+        """
+        del grad
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task = task
+        if self._probe is not None and self.layer.values.grad is None:
+            self._probe.grad = None
 
     def clear(self) -> None:
         """Drop what was gathered."""
@@ -91,20 +138,38 @@ class LayerSignal:
         if self.layer.probe is not None:
             self.layer.probe.grad = None
 
-    def observe(self, scale: float | None, extra: float = 1.0) -> None:
-        """Take the dense gradient of this step, scaled as the optimizer sees it, and free it.
+    def pending(self) -> Tensor | None:
+        """The dense gradient [rows, cols] that waits in the probe, or None.
 
-        scale: factor from the probe's gradient to the optimizer's; None compares with values.grad,
-            which
-        finds loss scaling, unscaling and clipping by norm. extra: a further factor (a fused
-        optimizer unscales inside its step).
+        Without values.grad the optimizer leaves this layer out of its step, so what the probe
+        holds belongs to no step and is dropped.
         """
         probe = self.layer.probe
-        if probe is None or probe.grad is None:
+        if probe is None:
+            return None
+        if self.layer.values.grad is None or self.frozen:
+            probe.grad = None
+        elif self._probe is not None:
+            self._watch()
+        return probe.grad
+
+    def comparison(self) -> Tensor:
+        """Float64 [3]: sums of d*d, d*g and g*g over the stored blocks, d the waiting dense
+        gradient and g values.grad.
+        """
+        dense, grad = self.layer.probe.grad, self.layer.values.grad
+        pattern = self.layer.pattern
+        raw = pattern.compress(dense)[: pattern.nnzb].double()
+        seen = self._compact(grad, pattern).double()
+        return torch.stack([(raw * raw).sum(), (raw * seen).sum(), (seen * seen).sum()])
+
+    def observe(self, factor: float) -> None:
+        """Take the waiting dense gradient times `factor` (see gradient_scale.py), and free it."""
+        dense = self.pending()
+        if dense is None:
             return
-        blocks = BlockGrid.of(self.layer).to_blocks(probe.grad)
-        probe.grad = None
-        factor = extra * (self._inferred_scale(blocks) if scale is None else scale)
+        blocks = BlockGrid.of(self.layer).to_blocks(dense)
+        self.layer.probe.grad = None
         if factor != 1.0:
             blocks = blocks * factor
         if self.gathers_momentum:
@@ -113,39 +178,7 @@ class LayerSignal:
         else:
             self.buffers[GRADIENT] = blocks
         self.gathered += 1
-
-    def _inferred_scale(self, blocks: Tensor) -> float:
-        """Least-squares factor from the dense gradient at stored blocks to values.grad."""
-        seen = self.layer.values.grad
-        if seen is None:
-            return 1.0
-        pattern = self.layer.pattern
-        keys = pattern.keys()
-        seen = (pattern.compress(seen) if self.layer.storage != "compressed" else seen)[
-            : keys.numel()
-        ]
-        raw, seen = blocks[keys].double(), seen.double()
-        square, product, seen_square = torch.stack(
-            [(raw * raw).sum(), (raw * seen).sum(), (seen * seen).sum()]
-        ).tolist()
-        finite = square + seen_square < float(
-            "inf"
-        )  # False for NaN too; the update's check names the layer
-        if square == 0.0 or not finite:
-            return 1.0
-        if seen_square == 0.0:
-            return 0.0
-        factor = product / square
-        missed = max(0.0, 1.0 - product * product / (square * seen_square)) ** 0.5
-        if missed > SCALE_MISMATCH:
-            raise RuntimeError(
-                f"layer {self.name!r}: values.grad is not a multiple of the dense weight gradient "
-                f"(relative distance {missed:.2g}); something changed it element by element or "
-                "averaged it over ranks (clip_grad_value_, a hook, DDP), which the growth signal "
-                "cannot follow. Use clip_grad_norm_, signal='random', or pass grad_scale=1.0 to "
-                "SparseMomentum to take the dense gradient as it is"
-            )
-        return 1.0 if abs(factor - 1.0) <= SCALE_SNAP else factor
+        self.since_update += 1
 
     # ---- at an update --------------------------------------------------------------------------
 
@@ -196,23 +229,32 @@ class LayerSignal:
             if GRADIENT not in self.buffers:
                 return self.layer.values.new_zeros(grid.blocks)
             return grid.means(self.buffers[GRADIENT])
-        self._correct_second_moment()
         if self.view.has_state():
             for name, active in self._active_state(self.layer.pattern).items():
                 if name not in self.buffers:
                     shape = (grid.blocks, *active.shape[1:])
                     self.buffers[name] = active.new_zeros(shape)
-                self.buffers[name][keys] = active
+                factor = self._correction(name)
+                self.buffers[name][keys] = active if factor == 1.0 else active / factor
         if not self.buffers:
             return self.layer.values.new_zeros(grid.blocks)
-        return grid.means(self.view.momentum(self.buffers))
+        return grid.means(self.view.momentum({n: self.state(n) for n in self.buffers}))
 
-    def _correct_second_moment(self) -> None:
+    def _correction(self, name: str) -> float:
+        """Factor from a buffer to the optimizer's scale.
+
+        Only a second moment that was gathered from zero over a window has one other than 1. The
+        buffer itself keeps its own scale, since an overlapping window goes on gathering into it.
+        """
         if self.kind != "window" or self.view.family != "adam" or not self.gathered:
-            return
-        factor = self.view.window_correction(self.gathered)
-        for name in self.view.state_names[1:]:
-            self.buffers[name].mul_(factor)
+            return 1.0
+        moments = self.view.state_names[1:]
+        return self.view.window_correction(self.gathered) if name in moments else 1.0
+
+    def state(self, name: str, blocks: Tensor | slice = _EVERYWHERE) -> Tensor:
+        """Gathered optimizer state `name` in the optimizer's scale, at `blocks`."""
+        buffer, factor = self.buffers[name][blocks], self._correction(name)
+        return buffer if factor == 1.0 else buffer * factor
 
     def grown_state(self, added: Tensor) -> dict[str, Tensor]:
         """Optimizer state of the added blocks (int64 [added]) as the signal gathered it.
@@ -221,11 +263,17 @@ class LayerSignal:
         """
         if not self.gathers_momentum or not self.view.has_state():
             return {}
-        return {name: self.buffers[name][added] for name in self.view.state_names}
+        return {name: self.state(name, added) for name in self.view.state_names}
 
-    def finish_update(self) -> None:
-        """After the update: "exact" goes on gathering, every other signal starts afresh."""
-        if self.kind != "exact" or not self.gathers_momentum:
+    def finish_update(self, schedule: UpdateSchedule, step: int) -> None:
+        """After the update of `step`: start afresh, unless the next window has begun by then.
+
+        It has for "exact", and for a "window" longer than the steps between two updates: its
+        momentum would be short of the tolerance without what was gathered before this update.
+        """
+        self.since_update = 0
+        goes_on = schedule.in_window(step + 1, self.length())
+        if not (goes_on and self.gathers_momentum and self.gathered):
             self.clear()
 
     # ---- checkpoint ----------------------------------------------------------------------------
@@ -247,7 +295,7 @@ class LayerSignal:
                     f"has {tuple(tensor.shape)}; it belongs to another model"
                 )
         values = self.layer.values
-        self.gathered = int(state["gathered"])
+        self.gathered = self.since_update = int(state["gathered"])
         self.buffers = {
             k: t.to(values.device, values.dtype, copy=True) for k, t in state["buffers"].items()
         }

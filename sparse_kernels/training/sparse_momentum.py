@@ -2,9 +2,10 @@
 
     sparsify(model, density=0.05)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    masks = SparseMomentum(model, optimizer, total_steps=epochs * len(loader),
-    update_every=len(loader)) for each batch: loss.backward(); optimizer.step(); masks.step();
-    optimizer.zero_grad()
+    steps = len(loader)
+    masks = SparseMomentum(model, optimizer, total_steps=epochs * steps, update_every=steps)
+    for each batch:
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); masks.step()
 
 Source: Dettmers & Zettlemoyer 2019, Sparse Networks from Scratch (arXiv 1907.04840) and its
 official code.
@@ -12,9 +13,12 @@ official code.
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,20 +27,18 @@ from torch import Tensor, nn
 from sparse_kernels.nn.base import SparseLayer
 
 from .blocks import BlockGrid
-from .optimizers import OptimizerView, check_optimizer
+from .config import SparseMomentumConfig
+from .gradient_scale import gather
+from .layers import make_signals
+from .optimizers import check_optimizer
+from .ownership import check_free, claim, weak_hook
 from .rewrite import COMPRESSED, DENSE_MASKED, rewrite
-from .rules import (
-    GROWTH_RULES,
-    PRUNE_RULES,
-    REDISTRIBUTION_RULES,
-    GrowthRule,
-    PruneRule,
-    RedistributionRule,
-    grow_random,
-)
-from .schedule import DECAYS, Decay, UpdateSchedule
-from .signals import SIGNALS, LayerSignal
-from .update import LayerChange, RuleSet, UpdateRecord, plan_update
+from .rules import GrowthRule, PruneRule, RedistributionRule
+from .schedule import Decay, UpdateSchedule
+from .signals import LayerSignal
+from .update import LayerChange, UpdateRecord, plan_update
+
+logger = logging.getLogger(__name__)
 
 STORAGE_HYSTERESIS = 0.8
 """A dense-masked layer is compressed again below this share of dense_above."""
@@ -44,68 +46,6 @@ MAX_SKIPPED = 100
 """So many step() calls in a row without an optimizer step are a mistake, not a loss scaler that
 searches.
 """
-
-
-@dataclass(frozen=True)
-class SparseMomentumConfig:
-    """Hyper-parameters (see SparseMomentum); checked when made."""
-
-    total_steps: int
-    update_every: int
-    prune_rate: float = 0.5
-    final_prune_rate: float = 0.005
-    decay: str | Decay = "cosine"
-    prune: str | PruneRule = "magnitude"
-    growth: str | GrowthRule = "momentum"
-    redistribution: str | RedistributionRule = "momentum"
-    signal: str = "exact"
-    window_tolerance: float = 0.1
-    dense_above: float = 0.5
-
-    def __post_init__(self) -> None:
-        UpdateSchedule(self.total_steps, self.update_every)
-        for name in ("prune_rate", "final_prune_rate", "dense_above"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        if not 0.0 < self.window_tolerance < 1.0:
-            raise ValueError(f"window_tolerance must be in (0, 1), got {self.window_tolerance!r}")
-        tables = (("decay", DECAYS), ("prune", PRUNE_RULES), ("growth", GROWTH_RULES))
-        for name, table in (*tables, ("redistribution", REDISTRIBUTION_RULES)):
-            _look_up(name, getattr(self, name), table)
-        if self.signal not in SIGNALS:
-            raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, got {self.signal!r}")
-
-    @property
-    def effective_signal(self) -> str:
-        """The signal in use: growth "random" needs none and growth "gradient" is the signal
-        "gradient".
-        """
-        return self.growth if self.growth in ("random", "gradient") else self.signal
-
-    def rule_set(self) -> RuleSet:
-        """The rules behind the names; the signal "random" always grows at random."""
-        growth = _look_up("growth", self.growth, GROWTH_RULES)
-        random = self.signal == "random" and isinstance(self.growth, str)
-        return RuleSet(
-            prune=_look_up("prune", self.prune, PRUNE_RULES),
-            growth=grow_random if random else growth,
-            redistribution=_look_up("redistribution", self.redistribution, REDISTRIBUTION_RULES),
-        )
-
-
-def _look_up(name: str, value: Any, table: dict[str, Any]) -> Any:
-    if callable(value):
-        return value
-    if not isinstance(value, str) or value not in table:
-        raise ValueError(f"{name} must be one of {', '.join(table)} or a callable, got {value!r}")
-    return table[value]
-
-
-def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
-    """(name, layer) of every sparse layer of `model`, each once, in module order."""
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLayer):
-            yield name, module
 
 
 class SparseMomentum:
@@ -123,9 +63,11 @@ class SparseMomentum:
         growth: "momentum" (largest signal), "gradient" (RigL), "random" (SET) or a
             rules.GrowthRule.
         redistribution: "momentum", "magnitude", "nonzero", "none" or a rules.RedistributionRule.
-        signal: "exact", "window", "gradient", "random" (see training/signals.py). An optimizer
-            without momentum (SGD with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so that
-            "exact" is "gradient".
+        signal: "exact" (momentum from every step), "window" (from the last steps before an
+            update), "gradient" (the last gradient alone) or "random" (none: grows at random); see
+            training/signals.py. Growth "gradient" and "random" bring their own. An optimizer
+            without momentum (SGD with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so
+            that "exact" and "window" are "gradient".
         window_tolerance: share of the momentum that "window" may miss; sets its length.
         dense_above: layers denser than this are stored dense with a mask, and compressed again
             below 0.8 of it; 1 keeps every layer compressed.
@@ -135,11 +77,25 @@ class SparseMomentum:
         on_update: called with the UpdateRecord after each update.
 
     The dense gradients are taken in a pre-hook of `optimizer.step()`, that is after unscaling and
-    clipping; steps that a GradScaler skips are noticed and count for nothing.
+    clipping; steps that a GradScaler skips are noticed and count for nothing. A batch may be
+    discarded by zero_grad() without a step; with zero_grad(set_to_none=False) that leaves no
+    trace, so tell it by step(skipped=True).
 
-    Raises ValueError: no sparse layer, a layer whose values the optimizer does not hold, values
-    shared by two layers, a hyper-parameter out of range. TypeError: an optimizer that depends on
-    parameter shapes.
+    Layers whose `values` do not require a gradient are frozen: they keep their pattern, take no
+    part in redistribution and are listed in `frozen`. A layer frozen later is left out as long as
+    it is. To train a layer that was frozen at construction, close() this object and make another.
+
+    A layer has one SparseMomentum at a time: close() the old one before making another.
+
+    Averaged models (torch.optim.swa_utils.AveragedModel: EMA, SWA) average `values` slot by slot,
+    and an update gives a slot to another weight: an average over an update is meaningless. Average
+    once `finished` is True, or make the average anew in on_update:
+
+        def on_update(record): average.model = AveragedModel(model, multi_avg_fn=...)
+
+    Raises ValueError: no sparse layer or only frozen ones, a layer whose values the optimizer does
+    not hold, values shared by two layers, a layer driven by another SparseMomentum, a
+    hyper-parameter out of range. TypeError: an optimizer that depends on parameter shapes.
     """
 
     def __init__(
@@ -185,55 +141,56 @@ class SparseMomentum:
         self.updates = 0
         self.history: list[UpdateRecord] = []
         self._rules = self.config.rule_set()
-        self._signals = self._make_signals(model)
+        kind, tolerance = self.config.effective_signal, window_tolerance
+        self._signals, self._fixed = make_signals(model, optimizer, kind, tolerance)
+        check_free(self._signals)
         self._stepped = False
         self._skipped = 0
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_optimizer),
-            optimizer.register_step_post_hook(self._after_optimizer),
+        self._logged: tuple[str, ...] = ()
+        self._warned = False
+        self._needs_momentum = self.config.effective_signal in ("exact", "window")
+        self._groups = sorted({s.view.group_index for s in self._signals})
+        hooks = (
+            optimizer.register_step_pre_hook(weak_hook(self._before_optimizer)),
+            optimizer.register_step_post_hook(weak_hook(self._after_optimizer)),
         )
+        self._release = claim(self, self._signals, hooks)
+        self._log_frozen()
         self._arm()
-
-    def _make_signals(self, model: nn.Module) -> list[LayerSignal]:
-        signals: list[LayerSignal] = []
-        owners: dict[int, str] = {}
-        for name, layer in sparse_layers(model):
-            if id(layer.values) in owners:
-                raise ValueError(
-                    f"layers {owners[id(layer.values)]!r} and {name!r} share one `values` "
-                    "parameter; tied sparse weights cannot be pruned apart: give each layer its own"
-                )
-            owners[id(layer.values)] = name
-            view = OptimizerView(self.optimizer, layer.values, name)
-            kind, tolerance = self.config.effective_signal, self.config.window_tolerance
-            signals.append(LayerSignal(name, layer, view, kind, tolerance))
-        if not signals:
-            raise ValueError(
-                f"{type(model).__name__} has no sparse layer; call sparsify(model, density=...) "
-                "before building the optimizer and SparseMomentum"
-            )
-        return signals
 
     # ---- the training loop's side --------------------------------------------------------------
 
     @property
     def prune_rate(self) -> float:
         """Prune rate after `steps` steps; stepped once per batch."""
-        config = self.config
-        decay: Decay = _look_up("decay", config.decay, DECAYS)
-        progress = min(1.0, self.steps / config.total_steps)
-        return decay(config.prune_rate, config.final_prune_rate, progress)
+        return self.config.decayed_rate(self.steps)
+
+    @property
+    def finished(self) -> bool:
+        """True once no update is left: from here on the masks stay as they are."""
+        return self.schedule.next_update(self.steps + 1) is None
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the sparse layers that keep their pattern because `values` is not trained."""
+        return (*self._fixed, *(s.name for s in self._signals if s.frozen))
 
     def step(self, skipped: bool | None = None) -> UpdateRecord | None:
-        """Count one optimizer step; update the masks if it is time. Returns the record of the
-        update.
+        """Count one optimizer step; update the masks if it is time.
 
-        skipped: True if the optimizer did not step (a GradScaler that found an overflow): the step
-            is not
-        counted and its gradient is dropped. None finds out by itself.
+        skipped: True if the optimizer did not step (a GradScaler that found an overflow, a batch
+            that was discarded): the step is not counted and its gradient is dropped. None finds
+            out by itself.
+        Returns the record of the update, or None.
         Raises FloatingPointError (naming layer and step) for non-finite weights, momentum or
-        signal at an update, RuntimeError if the optimizer has not stepped in the last 100 calls.
+        signal at an update, RuntimeError if the optimizer has not stepped in the last 100 calls or
+        after close(). Warns once if an update needs gradients and a layer had none.
         """
+        if not self._release.alive:
+            raise RuntimeError(
+                "step() of a closed SparseMomentum: expected one that still drives the model; "
+                "leave the call out, or make a new SparseMomentum"
+            )
         skipped = not self._stepped if skipped is None else skipped
         self._stepped = False
         if skipped:
@@ -242,18 +199,15 @@ class SparseMomentum:
         self._skipped = 0
         self.steps += 1
         record = self._update() if self.schedule.is_update(self.steps) else None
-        self._arm()
+        if record is not None or self.steps + 1 >= self._arm_at or self._momenta() != self._armed:
+            self._arm()
         if record is not None and self.on_update is not None:
             self.on_update(record)
         return record
 
     def close(self) -> None:
-        """Take hooks and probes off optimizer and layers; the model stays as it is."""
-        for hook in self._hooks:
-            hook.remove()
-        for signal in self._signals:
-            signal.layer.probe = None
-            signal.clear()
+        """Take hooks and probes off optimizer and layers, for good; the model stays as it is."""
+        self._release()
 
     def _skip(self) -> None:
         for signal in self._signals:
@@ -282,24 +236,57 @@ class SparseMomentum:
             self._observe(1.0 if self.grad_scale is None else self.grad_scale)
 
     def _observe(self, scale: float | None) -> None:
-        fused = getattr(
-            self.optimizer, "grad_scale", None
-        )  # set by GradScaler while a fused step unscales
-        for signal in self._signals:
-            signal.observe(scale, 1.0 if fused is None else 1.0 / float(fused))
+        # GradScaler sets this while a fused step unscales.
+        fused = getattr(self.optimizer, "grad_scale", None)
+        gather(self._signals, scale, 1.0 if fused is None else 1.0 / float(fused))
 
     def _arm(self) -> None:
+        """Make or remove probes for the next step, and find the step when that changes again.
+
+        Closing of a window needs no step of its own: it closes at an update, which arms anew.
+        """
+        step = self.steps + 1
         for signal in self._signals:
-            signal.arm(self.schedule, self.steps + 1)
+            signal.arm(self.schedule, step)
+        openings = [self.schedule.next_opening(step, s.length()) for s in self._signals]
+        self._arm_at = min((o for o in openings if o is not None), default=sys.maxsize)
+        self._armed = self._momenta()
+
+    def _momenta(self) -> list[Any]:
+        """What window lengths depend on (schedulers such as OneCycleLR change it every step)."""
+        if not self._needs_momentum:
+            return []
+        groups = self.optimizer.param_groups
+        return [(groups[i].get("momentum"), groups[i].get("betas")) for i in self._groups]
+
+    def _log_frozen(self) -> None:
+        if self.frozen and self.frozen != self._logged:
+            logger.info("frozen sparse layers keep their pattern: %s", ", ".join(self.frozen))
+        self._logged = self.frozen
+
+    def _warn_starved(self, signals: list[LayerSignal]) -> None:
+        names = [s.name for s in signals if s.starved]
+        if names and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"mask update after step {self.steps}: no gradient reached the growth signal of "
+                f"{', '.join(map(repr, names))}, so nothing ranks their new weights; are the "
+                "layers used in the loss, and their probes left alone?",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     # ---- the update ----------------------------------------------------------------------------
 
     def _update(self) -> UpdateRecord:
         start = time.perf_counter()
-        states = [signal.collect() for signal in self._signals]
+        self._log_frozen()
+        signals = [s for s in self._signals if not s.frozen]
+        self._warn_starved(signals)
+        states = [signal.collect() for signal in signals]
         scores = [
             lambda s=signal, k=state.keys: s.complete(k)
-            for signal, state in zip(self._signals, states, strict=True)
+            for signal, state in zip(signals, states, strict=True)
         ]
         rate = self.prune_rate
         changes = plan_update(states, scores, self._rules, rate, self.generator, self.steps)
@@ -307,7 +294,7 @@ class SparseMomentum:
         del states, scores  # views of the old values
         moved: dict[str, str] = {}
         reallocated = []
-        for signal, change in zip(self._signals, changes, strict=True):
+        for signal, change in zip(signals, changes, strict=True):
             if self._apply(signal, change, moved):
                 reallocated.append(signal.name)
         self.updates += 1
@@ -316,8 +303,8 @@ class SparseMomentum:
             prune_rate=rate,
             removed=sum(c.removed for c in changes),
             nnz_before=nnz_before,
-            nnz_after={s.name: c.keys.numel() for s, c in zip(self._signals, changes, strict=True)},
-            density_after={s.name: s.layer.density for s in self._signals},
+            nnz_after={s.name: c.keys.numel() for s, c in zip(signals, changes, strict=True)},
+            density_after={s.name: s.layer.density for s in signals},
             storage_changes=moved,
             reallocated=tuple(reallocated),
             seconds=time.perf_counter() - start,
@@ -332,7 +319,7 @@ class SparseMomentum:
             moved[signal.name] = storage
         grown = signal.grown_state(change.added)
         reallocated = rewrite(layer, self.optimizer, change.keys, grown, storage)
-        signal.finish_update()
+        signal.finish_update(self.schedule, self.steps)
         return reallocated
 
     def _storage_for(self, layer: SparseLayer, keys: Tensor) -> str:
@@ -367,7 +354,8 @@ class SparseMomentum:
         if sorted(state["signals"]) != sorted(names):
             raise ValueError(
                 f"checkpoint has the sparse layers {sorted(state['signals'])}, the model has "
-                f"{sorted(names)}; sparsify the model as it was when the checkpoint was written"
+                f"{sorted(names)} (frozen ones not counted); sparsify and freeze the model "
+                "as it was when the checkpoint was written"
             )
         for signal in self._signals:
             signal.load_state_dict(state["signals"][signal.name])

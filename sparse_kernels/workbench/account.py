@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.base import SparseLayer
+from ..training import SparseMomentum
+from ..training.rewrite import DENSE_MASKED
 
 _INDEX_BUFFERS = ("crow_indices", "col_indices", "t_crow", "t_row", "t_perm", "mask")
+PARTS = ("weights", "indices", "gradients", "optimizer", "total")
+SIGNAL_PARTS = {
+    "signal": "growth signal, at most",
+    "total_with_signal": "total with the growth signal, at most",
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class LayerCost:
     shape: tuple[int, int]  # rows, columns of the weight as a matrix
     nnz: int
     positions: int  # outputs of one example per row: 1 for Linear, H * W for Conv2d
+    dense_products: bool = False  # computed as a dense layer: nn layers and dense-masked storage
 
     @property
     def numel(self) -> int:
@@ -31,6 +39,11 @@ class LayerCost:
     def density(self) -> float:
         """nnz / numel."""
         return self.nnz / self.numel if self.numel else 0.0
+
+    @property
+    def executed(self) -> int:
+        """Weights that the products work on: a dense product also multiplies by the zeros."""
+        return self.numel if self.dense_products else self.nnz
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -64,7 +77,7 @@ def output_positions(model: nn.Module, input_shape: Iterable[int]) -> dict[str, 
 def layer_costs(model: nn.Module, positions: dict[str, int]) -> list[LayerCost]:
     """The costs of all layers as they stand now; ``positions`` from ``output_positions``."""
     return [
-        LayerCost(name, _matrix_shape(layer), _nnz(layer), positions.get(name, 0))
+        LayerCost(name, _matrix_shape(layer), _nnz(layer), positions.get(name, 0), _is_dense(layer))
         for name, layer in weight_layers(model).items()
     ]
 
@@ -75,15 +88,22 @@ def weight_density(costs: list[LayerCost]) -> float:
 
 
 def flops_density(costs: list[LayerCost]) -> float:
-    """nnz x positions over numel x positions: FLOPs against those of dense layers."""
+    """nnz x positions over numel x positions: FLOPs of existing weights against dense layers'."""
     dense = sum(c.numel * c.positions for c in costs)
     return sum(c.nnz * c.positions for c in costs) / max(1, dense)
+
+
+def executed_flops_density(costs: list[LayerCost]) -> float:
+    """As ``flops_density``, but a dense-masked layer counts as dense: so it computes."""
+    dense = sum(c.numel * c.positions for c in costs)
+    return sum(c.executed * c.positions for c in costs) / max(1, dense)
 
 
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of weights (all parameters), indices, gradients, optimizer state and their total.
 
-    A gradient that is not there now counts as large as its parameter: during a step it is.
+    A gradient that is not there now counts as large as its parameter: during a step it is. The
+    growth signal is not in it: it comes and goes (``signal_bytes``).
     """
     parameters = list(model.parameters())
     indices = 0
@@ -100,6 +120,17 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]
     )
     parts = {"weights": weights, "indices": indices, "gradients": gradients, "optimizer": state}
     return {**parts, "total": sum(parts.values())}
+
+
+def signal_bytes(masking: SparseMomentum | None) -> int:
+    """Bytes that the growth signal holds now: its dense buffers and the probes' dense gradients."""
+    held = 0
+    for signal in masking._signals if masking is not None else ():
+        probe = signal.layer.probe
+        if probe is not None and probe.grad is not None:
+            held += _bytes(probe.grad)
+        held += sum(_bytes(buffer) for buffer in signal.buffers.values())
+    return held
 
 
 def _bytes(tensor: Tensor | None) -> int:
@@ -121,3 +152,7 @@ def _nnz(layer: nn.Module) -> int:
         return int(layer.nnz)
     rows, columns = _matrix_shape(layer)
     return rows * columns
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    return not isinstance(layer, SparseLayer) or layer.storage == DENSE_MASKED

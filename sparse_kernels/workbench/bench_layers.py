@@ -102,6 +102,7 @@ def _measure(
         )
     steps = {"sparse": _passes(sparse, layout.to_feature_major(x), layout.to_feature_major)}
     steps["contiguous"] = _passes(dense, x, Tensor.contiguous)
+    # No compiled layout: a single layer leaves torch.compile nothing to fuse.
     if shape.size:
         last = shape.dense().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         to_last = _to_channels_last

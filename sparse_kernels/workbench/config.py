@@ -12,7 +12,8 @@ from .models import spec
 
 SIGNALS = ("exact", "window", "gradient", "random")
 INITS = ("dense", "scaled")
-DENSE_BASELINES = ("auto", "contiguous", "channels_last", "compile")
+DENSE_LAYOUTS = ("contiguous", "channels_last", "compile", "compile_channels_last")
+DENSE_BASELINES = ("auto", *DENSE_LAYOUTS)
 _MAX_THREADS = 1024
 
 
@@ -44,6 +45,7 @@ class TrainConfig:
     prune_rate: float = 0.5
     prune_schedule: str = "cosine"
     signal: str = "window"
+    window_tolerance: float = 0.1  # share of the momentum that "window" may miss
     update_every: int | None = None  # steps between mask updates; None: once per epoch
     holdout: float = 0.1
     augment: bool = False
@@ -92,6 +94,8 @@ class TrainConfig:
         _expect(self.update_every is None or self.update_every >= 1, "--update-every", "at least 1",
                 self.update_every)  # fmt: skip
         _expect(self.signal in SIGNALS, "--signal", f"one of {', '.join(SIGNALS)}", self.signal)
+        _expect(0 < self.window_tolerance < 1, "--window-tolerance", "more than 0, less than 1",
+                self.window_tolerance)  # fmt: skip
         _expect(self.prune_schedule in ("cosine", "linear"), "--prune-schedule", "cosine or linear",
                 self.prune_schedule)  # fmt: skip
         _expect(self.distribution in ("uniform", "erk"), "--distribution", "uniform or erk",

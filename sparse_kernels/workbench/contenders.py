@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..nn import SparseLayer, sparsify
 from ..training import SparseMomentum
-from . import models
-from .config import TrainConfig
+from . import account, models
+from .config import DENSE_LAYOUTS, TrainConfig
 from .errors import TrainingError, WorkbenchError
 from .steptime import Timing, interleave
 
@@ -34,13 +34,13 @@ class Contender:
     masking: SparseMomentum | None
     config: TrainConfig
     steps_done: int = 0
-    account: Any = None  # sparsify's report
+    report: Any = None  # sparsify's
+    signal_peak: int = 0  # most bytes that the growth signal held so far
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         """One whole step; returns the loss. Raises TrainingError before a bad loss is learnt."""
         self._set_learning_rate()
-        if self.layout == "channels_last":
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = self.arrange(images)
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.forward(images), labels)
         value = loss.item()
@@ -51,11 +51,33 @@ class Contender:
                 "training stopped with the last good weights: lower --lr, or look at the data"
             )
         loss.backward()
-        self.optimizer.step()
-        if self.masking is not None:
-            self.masking.step()
+        self._note_signal()
+        try:
+            self.optimizer.step()
+            self._note_signal()
+            if self.masking is not None:
+                self.masking.step()
+        except (FloatingPointError, RuntimeError) as error:
+            # What the growth signal or a mask update cannot use; its message says why.
+            raise TrainingError(f"{self.name}: step {self.steps_done + 1}: {error}") from error
         self.steps_done += 1
         return value
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """The images in the memory format of this contender's layout."""
+        if self.layout.endswith("channels_last"):
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    @property
+    def compiled(self) -> bool:
+        """Whether ``forward`` is torch.compile's."""
+        return self.layout.startswith("compile")
+
+    def _note_signal(self) -> None:
+        """Twice a step: the dense gradients are gone after the optimizer, the buffers are there."""
+        if self.masking is not None:
+            self.signal_peak = max(self.signal_peak, account.signal_bytes(self.masking))
 
     def _set_learning_rate(self) -> None:
         rate = self.config.lr * 0.1 ** (self.steps_done // self.config.lr_decay_every)
@@ -68,8 +90,7 @@ class Contender:
         self.model.eval()
         right = total = 0
         for images, labels in batches:
-            if self.layout == "channels_last":
-                images = images.contiguous(memory_format=torch.channels_last)
+            images = self.arrange(images)
             # Not the compiled form: another batch size would compile again.
             right += int((self.model(images).argmax(1) == labels).sum())
             total += labels.shape[0]
@@ -93,7 +114,7 @@ def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: in
     """The net with sparse layers, its optimizer and SparseMomentum over ``steps`` steps."""
     torch.manual_seed(seed)
     model = models.build(config.net, **config.net_options()).train()
-    account = sparsify(
+    made = sparsify(
         model,
         density=config.density,
         distribution=cast(Literal["uniform", "erk"], config.distribution),
@@ -101,7 +122,7 @@ def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: in
         generator=torch.Generator().manual_seed(seed),
     )
     if not any(isinstance(module, SparseLayer) for module in model.modules()):
-        reasons = "; ".join(f"{row.name}: {row.reason}" for row in account.rows)
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in made.rows)
         raise WorkbenchError(
             f"no layer of {config.net} can be sparse with --block {config.block} ({reasons}); "
             "choose a smaller block"
@@ -117,9 +138,10 @@ def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: in
         prune_rate=config.prune_rate,
         decay=config.prune_schedule,
         signal=config.signal,
+        window_tolerance=config.window_tolerance,
         generator=torch.Generator().manual_seed(seed),
     )
-    return Contender("sparse", "sparse", model, model, optimizer, masking, config, account=account)
+    return Contender("sparse", "sparse", model, model, optimizer, masking, config, report=made)
 
 
 @torch.no_grad()
@@ -135,20 +157,28 @@ def _scale_to_fan_in(model: nn.Module) -> None:
 
 
 def build_dense(config: TrainConfig, seed: int, layout: str) -> Contender:
-    """The dense net from the same seed in a layout: contiguous, channels_last or compile."""
+    """The dense net from the same seed in a layout, one of DENSE_LAYOUTS.
+
+    Call ``forget_compiled`` before a new round of compiled nets.
+    """
     torch.manual_seed(seed)
     model = models.build(config.net, **config.net_options()).train()
     forward: Callable[[Tensor], Tensor] = model
-    if layout == "channels_last":
+    if layout.endswith("channels_last"):
         # torch's stubs know no memory_format overload of Module.to with that keyword alone.
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         forward = model
-    elif layout == "compile":
-        # Static shapes, as in every measured step; what an earlier net compiled must not count
-        # against torch's limit of recompilations.
-        torch._dynamo.reset()
-        forward = torch.compile(model, dynamic=False)
+    if layout.startswith("compile"):
+        forward = torch.compile(model, dynamic=False)  # static shapes, as in every measured step
     return Contender("dense", layout, model, forward, _optimizer(model, config), None, config)
+
+
+def forget_compiled() -> None:
+    """Start torch.compile afresh: earlier nets must not count against its recompilation limit.
+
+    Once per round and not per net: it would throw away what the net before has just compiled.
+    """
+    torch._dynamo.reset()
 
 
 def dense_layouts(config: TrainConfig) -> list[str]:
@@ -157,7 +187,7 @@ def dense_layouts(config: TrainConfig) -> list[str]:
         return [config.dense_baseline]
     model = models.build(config.net, **config.net_options())
     has_conv = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    return ["contiguous", *(["channels_last"] if has_conv else []), "compile"]
+    return [name for name in DENSE_LAYOUTS if has_conv or not name.endswith("channels_last")]
 
 
 def start_dense(
@@ -169,6 +199,7 @@ def start_dense(
     """
     started: dict[str, Contender] = {}
     rejected: dict[str, str] = {}
+    forget_compiled()
     for layout in dense_layouts(config):
         try:
             contender = build_dense(config, config.seeds[0], layout)
@@ -192,5 +223,6 @@ def choose_dense(
     """(best layout, step time by layout, why a layout was not timed), on one batch of this net."""
     started, rejected = start_dense(config, batch)
     calls = {name: partial(contender.step, *batch) for name, contender in started.items()}
+    # The first step compiled; one more settles allocator and caches before the clock runs.
     timings = interleave(calls, rounds=_PROBE_ROUNDS, warmup=1)
     return min(timings, key=lambda name: timings[name].median), timings, rejected

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ _MNIST_FOLDERS = ("", "mnist", "MNIST", "raw", "mnist/raw", "MNIST/raw")
 _CIFAR_FOLDERS = ("", "cifar-10-batches-bin", "cifar10", "cifar-10", "cifar10/cifar-10-batches-bin")
 _MNIST_COUNTS = {"train": 60_000, "t10k": 10_000}
 _CIFAR_COUNT = 10_000  # images of each batch file
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _CIFAR_BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
 
@@ -99,7 +101,7 @@ def load(
         files = _from_cache_or_site(name, root / "downloads" / name, download, mirror)
     parse = _parse_mnist if name == "mnist" else _parse_cifar
     key = root / "parsed" / f"{name}-{fetch.fingerprint(files)}.npz"
-    arrays = fetch.cached_arrays(key, lambda: parse(files))
+    arrays = fetch.cached_arrays(key, _ARRAYS, lambda: parse(files))
     return _dataset(name, name, arrays, str(files[0].parent))
 
 
@@ -118,9 +120,9 @@ def _dataset(name: str, kind: str, arrays: dict[str, np.ndarray], source: str) -
 def _load_sample() -> Dataset:
     file = resources.files("sparse_kernels.workbench") / "data" / "mnist_sample.npz"
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-    except (OSError, ValueError) as error:
+        with file.open("rb") as stream:
+            arrays = fetch.read_npz(cast(BinaryIO, stream), _ARRAYS)
+    except fetch.NPZ_ERRORS as error:
         raise DataError(
             f"{file}: the shipped sample cannot be read ({error}); reinstall the package"
         ) from error
@@ -216,12 +218,7 @@ def _parse_cifar(files: list[Path]) -> dict[str, np.ndarray]:
 def _as_arrays(
     train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    return {
-        "train_images": train[0],
-        "train_labels": train[1],
-        "test_images": test[0],
-        "test_labels": test[1],
-    }
+    return dict(zip(_ARRAYS, (*train, *test), strict=True))
 
 
 def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:

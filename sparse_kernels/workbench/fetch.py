@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import lzma
 import os
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -102,17 +104,31 @@ def fingerprint(paths: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached_arrays(path: Path, parse: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays stored at ``path`` (.npz), or those of ``parse()``, which are then stored.
+# What numpy, zipfile and the unpackers behind it raise for a file that is not a sound .npz. The
+# last three: a single array in place of an archive, a compression or encryption unknown here.
+NPZ_ERRORS = (
+    OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+    TypeError, AttributeError, RuntimeError,
+)  # fmt: skip
 
-    A damaged cache file is rebuilt; a cache that cannot be written is done without.
+
+def read_npz(file: BinaryIO, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The arrays ``names`` of an .npz; raises one of NPZ_ERRORS, KeyError where one is missing."""
+    with np.load(file, allow_pickle=False) as stored:
+        return {name: stored[name] for name in names}
+
+
+def cached_arrays(
+    path: Path, names: Iterable[str], parse: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The arrays ``names`` stored at ``path`` (.npz), or those of ``parse()``, which are stored.
+
+    A cache file that is damaged or lacks an array is rebuilt; a cache that cannot be written is
+    done without.
     """
-    try:
-        # Opened here, because numpy leaves the file open when it turns out to be damaged.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        pass  # absent or damaged: parse again, which overwrites it
+    # Opened here, because numpy leaves the file open when it turns out to be damaged.
+    with contextlib.suppress(*NPZ_ERRORS), path.open("rb") as file:
+        return read_npz(file, names)
     arrays = parse()
     # A full or read-only disk costs the next start a second, not the run.
     with contextlib.suppress(OSError):

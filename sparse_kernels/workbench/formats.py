@@ -6,6 +6,7 @@ Sources: http://yann.lecun.com/exdb/mnist (idx), https://www.cs.toronto.edu/~kri
 from __future__ import annotations
 
 import gzip
+import lzma
 import math
 import struct
 import tarfile
@@ -125,7 +126,7 @@ def read_cifar_batches(source: Path, names: list[str], count: int) -> list[bytes
                 if name in wanted and member.isfile() and member.size <= count * CIFAR_RECORD:
                     stream = archive.extractfile(member)
                     wanted[name] = stream.read() if stream else b""
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise DataError(f"{source}: the archive is damaged ({error}); fetch it again") from error
     for name, data in wanted.items():
         if not data:

@@ -19,7 +19,7 @@ import torch
 
 from . import account, machine
 from .config import TrainConfig
-from .contenders import Contender, build_dense, build_sparse, choose_dense
+from .contenders import Contender, build_dense, build_sparse, choose_dense, forget_compiled
 from .datasets import BatchLoader, Dataset, hold_out, load
 from .errors import WorkbenchError
 from .models import spec
@@ -105,8 +105,9 @@ def _train_seed(
     total = min(batches * config.epochs, config.max_steps or batches * config.epochs)
     contenders = [build_sparse(config, seed, batches * config.epochs, batches)]
     if seed == config.seeds[0]:
-        print(contenders[0].account, flush=True)
+        print(contenders[0].report, flush=True)
     if baseline is not None:
+        forget_compiled()
         contenders.append(build_dense(config, seed, baseline["chosen"]))
     shape = spec(config.net).input_shape
     runs = [
@@ -135,7 +136,7 @@ def _train_seed(
 
 def _warm_up_compiled(contender: Contender, train: BatchLoader) -> None:
     """Compile for both batch sizes outside the measured time; the net stays as the seed made it."""
-    if contender.layout != "compile":
+    if not contender.compiled:
         return
     state = {name: tensor.clone() for name, tensor in contender.model.state_dict().items()}
     images = torch.zeros(train.batch_size, *train.split.images.shape[1:])
@@ -143,7 +144,7 @@ def _warm_up_compiled(contender: Contender, train: BatchLoader) -> None:
         0,
         1,
     }:
-        contender.forward(images[:size]).sum().backward()
+        contender.forward(contender.arrange(images[:size])).sum().backward()
     contender.model.load_state_dict(state)
     contender.optimizer.zero_grad(set_to_none=True)
 
@@ -170,6 +171,7 @@ def _train_epoch(run: _Run, total: int, progress: TrainingProgress) -> None:
             "epoch_seconds": elapsed,
             "seconds": run.seconds,
             "step_seconds": statistics.median(times),
+            "mean_step_seconds": statistics.fmean(times),
         }
     )
 
@@ -191,6 +193,7 @@ def _evaluate_epoch(run: _Run, epoch: int, last: bool) -> None:
     record["test_accuracy"] = contender.accuracy(run.test) if look else None
     record["density"] = account.weight_density(costs)
     record["flops_density"] = account.flops_density(costs)
+    record["executed_flops_density"] = account.executed_flops_density(costs)
     record["layers"] = {cost.name: cost.density for cost in costs}
     run.epochs[-1] = record
     _append_csv(run.log, record)
@@ -217,13 +220,15 @@ def _epoch_line(run: _Run) -> str:
     return (
         f"seed {run.seed}  {run.contender.name:<6}  epoch {record['epoch']:>3}  "
         f"loss {record['train_loss']:.4f}  {'  '.join(shown)}  "
-        f"{record['epoch_seconds']:.1f} s  ({record['step_seconds'] * 1e3:.2f} ms a step)  "
+        f"{record['epoch_seconds']:.1f} s  ({record['mean_step_seconds'] * 1e3:.2f} ms a step)  "
         f"density {100 * record['density']:.2f} %"
     )
 
 
 def _result(run: _Run) -> dict[str, Any]:
     costs = account.layer_costs(run.contender.model, run.positions)
+    memory = account.memory(run.contender.model, run.contender.optimizer)
+    signal = run.contender.signal_peak
     return {
         "seed": run.seed,
         "contender": run.contender.name,
@@ -232,10 +237,12 @@ def _result(run: _Run) -> dict[str, Any]:
         "steps": run.contender.steps_done,
         "seconds": run.seconds,
         "step_seconds": statistics.median(run.step_times),
+        "mean_step_seconds": statistics.fmean(run.step_times),
         "epoch_seconds": statistics.median(record["epoch_seconds"] for record in run.epochs),
         "density": account.weight_density(costs),
         "flops_density": account.flops_density(costs),
-        "memory": account.memory(run.contender.model, run.contender.optimizer),
+        "executed_flops_density": account.executed_flops_density(costs),
+        "memory": {**memory, "signal": signal, "total_with_signal": memory["total"] + signal},
         "initial_layers": run.initial_layers,
         "layers": [{"name": c.name, "shape": list(c.shape), "nnz": c.nnz} for c in costs],
         "epochs": run.epochs,

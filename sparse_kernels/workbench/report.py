@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import figures, machine
+from . import account, figures, machine
 from .errors import WorkbenchError
 from .fetch import write_atomically
 
@@ -40,6 +40,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     if (
         not isinstance(results, dict)
         or not {"config", "command", "machine", "runs"} <= results.keys()
+        or not results["runs"]
     ):
         raise WorkbenchError(
             f"{path}: not the results of `sparse-kernels train`; run the experiment again"
@@ -50,14 +51,31 @@ def read_run(folder: Path) -> dict[str, Any]:
 def render(folder: Path, results: dict[str, Any]) -> list[Path]:
     """Write table, figure (if matplotlib is there) and reproduce.txt; returns the files written."""
     written = [folder / TABLE, folder / REPRODUCE]
-    _write(folder / TABLE, table(results))
-    _write(folder / REPRODUCE, reproduce(results))
+    texts = table(results), reproduce(results)
     missing = figures.draw_run(results, folder / FIGURE)
+    # Written when all could be made: no new table beside an old figure.
+    for path, text in zip(written, texts, strict=True):
+        _write(path, text)
     if missing:
         print(missing)
     else:
         written.append(folder / FIGURE)
     return written
+
+
+def render_again(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Results stored in ``folder``, rendered; and the files written.
+
+    Raises WorkbenchError if they are not there or lack what table and figure show.
+    """
+    results = read_run(folder)
+    try:
+        return results, render(folder, results)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise WorkbenchError(
+            f"{folder / RESULTS}: incomplete or changed by hand ({type(error).__name__}: {error}); "
+            "run the experiment again"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -91,7 +109,7 @@ def table(results: dict[str, Any]) -> str:
         _row(["", *heads, *(["dense / sparse"] if both else [])]),
         "|---|" + "---:|" * (len(names) + both),
     ]
-    for title, pick, show, ratio in _MEASURES:
+    for title, pick, show, ratio in _measures(results["runs"]):
         values = [[pick(run) for run in by_contender[name]] for name in names]
         cells = [_cell(column, show) for column in values]
         means = [statistics.fmean(column) for column in values]
@@ -99,8 +117,9 @@ def table(results: dict[str, Any]) -> str:
         lines.append(_row([title, *cells, *extra]))
     lines += ["", f"{machine.one_line(results['machine'])}", ""]
     lines += [
-        "Time per step: forward, backward, optimizer and masks, median. Time per epoch: batches "
-        "too, evaluation not. Both contenders trained in turns of one epoch. "
+        "A step: forward, backward, optimizer and masks. Its median hides the steps that gather "
+        "the growth signal and the mask updates, its mean does not. An epoch and the training: "
+        "batches too, evaluation not. Both contenders trained in turns of one epoch. "
         "+-: standard error over the seeds.",
         "",
         f"`{results['command']}`",
@@ -118,20 +137,71 @@ def _memory(part: str) -> Callable[[dict[str, Any]], float]:
 
 
 # title, value of a run, how to show it, whether dense / sparse means something
-_MEASURES: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str], bool]] = [
+_Measure = tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str], bool]
+_EXECUTED = "FLOPs density, executed (dense-masked layers count as dense)"
+_MEASURES: list[_Measure] = [
     ("test accuracy", lambda run: run["test_accuracy"], _show(100, 2, " %"), False),
     ("test error", lambda run: 1 - run["test_accuracy"], _show(100, 2, " %"), False),
-    ("time per step", lambda run: run["step_seconds"], _show(1e3, 2, " ms"), True),
-    ("time per epoch", lambda run: run["epoch_seconds"], _show(1, 2, " s"), True),
+    ("usual step (median)", lambda run: run["step_seconds"], _show(1e3, 2, " ms"), True),
+    (
+        "mean step, signal and mask updates included",
+        lambda run: run["mean_step_seconds"],
+        _show(1e3, 2, " ms"),
+        True,
+    ),
+    ("epoch (median)", lambda run: run["epoch_seconds"], _show(1, 2, " s"), True),
     ("training time", lambda run: run["seconds"], _show(1, 1, " s"), True),
     ("weights", _memory("weights"), _show(1 / _MB, 3, " MB"), True),
     ("indices", _memory("indices"), _show(1 / _MB, 3, " MB"), False),
     ("gradients", _memory("gradients"), _show(1 / _MB, 3, " MB"), True),
     ("optimizer state", _memory("optimizer"), _show(1 / _MB, 3, " MB"), True),
     ("all four", _memory("total"), _show(1 / _MB, 3, " MB"), True),
+    (account.SIGNAL_PARTS["signal"], _memory("signal"), _show(1 / _MB, 3, " MB"), False),
+    (
+        "all four and the growth signal, at most",
+        _memory("total_with_signal"),
+        _show(1 / _MB, 3, " MB"),
+        True,
+    ),
     ("weight density", lambda run: run["density"], _show(100, 2, " %"), False),
-    ("FLOPs density", lambda run: run["flops_density"], _show(100, 2, " %"), False),
+    (
+        "FLOPs density, by existing weights",
+        lambda run: run["flops_density"],
+        _show(100, 2, " %"),
+        False,
+    ),
+    (_EXECUTED, lambda run: run["executed_flops_density"], _show(100, 2, " %"), False),
 ]
+
+
+_ADDED_LATER = {
+    "mean step, signal and mask updates included",
+    *(title for title, *_ in _MEASURES if "growth signal" in title),
+    _EXECUTED,
+}
+
+
+def _measures(runs: list[dict[str, Any]]) -> list[_Measure]:
+    """The rows that have something to say.
+
+    Left out: executed FLOPs where no layer ended dense-masked, and what a results.json of an
+    earlier version did not record.
+    """
+    same = all(run.get("executed_flops_density") in (None, run["flops_density"]) for run in runs)
+    return [
+        measure
+        for measure in _MEASURES
+        if not (same and measure[0] == _EXECUTED) and _is_recorded(measure, runs)
+    ]
+
+
+def _is_recorded(measure: _Measure, runs: list[dict[str, Any]]) -> bool:
+    if measure[0] not in _ADDED_LATER:
+        return True
+    try:
+        return all(measure[1](run) is not None for run in runs)
+    except KeyError:
+        return False
 
 
 def _cell(values: list[float], show: Callable[[float], str]) -> str:

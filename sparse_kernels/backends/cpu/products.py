@@ -46,6 +46,7 @@ def linear(
         in_features,
         values.shape[1],
         values.shape[2],
+        values.shape[0],
         batch,
         relu,
         torch.get_num_threads(),
@@ -78,6 +79,7 @@ def linear_dgrad(
         in_features,
         values.shape[1],
         values.shape[2],
+        values.shape[0],
         batch,
         torch.get_num_threads(),
     )
@@ -152,6 +154,7 @@ def conv2d(
         _geometry(x.shape, out_hw, geometry),
         values.shape[1],
         values.shape[2],
+        values.shape[0],
         relu,
         torch.get_num_threads(),
     )
@@ -184,6 +187,7 @@ def conv2d_dgrad(
         _geometry(shape, grad.shape[2:], geometry),
         values.shape[1],
         values.shape[2],
+        values.shape[0],
         torch.get_num_threads(),
     )
     return result(dx, grad.dtype)

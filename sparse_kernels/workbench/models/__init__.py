@@ -76,10 +76,17 @@ def build(name: str, **options: Any) -> nn.Module:
     """Build the net ``name``, freshly initialised from torch's global random state.
 
     ``options`` go to the builder (``width`` and ``hidden_layers`` of ``wide-mlp``); one that the
-    builder does not know raises WorkbenchError.
+    builder does not know, or a size that memory does not hold, raises WorkbenchError.
     """
     entry = spec(name)
     try:
         return entry.build(**options)
     except TypeError as error:
         raise WorkbenchError(f"net {name!r} does not take {sorted(options)}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        # torch's allocator; its message goes on for lines about its own sources.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WorkbenchError(
+            f"net {name!r} with {options or 'its default size'} cannot be built ({reason}); "
+            "choose a smaller one (--width)"
+        ) from error
