@@ -20,6 +20,7 @@ namespace {
 py::dict BuildInfo() {
   py::dict info;
   info["version"] = SK_VERSION;
+  info["commit"] = SK_COMMIT;
   info["compiler"] = SK_COMPILER;
   info["isas"] = built_isas();
   info["openmp"] = SK_OPENMP_VERSION;

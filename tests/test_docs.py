@@ -15,8 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-# Made by `make demo` and committed with the first measured results.
-MADE_LATER = {"docs/figures/demo.png"}
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -61,7 +59,7 @@ def test_links_lead_to_files(path: Path) -> None:
         if target.startswith(("http://", "https://", "#")):
             continue
         place = (path.parent / target.split("#")[0]).resolve()
-        if not place.exists() and str(place.relative_to(ROOT)) not in MADE_LATER:
+        if not place.exists():
             broken.append(target)
     assert broken == []
 

@@ -291,10 +291,23 @@ def test_evaluating_batch_norm_returns_fresh_statistics() -> None:
     ].requires_grad
 
 
+def test_second_derivatives_in_float32_are_those_of_float64() -> None:
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(1)
+        x, values, *index, _, _, out, _ = _linear_args(torch.float64)
+        x, values = (t.detach().to(dtype).requires_grad_() for t in (x, values))
+        y = ops.linear(x, values, *index, out_features=out)
+        first = torch.autograd.grad((y**3).sum(), (x, values), create_graph=True)
+        found[dtype] = torch.autograd.grad(sum((g**2).sum() for g in first), (x, values))
+    for narrow, wide in zip(*found.values(), strict=True):
+        assert torch.allclose(narrow.double(), wide, rtol=1e-4)
+
+
 def test_an_input_is_converted_once_a_step() -> None:
     x, values, *index, _, _, out, _ = _linear_args(torch.float32)
     layout.reset_conversions()
-    y = ops.linear(x, values, *index, out_features=out)
+    y = ops.linear(x.detach(), values, *index, out_features=out)
     y.backward(torch.randn(4, 6))
     assert layout.conversions() == 2  # the input and the gradient, which both products read
 

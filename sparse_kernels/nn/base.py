@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 import math
 from collections.abc import Callable
@@ -29,7 +30,7 @@ _Self = TypeVar("_Self", bound="SparseLayer")
 _Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(nn.Module, abc.ABC):
     """Base of the sparse layers: a weight of which only the blocks of a pattern exist.
 
     The weight is seen as a matrix [rows, cols] (``matrix_shape``), cut into ``row_parts`` x
@@ -266,22 +267,22 @@ class SparseLayer(nn.Module):
 
     # ---------------------------------------------------------------- dense views
 
+    @abc.abstractmethod
     def matrix_to_weight(self, matrix: Tensor) -> Tensor:
         """A matrix [rows, cols] in the shape of torch's weight (a view)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def weight_to_matrix(self, weight: Tensor) -> Tensor:
         """A weight in torch's shape as the matrix [rows, cols]."""
-        raise NotImplementedError
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the dense weight as torch has it."""
         return self.matrix_shape
 
+    @abc.abstractmethod
     def to_dense(self) -> nn.Module:
         """An independent dense torch module with the same weights, bias, mode and dtype."""
-        raise NotImplementedError
 
     def dense_matrix(self) -> Tensor:
         """The weight as a new dense matrix [rows, cols], differentiable in ``values``."""

@@ -212,7 +212,8 @@ class SparseConv2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         # torch inspects the signature of a separate setup_context on every call: 40 us.
-        args = (convert_once(args[0], args[1]), *args[1:])
+        if not args[0].requires_grad:  # else a second derivative must find x itself
+            args = (convert_once(args[0], args[1]), *args[1:])
         output = _ops.conv2d(*args)
         SparseConv2dFunction.save(ctx, args, output)
         return output

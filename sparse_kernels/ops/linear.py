@@ -164,7 +164,8 @@ class SparseLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         # torch inspects the signature of a separate setup_context on every call: 40 us.
-        args = (convert_once(args[0], args[1]), *args[1:])
+        if not args[0].requires_grad:  # else a second derivative must find x itself
+            args = (convert_once(args[0], args[1]), *args[1:])
         output = _ops.linear(*args)
         SparseLinearFunction.save(ctx, args, output)
         return output

@@ -80,11 +80,15 @@ def package_version() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout this runs from, "+" if it has changes; "unknown" elsewhere."""
+    """Short hash of the checkout this runs from, or else of that the native module was built from.
+
+    "+" if there were changes, "unknown" if there is neither.
+    """
     root = Path(__file__).resolve().parents[2]
     # An installed package may lie below somebody else's checkout: only our own root counts.
     if not (root / ".git").exists():
-        return "unknown"
+        native = native_or_none()
+        return "unknown" if native is None else str(native.build_info()["commit"])
     short = _git(root, "rev-parse", "--short=12", "HEAD")
     if short is None:
         return "unknown"
