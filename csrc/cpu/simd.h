@@ -23,6 +23,14 @@
 
 #define SK_INLINE static inline __attribute__((always_inline))
 
+// Before a loop of a constant, small number of turns: unroll it completely, early enough that
+// arrays of accumulators become registers.
+#if defined(__clang__)
+#define SK_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SK_UNROLL _Pragma("GCC unroll 32")
+#endif
+
 namespace sk {
 namespace SK_ISA {
 
