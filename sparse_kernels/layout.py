@@ -8,12 +8,14 @@ report can show them.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._load import native_or_none
 
@@ -79,6 +81,8 @@ def is_feature_major(tensor: Tensor) -> bool:
     shape, strides = tensor.shape, tensor.stride()
     if len(shape) == 0:
         return False
+    if len(shape) == 2 and strides == (1, shape[0]):  # the usual case of a linear layer
+        return True
     expected = 1  # a plain loop: this runs at every operator call
     for axis in (0, *range(len(shape) - 1, 0, -1)):
         if shape[axis] != 1 and strides[axis] != expected:
@@ -126,9 +130,39 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is a real one outside of tracing and autograd: its memory may be read."""
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)  # no fake, wrapped or user-defined tensor
+        and holds_its_numbers(tensor)
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )
+
+
+def holds_its_numbers(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds just its numbers, so that a pointer to it says all.
+
+    Not those of a fake, user-defined or batched (vmap) tensor, of one whose sign is flipped
+    lazily (``x.conj().imag``) or that is zero without memory, nor of any other kind that only
+    torch's dispatcher can resolve: such tensors carry other dispatch keys than a new one.
+    """
+    # The type alone is not enough: the wrappers that torch makes in C++ have type Tensor.
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        return False
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    return keys in _CPU_KEYS or keys in _plain_keys(tensor.device.type)
+
+
+@functools.cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """Dispatch keys of ordinary tensors of a device, made within inference mode or without."""
+    if device == "meta":
+        return frozenset()
+    found = set()
+    with _disable_current_modes(), torch._C.DisableTorchFunction():  # else a mode makes the tensor
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
+
+
+_CPU_KEYS = _plain_keys("cpu")
 
 
 def _is_plain_float32(tensor: Tensor) -> bool:

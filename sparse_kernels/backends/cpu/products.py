@@ -12,6 +12,8 @@ from sparse_kernels.backends.cpu.convert import (
     activation,
     dense,
     empty_float,
+    empty_matrix,
+    empty_values,
     optional,
     pointer,
     result,
@@ -33,8 +35,9 @@ def linear(
 ) -> Tensor:
     """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major."""
     batch, in_features = x.shape
+    capacity, bh, bw = values.shape
     xs, vs, bs = activation(x), dense(values), optional(bias)
-    y = empty_float((batch, out_features), x)
+    y = empty_matrix(batch, out_features, xs)
     native().linear(
         y.data_ptr(),
         xs.data_ptr(),
@@ -44,9 +47,9 @@ def linear(
         col.data_ptr(),
         out_features,
         in_features,
-        values.shape[1],
-        values.shape[2],
-        values.shape[0],
+        bh,
+        bw,
+        capacity,
         batch,
         relu,
         torch.get_num_threads(),
@@ -66,8 +69,9 @@ def linear_dgrad(
 ) -> Tensor:
     """dX = dY S; grad [N, out] -> dx [N, in], feature-major."""
     batch, out_features = grad.shape
+    capacity, bh, bw = values.shape
     gs, vs = activation(grad), dense(values)
-    dx = empty_float((batch, in_features), grad)
+    dx = empty_matrix(batch, in_features, gs)
     native().linear_dgrad(
         dx.data_ptr(),
         gs.data_ptr(),
@@ -77,9 +81,9 @@ def linear_dgrad(
         t_perm.data_ptr(),
         out_features,
         in_features,
-        values.shape[1],
-        values.shape[2],
-        values.shape[0],
+        bh,
+        bw,
+        capacity,
         batch,
         torch.get_num_threads(),
     )
@@ -101,7 +105,7 @@ def linear_wgrad(
     batch, out_features = grad.shape
     gs, xs = activation(grad), activation(x)
     capacity = col.shape[0]
-    dv = torch.empty((capacity, bh, bw), dtype=torch.float32, device=grad.device)
+    dv = empty_values(capacity, bh, bw, gs)
     native().linear_wgrad(
         dv.data_ptr(),
         gs.data_ptr(),
@@ -141,6 +145,7 @@ def conv2d(
     relu: bool,
 ) -> Tensor:
     """Sparse convolution; x [N, C, H, W] -> y [N, C_out, H_out, W_out], feature-major."""
+    capacity, bh, bw = values.shape
     xs, vs, bs = activation(x), dense(values), optional(bias)
     out_hw = Conv2dGeometry(*geometry).output_size(x.shape[2], x.shape[3])
     y = empty_float((x.shape[0], geometry[0], *out_hw), x)
@@ -152,9 +157,9 @@ def conv2d(
         crow.data_ptr(),
         col.data_ptr(),
         _geometry(x.shape, out_hw, geometry),
-        values.shape[1],
-        values.shape[2],
-        values.shape[0],
+        bh,
+        bw,
+        capacity,
         relu,
         torch.get_num_threads(),
     )
@@ -174,6 +179,7 @@ def conv2d_dgrad(
     geometry: Sequence[int],
 ) -> Tensor:
     """Gradient of the input, [N, C_in, H, W], feature-major."""
+    capacity, bh, bw = values.shape
     gs, vs = activation(grad), dense(values)
     shape = (grad.shape[0], geometry[1], in_height, in_width)
     dx = empty_float(shape, grad)
@@ -185,9 +191,9 @@ def conv2d_dgrad(
         t_row.data_ptr(),
         t_perm.data_ptr(),
         _geometry(shape, grad.shape[2:], geometry),
-        values.shape[1],
-        values.shape[2],
-        values.shape[0],
+        bh,
+        bw,
+        capacity,
         torch.get_num_threads(),
     )
     return result(dx, grad.dtype)
@@ -208,7 +214,7 @@ def conv2d_wgrad(
     """Gradient of the values, float32 [capacity, bh, bw] with a zero tail."""
     gs, xs = activation(grad), activation(x)
     capacity = col.shape[0]
-    dv = torch.empty((capacity, bh, bw), dtype=torch.float32, device=grad.device)
+    dv = empty_values(capacity, bh, bw, gs)
     native().conv2d_wgrad(
         dv.data_ptr(),
         gs.data_ptr(),
