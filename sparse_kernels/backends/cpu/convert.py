@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparse_kernels.layout import empty_feature_major, is_feature_major, to_feature_major
+from sparse_kernels.backends.cpu.memory import empty_strided
+from sparse_kernels.layout import feature_major_strides, is_feature_major, to_feature_major
 
 
 def activation(x: Tensor) -> Tensor:
@@ -39,7 +41,8 @@ def optional(x: Tensor | None) -> Tensor | None:
 
 def empty_float(shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialised feature-major float32 tensor of ``shape`` on the device of ``like``."""
-    return empty_feature_major(tuple(shape), torch.float32, like.device)
+    strides = feature_major_strides(tuple(shape))
+    return empty_strided(shape, strides, math.prod(shape))
 
 
 def empty_matrix(batch: int, features: int, like: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from sparse_kernels.backends.cpu.convert import (
     pointer,
     result,
 )
+from sparse_kernels.backends.cpu.lists import lists_of
 from sparse_kernels.geometry import Conv2dGeometry
 
 
@@ -53,6 +54,7 @@ def linear(
         batch,
         relu,
         torch.get_num_threads(),
+        lists_of(col, crow),
     )
     return result(y, x.dtype)
 
@@ -86,6 +88,7 @@ def linear_dgrad(
         capacity,
         batch,
         torch.get_num_threads(),
+        lists_of(t_row, t_crow, t_perm),
     )
     return result(dx, grad.dtype)
 
@@ -162,6 +165,7 @@ def conv2d(
         capacity,
         relu,
         torch.get_num_threads(),
+        lists_of(col, crow),
     )
     return result(y, x.dtype)
 
@@ -195,6 +199,7 @@ def conv2d_dgrad(
         bw,
         capacity,
         torch.get_num_threads(),
+        lists_of(t_row, t_crow, t_perm),
     )
     return result(dx, grad.dtype)
 
