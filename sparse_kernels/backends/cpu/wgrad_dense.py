@@ -17,7 +17,7 @@ are cut in a fixed way; the order inside a product is that of the BLAS library.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
