@@ -6,13 +6,14 @@ the gradient of one kernel position (tap) is a sum of matrix products over image
     dW_tap [C_out, C_in] += dY[C_out, run] @ X_shifted[C_in, run]^T,
 
 where a run is the part of a row whose shifted pixels lie inside of the image: no conversion, no
-copy, no product with padding. Where channels are few or runs short (see ``_direct``), the shifted
-pixels of all taps are copied into one band buffer, [taps * C_in, pixels * N], and one product
-serves all taps.
+copy, no product with padding. Short runs are first copied together, a rectangle of pixels at a
+time. Where channels are few, or in groups, the shifted pixels of all taps are copied into one band,
+[taps * C_in, pixels * N], and one product serves all taps.
 
-Scratch: the band buffer (``_BAND`` floats, or one pixel of every tap and channel if that is more),
-or partial sums (``_PARTS`` copies of a weight gradient of at most ``_SMALL`` channels a side). Sums
-are cut in a fixed way; the order inside a product is that of the BLAS library.
+Scratch: a rectangle or band of at most ``_BAND`` floats (or one row of a short run, ``_MIN_BAND``
+columns of a band, if that is more), or partial sums (``_PARTS`` copies of a weight gradient of at
+most ``_SMALL`` channels a side). Sums are cut in a fixed way; the order inside a product is that of
+the BLAS library.
 """
 
 from __future__ import annotations
@@ -28,12 +29,10 @@ from sparse_kernels.geometry import Conv2dGeometry
 
 _BAND = 1 << 20
 """Floats of the band buffer: 4 MiB, so that the product finds it in the last-level cache."""
-_MIN_CHANNELS = 48
+_MIN_CHANNELS = 32
 """Below this many input channels BLAS is slow on a single tap: all taps go in one product."""
-_MIN_RUN = 128
-"""Below this length of a run (pixels * batch) BLAS is slow on it."""
-_SHORT = 256
-"""Runs shorter than this are copied together, a rectangle of pixels at a time."""
+_SHORT = 512
+"""Runs (pixels * batch) shorter than this are copied together."""
 _MIN_BAND = 512
 """Shortest useful band (pixels * batch): each product reads and writes the whole gradient."""
 _SMALL = 256
@@ -59,20 +58,12 @@ def conv2d_wgrad_dense(grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Tens
     if grad.numel() == 0 or x.numel() == 0:
         return torch.zeros(g.matrix_shape, dtype=torch.float32, device=x.device)
     dy, image = activation(grad).permute(1, 2, 3, 0), activation(x).permute(1, 2, 3, 0)
-    if _direct(g, dy, image):
-        small = max(g.out_channels, g.in_channels) <= _SMALL
-        return _by_halves(g, dy, image) if small else _by_taps(g, dy, image)
-    return _by_bands(g, dy, image)
-
-
-def _direct(g: Conv2dGeometry, dy: Tensor, image: Tensor) -> bool:
-    """Whether products per tap on the memory as it is are fast: long runs of many channels."""
-    return (
-        g.groups == 1
-        and g.stride_w == 1
-        and g.in_channels >= _MIN_CHANNELS
-        and min(dy.shape[2], image.shape[2]) * dy.shape[3] >= _MIN_RUN
-    )
+    if g.groups > 1 or g.in_channels < _MIN_CHANNELS:
+        return _by_bands(g, dy, image)
+    small = max(g.out_channels, g.in_channels) <= _SMALL
+    if small and g.stride_w == 1 and dy.shape[2] * dy.shape[3] >= _SHORT:
+        return _by_halves(g, dy, image)
+    return _by_taps(g, dy, image)
 
 
 class _Tap(NamedTuple):
@@ -116,19 +107,24 @@ def _window(image: Tensor, g: Conv2dGeometry, tap: _Tap, row: int, rows: int, st
 
 
 def _by_taps(g: Conv2dGeometry, dy: Tensor, image: Tensor) -> Tensor:
-    """Many channels: one product per tap and image row, each large enough for all threads."""
+    """Many channels, or short runs: one product per tap and run, for all threads together."""
+    batch = dy.shape[3]
     out = torch.empty(g.matrix_shape, dtype=torch.float32, device=dy.device)
     for tap, columns in zip(_taps(g, dy, image), out.split(g.in_channels, 1), strict=True):
         if not tap.rows or not tap.cols:
             columns.zero_()
             continue
         beta = 0
+        count, run = 1, tap.cols * batch
         # Rows of full width lie one after another: one run.
-        whole = tap.cols == dy.shape[2] == image.shape[2] and g.stride_h == 1
-        count = tap.rows if whole or tap.cols * dy.shape[3] < _SHORT else 1
+        if tap.cols == dy.shape[2] == image.shape[2] and g.stride_h == 1:
+            count = tap.rows
+        elif run < _SHORT:
+            count = max(1, _BAND // ((g.out_channels + g.in_channels) * run))
         for row in range(tap.row, tap.row + tap.rows, count):
-            ours = dy[:, row : row + count, tap.col : tap.col + tap.cols]
-            theirs = _window(image, g, tap, row, count, 1)
+            rows = min(count, tap.row + tap.rows - row)
+            ours = dy[:, row : row + rows, tap.col : tap.col + tap.cols]
+            theirs = _window(image, g, tap, row, rows, 1)
             columns.addmm_(ours.flatten(1), theirs.flatten(1).t(), beta=beta)
             beta = 1
     return out
