@@ -126,11 +126,6 @@ def linear_wgrad(
     return dv
 
 
-def linear_wgrad_dense(grad: Tensor, x: Tensor) -> Tensor:
-    """dW = dY^T X, dense [out, in]: asked for by the growth signal only."""
-    return grad.to(torch.float32).t() @ x.to(torch.float32)
-
-
 def _geometry(x_shape: Sequence[int], out_hw: Sequence[int], geometry: Sequence[int]) -> list[int]:
     return [x_shape[0], x_shape[2], x_shape[3], *out_hw, *geometry]
 
@@ -233,30 +228,3 @@ def conv2d_wgrad(
         torch.get_num_threads(),
     )
     return dv
-
-
-def conv2d_wgrad_dense(grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Tensor:
-    """Dense weight gradient [C_out, kh*kw*C_in/groups], float32, for the growth signal only."""
-    g = Conv2dGeometry(*geometry)
-    channels = g.in_channels // g.groups
-    if x.shape[0] == 0:
-        return torch.zeros(g.matrix_shape, dtype=torch.float32, device=x.device)
-    # torch pads both sides alike: what one side has more is padded before.
-    pad_h, pad_w = min(g.pad_top, g.pad_bottom), min(g.pad_left, g.pad_right)
-    extra = (g.pad_left - pad_w, g.pad_right - pad_w, g.pad_top - pad_h, g.pad_bottom - pad_h)
-    xs = torch.nn.functional.pad(x.to(torch.float32), extra)
-    # channels_last is what oneDNN likes best, and one transposition away from feature-major.
-    gradient = torch.ops.aten.convolution_backward(
-        grad.to(torch.float32).contiguous(memory_format=torch.channels_last),
-        xs.contiguous(memory_format=torch.channels_last),
-        xs.new_empty(1).expand(g.out_channels, channels, g.kernel_height, g.kernel_width),
-        None,
-        [g.stride_h, g.stride_w],
-        [pad_h, pad_w],
-        [g.dilation_h, g.dilation_w],
-        False,
-        [0, 0],
-        g.groups,
-        [False, True, False],
-    )[1]
-    return gradient.permute(0, 2, 3, 1).reshape(g.matrix_shape)
