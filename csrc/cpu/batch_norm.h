@@ -4,17 +4,13 @@
 
 #include <cstring>
 
-#include "simd.h"
+#include "stream.h"
 
 namespace sk {
 namespace SK_ISA {
 
 // A chunk stays in L1 and is summed in float; chunks are merged in double.
 constexpr int64_t kChunk = 2048;
-
-// Outputs above this are written past the cache: what reads them next comes too late for it, and a
-// plain store would read every line first.
-constexpr int64_t kStreamBytes = int64_t(12) << 20;
 
 // The first n < kLanes elements at p, the other lanes `fill`.
 SK_INLINE Vec LoadTail(const float* p, int64_t n, float fill) {
@@ -28,21 +24,6 @@ SK_INLINE void StoreTail(float* p, Vec a, int64_t n) {
   float lanes[kLanes];
   vstore(lanes, a);
   std::memcpy(p, lanes, n * sizeof(float));
-}
-
-template <bool kStream>
-SK_INLINE void Put(float* p, Vec a) {
-  if (kStream) {
-    vstream(p, a);
-  } else {
-    vstore(p, a);
-  }
-}
-
-// Whether rows of `count` floats from `p` on may and should be written with Put<true>.
-SK_INLINE bool Streams(const float* p, int64_t rows, int64_t count) {
-  return rows * count * 4 > kStreamBytes && count % kLanes == 0 &&
-         reinterpret_cast<uintptr_t>(p) % kVecBytes == 0;
 }
 
 // Sum of all lanes of `acc`, in double, always in the same order.
