@@ -23,13 +23,16 @@
 //              looked at again.
 //   capacity   of values and of the index arrays that the launcher takes; nothing is read past it
 //   scratch    one lease of scratch.h per call. Products: per stored element 4 bytes, and 8 for the
-//              lists (in the cache, if there is one); per output row 16, and 8 per band; wgrad: 40
-//              bytes per stored element (lists and up to 8 partial sums; stored elements of partial
-//              blocks count in full), 128 * taps + 4 per block row. Plus per thread one packed tile
-//              of at most 288 KB; where the channels of the fewest pixels and batch entries that a
-//              kernel takes at once are more than 36 KB (products) or than 288 KB (wgrad), at most
-//              max(288 KB, that, min(8 times that, 32 MB or twice that)). A product adds 24 bytes
-//              per output pixel of a tile. Never rows x cols, never an im2col matrix.
+//              lists (in the cache, if there is one); per output row 16, and 8 per band and vertical
+//              tap, at most 64 bands. Per thread, sums of one pixel block: 16 vectors per output
+//              row; and one slab: at most 320 KB, or, where the channels of the fewest pixels and
+//              batch entries that a kernel takes at once (`least`) are more than 80 KB, at most
+//              min(4 * least, max(32 MB, 2 * least)).
+//              wgrad: 40 bytes per stored element (lists and up to 8 partial sums; stored elements
+//              of partial blocks count in full), 128 * taps + 4 per block row; per thread one packed
+//              tile of at most 288 KB, or, where the fewest are more than that, at most
+//              max(288 KB, that, min(8 times that, 32 MB or twice that)).
+//              Never rows x cols, never an im2col matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
 //              range or not increasing within a line) or if a tile is beyond 32-bit offsets
