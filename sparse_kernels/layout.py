@@ -130,6 +130,7 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is a real one outside of tracing and autograd: its memory may be read."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()  # a mode that traces or fakes must see it all
         and holds_its_numbers(tensor)
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )

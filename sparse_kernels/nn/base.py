@@ -309,21 +309,6 @@ class SparseLayer(nn.Module, abc.ABC):
             )
         super().__setattr__(name, value)
 
-    def _check_operand(self, x: Tensor) -> None:
-        """``x`` must be on the layer's device, in its dtype or 16-bit beside float32 values."""
-        values = self.values
-        if x.device != values.device:
-            raise ValueError(
-                f"{type(self).__name__} expected an input on {values.device}, got {x.device}; move "
-                "the input or the model with .to()"
-            )
-        half = x.dtype in (torch.float16, torch.bfloat16) and values.dtype == torch.float32
-        if x.dtype != values.dtype and not half:
-            raise TypeError(
-                f"{type(self).__name__} expected an input of {values.dtype}, got {x.dtype}; "
-                f"convert it with x.to({values.dtype})"
-            )
-
     def _dense_operands(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight in torch's shape (no copy, masked gradient) and bias for dense-masked storage.
 

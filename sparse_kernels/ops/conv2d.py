@@ -343,9 +343,11 @@ def conv2d(
         )
     x = autocast(x)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    if not batched.requires_grad:
-        batched = convert_once(batched, values)
-    index = (crow, col, t_crow, t_row, t_perm)
-    args = (batched, values, *index, bias, probe, list(geometry), relu)
-    y = SparseConv2dFunction.apply(*args) if seen(*args) else call_unseen("conv2d", *args)
+    rest = (values, crow, col, t_crow, t_row, t_perm, bias, probe, list(geometry), relu)
+    if seen(batched, *rest):
+        y = SparseConv2dFunction.apply(batched, *rest)
+    else:
+        if not batched.requires_grad:
+            batched = convert_once(batched, values)
+        y = call_unseen("conv2d", batched, *rest)
     return y if x.dim() == 4 else y.squeeze(0)

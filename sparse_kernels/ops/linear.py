@@ -293,11 +293,13 @@ def linear(
         raise ValueError("linear: input must have at least 1 dimension, got a scalar")
     x = autocast(x)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if not flat.requires_grad:
-        flat = convert_once(flat, values)
-    index = (crow, col, t_crow, t_row, t_perm)
-    args = (flat, values, *index, bias, probe, out_features, relu)
-    y = SparseLinearFunction.apply(*args) if seen(*args) else call_unseen("linear", *args)
+    rest = (values, crow, col, t_crow, t_row, t_perm, bias, probe, out_features, relu)
+    if seen(flat, *rest):
+        y = SparseLinearFunction.apply(flat, *rest)
+    else:
+        if not flat.requires_grad:
+            flat = convert_once(flat, values)
+        y = call_unseen("linear", flat, *rest)
     if x.dim() == 2:
         return y
     return y.squeeze(0) if x.dim() == 1 else y.unflatten(0, x.shape[:-1])
