@@ -141,7 +141,15 @@ class SparseConv2d(SparseLayer):
         if self.padding_mode != "zeros":
             x = functional.pad(x, self._image_pads, mode=self.padding_mode)
         if self.storage == DENSE_MASKED:
-            return self._dense_forward(x)
+            return ops.masked_conv2d(
+                x,
+                self.values,
+                self.mask,
+                self.bias,
+                self.probe,
+                geometry=self.geometry,
+                image_format=self.image_format,
+            )
         return ops.conv2d(
             x,
             self.values,
@@ -153,17 +161,6 @@ class SparseConv2d(SparseLayer):
             self.bias,
             self.probe,
             geometry=self.geometry,
-        )
-
-    def _dense_forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._dense_operands(x)
-        _, _, _, _, _, _, top, left, bottom, right, *_ = self.geometry
-        if (top, left) != (bottom, right):
-            # "same" with an even kernel, where torch's convolution pads both sides alike.
-            x = functional.pad(x, (left, right, top, bottom))
-            top = left = 0
-        return functional.conv2d(
-            x, weight, bias, self.stride, (top, left), self.dilation, self.groups
         )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sparse_kernels import ops
 from sparse_kernels.nn._initial import check_size
@@ -72,8 +71,7 @@ class SparseLinear(SparseLayer):
             )
         self._check_operand(x)
         if self.storage == DENSE_MASKED:
-            weight, bias = self._dense_operands(x)
-            return functional.linear(x, weight, bias)
+            return ops.masked_linear(x, self.values, self.mask, self.bias, self.probe)
         return ops.linear(
             x,
             self.values,

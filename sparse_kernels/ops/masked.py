@@ -1,4 +1,9 @@
-"""Dense-masked storage: an ordinary dense weight whose gradient exists only where the mask does."""
+"""Dense-masked storage: an ordinary dense weight whose gradient exists only where the mask does.
+
+``masked_linear`` (and ``masked_conv2d``, in a file of its own) is torch's dense product with two
+differences: the weight's gradient is cleared outside of the mask, in place; and a feature-major
+input gives a feature-major output and gradient.  Here that costs nothing: BLAS takes either order.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from sparse_kernels._load import native_or_none
+from sparse_kernels.layout import is_feature_major, is_plain
+from sparse_kernels.ops.linear import autocast
+
+#: Gradients of a weight for so few samples are bound by writing the weight: the mask then follows
+#: in pieces of rows that are still in the cache.
+_THIN_BATCH = 32
+_PIECE_BYTES = 1 << 19
+
+
+def native_for(grad: Tensor) -> Any:
+    """The native module where it may work on ``grad`` in place, else None."""
+    if grad.dtype == torch.float32 and grad.device.type == "cpu" and is_plain(grad):
+        return native_or_none()
+    return None
+
+
+def cleared(grad: Tensor, mask: Tensor, own: bool) -> Tensor:
+    """``grad`` [rows, cols] with zeros outside of ``mask``; in place if it is the caller's own."""
+    native = native_for(grad) if own and grad.is_contiguous() and mask.is_contiguous() else None
+    if native is None:
+        return grad.masked_fill(~mask, 0)  # not a product: inf * 0 would be NaN
+    native.clear_outside(
+        grad.data_ptr(), mask.data_ptr(), grad.numel(), torch.get_num_threads()
+    )
+    return grad
+
+
+def in_dtype_of(x: Tensor, dense: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias for 16-bit activations beside float32 weights: by a cast, as elsewhere."""
+    half = x.dtype in (torch.float16, torch.bfloat16) and dense.dtype == torch.float32
+    if not half:
+        return dense, bias
+    return dense.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
 class MaskedWeightFunction(torch.autograd.Function):
@@ -22,8 +63,8 @@ class MaskedWeightFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (mask,) = ctx.saved_tensors
-        # Not a product: inf * 0 would be NaN where no weight exists.
-        return grads[0].masked_fill(~mask, 0), None, grads[0] if ctx.needs_input_grad[2] else None
+        whole = grads[0] if ctx.needs_input_grad[2] else None
+        return cleared(grads[0], mask, own=False), None, whole
 
 
 def masked_weight(dense: Tensor, mask: Tensor, probe: Tensor | None = None) -> Tensor:
@@ -35,7 +76,94 @@ def masked_weight(dense: Tensor, mask: Tensor, probe: Tensor | None = None) -> T
     Raises:
         ValueError: shapes that differ.
     """
+    check_shapes(dense, mask, probe)
+    return MaskedWeightFunction.apply(dense, mask, probe)
+
+
+def check_shapes(dense: Tensor, mask: Tensor, probe: Tensor | None) -> None:
     if mask.shape != dense.shape or (probe is not None and probe.shape != dense.shape):
         shapes = [tuple(t.shape) for t in (dense, mask, probe) if t is not None]
         raise ValueError(f"masked_weight: weight, mask and probe must share a shape, got {shapes}")
-    return MaskedWeightFunction.apply(dense, mask, probe)
+
+
+class MaskedLinearFunction(torch.autograd.Function):
+    """y = x W^T + b for a masked W; backward clears dW outside of the mask, dx keeps x's layout.
+
+    Arguments of ``apply``: x [N, in], dense [out, in], mask bool [out, in], bias [out] or None,
+    probe [out, in] or None (gets the unmasked dW).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, dense, mask, bias, _ = args
+        ctx.save_for_backward(x, dense, mask)
+        ctx.feature_major = x.shape[0] > 1 and not x.is_contiguous() and is_feature_major(x)
+        if not ctx.feature_major:
+            return functional.linear(x, dense, bias)
+        if bias is None:
+            return torch.mm(dense, x.t()).t()
+        return torch.addmm(bias.unsqueeze(1), dense, x.t()).t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, dense, mask = ctx.saved_tensors
+        needs, grad = ctx.needs_input_grad, grads[0]
+        dx = dw = dp = db = None
+        if needs[0]:
+            dx = (dense.t() @ grad.t()).t() if ctx.feature_major else grad @ dense
+        if needs[4]:
+            dp = grad.t() @ x
+            dw = cleared(dp, mask, own=False) if needs[1] else None
+        elif needs[1]:
+            dw = _thin_gradient(grad, x, mask)
+            dw = cleared(grad.t() @ x, mask, own=True) if dw is None else dw
+        if needs[3]:
+            db = grad.sum(0)
+        return dx, dw, None, db, dp
+
+
+def _thin_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor | None:
+    """Masked grad^T x in pieces of rows, for few samples; None where the whole product is better.
+
+    The whole product would be written to memory, read, masked and written again.
+    """
+    rows, cols = mask.shape
+    if x.shape[0] > _THIN_BATCH or rows * cols * 4 <= 2 * _PIECE_BYTES:
+        return None
+    native = native_for(grad) if mask.is_contiguous() and is_plain(x) else None
+    if native is None:
+        return None
+    out, threads = x.new_empty(rows, cols), torch.get_num_threads()
+    step = max(1, _PIECE_BYTES * threads // (4 * cols))
+    left = grad.t()
+    for row in range(0, rows, step):
+        piece = out[row : row + step]
+        torch.mm(left[row : row + step], x, out=piece)
+        native.clear_outside(
+            piece.data_ptr(), mask.data_ptr() + row * cols, piece.numel(), threads
+        )
+    return out
+
+
+def masked_linear(
+    x: Tensor, dense: Tensor, mask: Tensor, bias: Tensor | None, probe: Tensor | None = None
+) -> Tensor:
+    """``functional.linear`` with a weight that is differentiated only inside its mask.
+
+    Args:
+        x: [..., in]; a feature-major [N, in] gives a feature-major output and gradient.
+        dense: [out, in], zero outside of the mask, of x's dtype; mask: bool [out, in].
+        bias: [out] or None.
+        probe: [out, in] or None; its gradient is the unmasked weight gradient.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    check_shapes(dense, mask, probe)
+    x = autocast(x)
+    dense, bias = in_dtype_of(x, dense, bias)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = MaskedLinearFunction.apply(flat, dense, mask, bias, probe)
+    if x.dim() == 2:
+        return y
+    return y.squeeze(0) if x.dim() == 1 else y.unflatten(0, x.shape[:-1])
