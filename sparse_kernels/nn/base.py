@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels.nn import _checkpoint
+from sparse_kernels.nn import _checkpoint, _masked
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
 from sparse_kernels.nn._parameter import replace_data
 from sparse_kernels.nn._weight_view import read_only
@@ -84,6 +84,7 @@ class SparseLayer(nn.Module, abc.ABC):
         self.capacity_growths = 0
         # Facts about this machine, not about the weights: not part of the state_dict.
         self.dense_above, self.image_format = DENSE_MASKED_ABOVE, "channels_last"
+        self._mask_hook: int | None = None  # see _masked
         self.probe = None
         self._pattern: SparsityPattern | None = None
         self._pattern_source: tuple[int, int] | None = None
@@ -149,6 +150,7 @@ class SparseLayer(nn.Module, abc.ABC):
         self._buffers["mask"] = None
         self.storage = COMPRESSED
         self._pattern = pattern
+        _masked.remove_hook(self)
 
     def _register_mask(self, mask: Tensor) -> None:
         for name in _INDEX_NAMES:
@@ -362,8 +364,9 @@ class SparseLayer(nn.Module, abc.ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: the pattern view is rebuilt, a probe is not copied."""
-        return {**self.__dict__, "_pattern": None, "_pattern_source": None, "probe": None}
+        """For pickle and deepcopy: the pattern view is rebuilt, probe and hook are not copied."""
+        views = {"_pattern": None, "_pattern_source": None, "_mask_hook": None}
+        return {**self.__dict__, **views, "probe": None}
 
     def _load_from_state_dict(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_kernels import ops
+from sparse_kernels.nn import _masked
 from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._select import Keep, choose_pattern
@@ -141,15 +142,7 @@ class SparseConv2d(SparseLayer):
         if self.padding_mode != "zeros":
             x = functional.pad(x, self._image_pads, mode=self.padding_mode)
         if self.storage == DENSE_MASKED:
-            return ops.masked_conv2d(
-                x,
-                self.values,
-                self.mask,
-                self.bias,
-                self.probe,
-                geometry=self.geometry,
-                image_format=self.image_format,
-            )
+            return _masked.conv2d(self, x)
         return ops.conv2d(
             x,
             self.values,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import ops
+from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._select import Keep, choose_pattern
 from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
@@ -71,7 +72,7 @@ class SparseLinear(SparseLayer):
             )
         self._check_operand(x)
         if self.storage == DENSE_MASKED:
-            return ops.masked_linear(x, self.values, self.mask, self.bias, self.probe)
+            return _masked.linear(self, x)
         return ops.linear(
             x,
             self.values,

@@ -2,7 +2,7 @@
 
 ``masked_linear`` (and ``masked_conv2d``, in a file of its own) is torch's dense product with two
 differences: the weight's gradient is cleared outside of the mask, in place; and a feature-major
-input gives a feature-major output and gradient.  Here that costs nothing: BLAS takes either order.
+input (which BLAS reads as it is) gives a feature-major output and gradient.
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_kernels._load import native_or_none
-from sparse_kernels.layout import is_feature_major, is_plain
+from sparse_kernels.layout import is_feature_major, is_plain, to_feature_major
 from sparse_kernels.ops.linear import autocast
-
-#: Gradients of a weight for so few samples are bound by writing the weight: the mask then follows
-#: in pieces of rows that are still in the cache.
-_THIN_BATCH = 32
-_PIECE_BYTES = 1 << 19
 
 
 def native_for(grad: Tensor) -> Any:
@@ -30,14 +25,23 @@ def native_for(grad: Tensor) -> Any:
     return None
 
 
+def clear_outside(grad: Tensor, mask: Tensor) -> Tensor:
+    """A copy of ``grad`` [rows, cols] with zeros outside of ``mask`` (bool, alike)."""
+    # On the way of every step of a small layer: no more calls than needed.
+    native = native_for(grad)
+    if native is None or not mask.is_contiguous():
+        return grad.masked_fill(~mask, 0)  # not a product: inf * 0 would be NaN
+    out = grad.clone() if grad.is_contiguous() else grad.contiguous()
+    native.clear_outside(out.data_ptr(), mask.data_ptr(), out.numel(), torch.get_num_threads())
+    return out
+
+
 def cleared(grad: Tensor, mask: Tensor, own: bool) -> Tensor:
     """``grad`` [rows, cols] with zeros outside of ``mask``; in place if it is the caller's own."""
     native = native_for(grad) if own and grad.is_contiguous() and mask.is_contiguous() else None
     if native is None:
-        return grad.masked_fill(~mask, 0)  # not a product: inf * 0 would be NaN
-    native.clear_outside(
-        grad.data_ptr(), mask.data_ptr(), grad.numel(), torch.get_num_threads()
-    )
+        return clear_outside(grad, mask)
+    native.clear_outside(grad.data_ptr(), mask.data_ptr(), grad.numel(), torch.get_num_threads())
     return grad
 
 
@@ -98,11 +102,10 @@ class MaskedLinearFunction(torch.autograd.Function):
         x, dense, mask, bias, _ = args
         ctx.save_for_backward(x, dense, mask)
         ctx.feature_major = x.shape[0] > 1 and not x.is_contiguous() and is_feature_major(x)
-        if not ctx.feature_major:
-            return functional.linear(x, dense, bias)
-        if bias is None:
-            return torch.mm(dense, x.t()).t()
-        return torch.addmm(bias.unsqueeze(1), dense, x.t()).t()
+        # Row-major results even of transposed operands, and then a copy: BLAS is up to 10 times
+        # slower where the small batch is the inner dimension of the result.
+        y = functional.linear(x, dense, bias)
+        return to_feature_major(y) if ctx.feature_major else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -110,39 +113,16 @@ class MaskedLinearFunction(torch.autograd.Function):
         needs, grad = ctx.needs_input_grad, grads[0]
         dx = dw = dp = db = None
         if needs[0]:
-            dx = (dense.t() @ grad.t()).t() if ctx.feature_major else grad @ dense
+            dx = grad @ dense
+            dx = to_feature_major(dx) if ctx.feature_major and is_plain(dx) else dx
         if needs[4]:
             dp = grad.t() @ x
             dw = cleared(dp, mask, own=False) if needs[1] else None
         elif needs[1]:
-            dw = _thin_gradient(grad, x, mask)
-            dw = cleared(grad.t() @ x, mask, own=True) if dw is None else dw
+            dw = cleared(grad.t() @ x, mask, own=True)
         if needs[3]:
             db = grad.sum(0)
         return dx, dw, None, db, dp
-
-
-def _thin_gradient(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor | None:
-    """Masked grad^T x in pieces of rows, for few samples; None where the whole product is better.
-
-    The whole product would be written to memory, read, masked and written again.
-    """
-    rows, cols = mask.shape
-    if x.shape[0] > _THIN_BATCH or rows * cols * 4 <= 2 * _PIECE_BYTES:
-        return None
-    native = native_for(grad) if mask.is_contiguous() and is_plain(x) else None
-    if native is None:
-        return None
-    out, threads = x.new_empty(rows, cols), torch.get_num_threads()
-    step = max(1, _PIECE_BYTES * threads // (4 * cols))
-    left = grad.t()
-    for row in range(0, rows, step):
-        piece = out[row : row + step]
-        torch.mm(left[row : row + step], x, out=piece)
-        native.clear_outside(
-            piece.data_ptr(), mask.data_ptr() + row * cols, piece.numel(), threads
-        )
-    return out
 
 
 def masked_linear(
