@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_kernels import ops
+from sparse_kernels.ops.masked_conv2d import FORMATS, weight_from_matrix
 
 if TYPE_CHECKING:
     from sparse_kernels.nn.base import SparseLayer
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 #: Elements of a weight whose gradient a hook may copy; larger ones are masked in place.
 SMALL_WEIGHT = 1 << 16
-_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def linear(layer: SparseLinear, x: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ def linear(layer: SparseLinear, x: Tensor) -> Tensor:
 
 
 def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor:
-    """[N, C, H, W] (or unbatched, padded by the caller unless with zeros) of a dense-masked layer."""
-    memory_format, geometry = _FORMATS[layer.image_format], layer.geometry
+    """[N, C, H, W] or [C, H, W] -> the convolution's output, of a dense-masked layer."""
+    memory_format, geometry = FORMATS[layer.image_format], layer.geometry
     pads = geometry[6:10]
     if (
         x.dim() == 4
@@ -45,7 +45,7 @@ def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor:
         and pads[:2] == pads[2:]
         and _mask_is_minded(layer, x)
     ):
-        weight = layer.matrix_to_weight(layer.values).contiguous(memory_format=memory_format)
+        weight = weight_from_matrix(layer.values, layer.weight_shape, memory_format)
         return functional.conv2d(
             x, weight, layer.bias, layer.stride, pads[:2], layer.dilation, layer.groups
         )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_kernels import ops
-from sparse_kernels.nn import _masked
 from sparse_kernels.geometry import Conv2dGeometry
+from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._select import Keep, choose_pattern
 from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer

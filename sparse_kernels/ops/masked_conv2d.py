@@ -26,7 +26,7 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 
 
 def _transposed(source: Tensor, rows: int, cols: int) -> Tensor | None:
-    """Each [rows, cols] matrix of a contiguous ``source`` transposed; None if not for the kernel."""
+    """Each [rows, cols] matrix of a contiguous ``source`` transposed; None without a kernel."""
     native = native_for(source) if source.is_contiguous() and rows > 1 and cols > 1 else None
     if native is None:
         return None
@@ -37,18 +37,21 @@ def _transposed(source: Tensor, rows: int, cols: int) -> Tensor | None:
     return out
 
 
-def _weight(matrix: Tensor, shape: tuple[int, ...], memory_format: torch.memory_format) -> Tensor:
-    """The tap-major matrix as a weight of ``shape`` [out, in/groups, kh, kw] in ``memory_format``."""
+def weight_from_matrix(matrix: Tensor, shape: tuple[int, ...], memory_format: Any) -> Tensor:
+    """The tap-major matrix as a weight of ``shape`` [out, in/groups, kh, kw] in that format."""
     out, channels, height, width = shape
+    if memory_format == torch.contiguous_format and height * width == 1:
+        # Not the view below: torch reads channels_last from its strides, whatever the image says.
+        return matrix.reshape(shape)
     view = matrix.reshape(out, height, width, channels).permute(0, 3, 1, 2)
-    if memory_format == torch.channels_last or view.is_contiguous():
+    if memory_format == torch.channels_last:
         return view
     quick = _transposed(matrix, height * width, channels)
     return view.contiguous() if quick is None else quick.view(shape)
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """The inverse of ``_weight`` for a gradient."""
+    """The inverse of ``weight_from_matrix`` for a gradient."""
     out, channels, height, width = weight.shape
     if height * width > 1 and weight.is_contiguous():
         quick = _transposed(weight, channels, height * width)
@@ -72,7 +75,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
         ctx.geometry, ctx.memory_format = g, memory_format
         ctx.feature_major = x.shape[0] > 1 and not x.is_contiguous() and is_feature_major(x)
         image = to_image_format(x, memory_format)
-        weight = _weight(dense, _shape(g), memory_format)
+        weight = weight_from_matrix(dense, _shape(g), memory_format)
         # A second derivative must find x itself; without conversion the two are one tensor.
         ctx.save_for_backward(x, dense, mask, image, weight)
         y = functional.conv2d(image, weight, bias, *_arguments(g))
@@ -83,7 +86,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
         x, dense, mask, image, weight = ctx.saved_tensors
         g, needs = ctx.geometry, ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph: what was converted has no history
-            image, weight = x, _weight(dense, _shape(g), torch.channels_last)
+            image, weight = x, weight_from_matrix(dense, _shape(g), torch.channels_last)
         stride, padding, dilation, groups = _arguments(g)
         dx, dweight, db = torch.ops.aten.convolution_backward(
             to_image_format(grads[0], ctx.memory_format),
