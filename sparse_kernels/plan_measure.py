@@ -33,8 +33,8 @@ class Measured:
     Attributes:
         seconds: median seconds per call, by contender.
         samples: seconds per call of each round, by contender.
-        best: the contender to take: the first, in the order given, of those whose median ratio to
-            the fastest is below 1 + ``INDIFFERENT``.
+        best: the contender to take: the first, in the order given, of those whose ``ratio`` to the
+            fastest is at most 1 + ``INDIFFERENT``.
         settled: "certain" (the intervals say who is faster), "equal" (within ``INDIFFERENT``), or
             "time" (the cap came first: ``best`` is the present guess).
     """
@@ -48,6 +48,14 @@ class Measured:
     def rounds(self) -> int:
         """Number of interleaved rounds."""
         return len(next(iter(self.samples.values())))
+
+    def ratio(self, name: str, other: str) -> float:
+        """Time of ``name`` / time of ``other``, as ``best`` judges it.
+
+        The median of the rounds' ratios where the order is settled.  Where the cap came first, the
+        ratio of the lower quartiles: noise only ever adds time, so the fast samples are the truer.
+        """
+        return _ratio(self.samples, name, other, self.settled)
 
 
 def median_interval(values: Sequence[float], doubt: float = DOUBT) -> tuple[float, float]:
@@ -108,7 +116,7 @@ def measure(
         if done >= 3 and clock() >= deadline:
             break
     medians = {name: statistics.median(samples[name]) for name in names}
-    return Measured(medians, samples, _best(samples, indifferent), settled)
+    return Measured(medians, samples, _best(samples, indifferent, settled), settled)
 
 
 def _calibrate(call: Callable[[], object], clock: Callable[[], float]) -> int:
@@ -130,16 +138,25 @@ def _ratios(samples: Mapping[str, list[float]], name: str, other: str) -> list[f
     return [max(a, tiny) / max(b, tiny) for a, b in pairs]
 
 
-def _fastest(samples: Mapping[str, list[float]]) -> str:
-    """The name with the smallest median ratio to the first one."""
+def _ratio(
+    samples: Mapping[str, list[float]], name: str, other: str, settled: Settled = "certain"
+) -> float:
+    if settled != "time":
+        return statistics.median(_ratios(samples, name, other))
+    quartiles = [sorted(samples[key])[len(samples[key]) // 4] for key in (name, other)]
+    return max(quartiles[0], 1e-12) / max(quartiles[1], 1e-12)
+
+
+def _fastest(samples: Mapping[str, list[float]], settled: Settled = "certain") -> str:
+    """The name with the smallest ratio to the first one."""
     first = next(iter(samples))
-    return min(samples, key=lambda name: statistics.median(_ratios(samples, name, first)))
+    return min(samples, key=lambda name: _ratio(samples, name, first, settled))
 
 
-def _best(samples: Mapping[str, list[float]], indifferent: float) -> str:
-    fastest = _fastest(samples)
+def _best(samples: Mapping[str, list[float]], indifferent: float, settled: Settled) -> str:
+    fastest = _fastest(samples, settled)
     for name in samples:
-        if statistics.median(_ratios(samples, name, fastest)) <= 1 + indifferent:
+        if _ratio(samples, name, fastest, settled) <= 1 + indifferent:
             return name
     return fastest
 

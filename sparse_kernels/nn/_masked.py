@@ -9,7 +9,6 @@ double the time of a tiny layer.  Everything else goes through ``ops.masked_line
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,28 +70,31 @@ def _mask_is_minded(layer: SparseLayer, x: Tensor) -> bool:
         return False
     # Looked up at the very tensor: a copied, loaded or swapped parameter has no hook yet.
     hooks = values._backward_hooks
-    if layer._mask_hook is None or hooks is None or layer._mask_hook not in hooks:
-        layer._mask_hook = values.register_hook(_mask_hook(layer)).id
+    if not hooks or not any(_is_of(hook, layer) for hook in hooks.values()):
+        values.register_hook(_MaskHook(layer))
     return True
 
 
-def _mask_hook(layer: SparseLayer) -> Callable[[Tensor], Tensor | None]:
-    reference = weakref.ref(layer)  # a parameter must not keep its layer alive
+class _MaskHook:
+    """Hook on ``values`` of a dense-masked layer: clears the gradient outside of the mask."""
 
-    def mask_gradient(grad: Tensor) -> Tensor | None:
-        owner = reference()
-        mask = None if owner is None else owner._buffers["mask"]
+    def __init__(self, layer: SparseLayer) -> None:
+        self.layer = weakref.ref(layer)  # a parameter must not keep its layer alive
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        layer = self.layer()
+        mask = None if layer is None else layer._buffers["mask"]
         # The gradient may be somebody else's too, so the hook makes a new one.
         return None if mask is None else ops.clear_outside(grad, mask)
 
-    return mask_gradient
+
+def _is_of(hook: object, layer: SparseLayer) -> bool:
+    return type(hook) is _MaskHook and hook.layer() is layer
 
 
 def remove_hook(layer: SparseLayer) -> None:
     """Take the hook off ``values`` (a compressed layer's gradient needs none)."""
-    if layer._mask_hook is None:
-        return
-    hooks = layer.values._backward_hooks
-    if hooks is not None:
-        hooks.pop(layer._mask_hook, None)
-    layer._mask_hook = None
+    values = layer._parameters.get("values")
+    hooks = (None if values is None else values._backward_hooks) or {}
+    for key in [key for key, hook in hooks.items() if _is_of(hook, layer)]:
+        del hooks[key]

@@ -84,7 +84,6 @@ class SparseLayer(nn.Module, abc.ABC):
         self.capacity_growths = 0
         # Facts about this machine, not about the weights: not part of the state_dict.
         self.dense_above, self.image_format = DENSE_MASKED_ABOVE, "channels_last"
-        self._mask_hook: int | None = None  # see _masked
         self.probe = None
         self._pattern: SparsityPattern | None = None
         self._pattern_source: tuple[int, int] | None = None
@@ -364,9 +363,8 @@ class SparseLayer(nn.Module, abc.ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: the pattern view is rebuilt, probe and hook are not copied."""
-        views = {"_pattern": None, "_pattern_source": None, "_mask_hook": None}
-        return {**self.__dict__, **views, "probe": None}
+        """For pickle and deepcopy: the pattern view is rebuilt, a probe is not copied."""
+        return {**self.__dict__, "_pattern": None, "_pattern_source": None, "probe": None}
 
     def _load_from_state_dict(
         self,
