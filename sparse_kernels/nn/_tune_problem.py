@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from sparse_kernels.ops.masked_conv2d import FORMATS
 from sparse_kernels.pattern import SparsityPattern
 
 Layout = Literal["seen", "own"]
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def compressed_call(problem: Problem, pattern: SparsityPattern) -> Call:
     layer._register_pattern(pattern)
     replace_data(layer.values, data * 0.1)
     layer._zero_outside()
-    return _call(problem, layer, "feature-major" if problem.order == "own" else problem.order)
+    return Call(problem, layer, "feature-major" if problem.order == "own" else problem.order)
 
 
 def random_pattern(layer: SparseLayer, density: float) -> SparsityPattern:
@@ -170,7 +169,7 @@ def dense_masked_calls(problem: Problem) -> dict[str, Call]:
     for name in _formats(problem):
         layer = _twin(problem.layer).to_storage_(DENSE_MASKED)
         layer.image_format = name
-        calls[name] = _call(problem, layer, name if problem.order == "own" else problem.order)
+        calls[name] = Call(problem, layer, name if problem.order == "own" else problem.order)
     return calls
 
 
@@ -181,7 +180,7 @@ def dense_calls(problem: Problem) -> dict[str, Call]:
         module = _twin(problem.layer).to_dense()
         if problem.is_conv:
             module = module.to(memory_format=FORMATS[name])  # type: ignore[call-overload]
-        calls[name] = _call(problem, module, name)
+        calls[name] = Call(problem, module, name)
     return calls
 
 
@@ -201,24 +200,25 @@ def _twin(layer: SparseLayer) -> SparseLayer:
     return twin
 
 
-def _call(problem: Problem, module: nn.Module, order: str) -> Call:
-    """Forward, and backward if training, of ``module`` on random numbers in ``order``."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(problem.shape, generator=generator).to(problem.dtype)
-    x = _ordered(x, order).requires_grad_(problem.input_gradient)
-    module.train(problem.training)
-    with torch.no_grad():
-        grad = torch.randn_like(module(x))  # in the order in which the output comes
-    leaves = [x, *module.parameters()]
-    wanted = problem.training and any(leaf.requires_grad for leaf in leaves)
+class Call:
+    """Forward, and backward if training, of ``module`` on random numbers in memory ``order``."""
 
-    def call() -> None:
-        if not wanted:
+    def __init__(self, problem: Problem, module: nn.Module, order: str) -> None:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(problem.shape, generator=generator).to(problem.dtype)
+        self.x = _ordered(x, order).requires_grad_(problem.input_gradient)
+        self.module = module.train(problem.training)
+        with torch.no_grad():
+            # In the order in which the output comes: the neighbour's gradient mostly does too.
+            self.grad = torch.randn_like(module(self.x))
+        self.leaves = [self.x, *module.parameters()]
+        self.backward = problem.training and any(leaf.requires_grad for leaf in self.leaves)
+
+    def __call__(self) -> None:
+        if not self.backward:
             with torch.no_grad():
-                module(x)
+                self.module(self.x)
             return
-        for leaf in leaves:
+        for leaf in self.leaves:
             leaf.grad = None
-        module(x).backward(grad)
-
-    return call
+        self.module(self.x).backward(self.grad)

@@ -78,9 +78,11 @@ def plan_layers(
     if not enabled():
         return {layer: by_rule(layer.density, problem.shape) for layer, problem in found.items()}
     known: dict[str, dict[str, Any]] = {}
-    return {
-        layer: _decide(problem, known, cache, seconds, measure) for layer, problem in found.items()
-    }
+    with torch.random.fork_rng(devices=[]):  # random contents must not move the user's seed
+        return {
+            layer: _decide(problem, known, cache, seconds, measure)
+            for layer, problem in found.items()
+        }
 
 
 def report(model: nn.Module, decisions: dict[SparseLayer, Decision]) -> TuneReport:
@@ -231,21 +233,30 @@ def break_even_density(ratio_at: Callable[[float], float], known: dict[float, fl
         elif above is None and below is not None:
             if below >= 1:
                 return 1.0
-            probe = min(max(below * even / points[below], below * 1.25), below * 8, 1.0)
+            probe = min(max(_further(points, below, even), below * 1.25), 1.0)
         else:
             assert below is not None and above is not None
             if above <= below * PRECISION:
                 break
-            probe = _crossing(below, points[below], above, points[above], even)
+            share = _crossing(points[below], points[above], even)
+            probe = below + (above - below) * min(max(share, 0.1), 0.9)  # well inside
         points[probe] = ratio_at(probe)
     return _estimate(points, even)
 
 
-def _crossing(low: float, low_ratio: float, high: float, high_ratio: float, even: float) -> float:
-    """Where the line through two points reaches ``even``, but well inside of them."""
-    span = high - low
-    share = (even - low_ratio) / max(high_ratio - low_ratio, 1e-9) if span > 0 else 0.5
-    return low + span * min(max(share, 0.1), 0.9)
+def _further(points: dict[float, float], below: float, even: float) -> float:
+    """The next density to try where compressed has won everywhere so far."""
+    least = min(points)
+    if least == below or points[below] <= points[least]:
+        # One ratio does not tell the fixed cost from the slope.
+        return below * 8
+    slope = (points[below] - points[least]) / (below - least)
+    return below + 1.1 * (even - points[below]) / slope
+
+
+def _crossing(low: float, high: float, even: float) -> float:
+    """Where between two points the line through their ratios reaches ``even``: 0 to 1."""
+    return min(max((even - low) / max(high - low, 1e-9), 0.0), 1.0)
 
 
 def _estimate(points: dict[float, float], even: float) -> float:
@@ -258,7 +269,7 @@ def _estimate(points: dict[float, float], even: float) -> float:
         return 0.0 if above <= LEAST_DENSITY else above * 0.8
     if above <= below:  # noise: the ratio did not grow in between
         return (above * below) ** 0.5
-    return _crossing(below, points[below], above, points[above], even)
+    return below + (above - below) * _crossing(points[below], points[above], even)
 
 
 def agreed(model: nn.Module, decisions: dict[SparseLayer, Decision]) -> dict[SparseLayer, Decision]:
