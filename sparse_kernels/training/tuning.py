@@ -36,6 +36,8 @@ def tune(
     Afterwards nothing changes by itself: storages move only by another ``tune``, or at a mask
     update (``SparseMomentum``, ``rewrite``) that takes a layer's density over its break-even.
 
+    The memory order of inputs is that of the storages the layers have at the time of the call.
+
     Call it after ``sparsify`` with a batch as in training, under the autocast and with the number
     of threads of the training.  ``values`` stay the same objects, so an optimizer may be there
     already.  One that has stepped holds state in the shape of the old storage: give it as
