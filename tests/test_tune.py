@@ -359,6 +359,11 @@ def test_ranks_of_one_job_agree(tmp_path) -> None:
         storages = [None, None]
         dist.all_gather_object(storages, row.chosen)
         assert storages == ["dense-masked"] * 2, storages
+        try:  # what fails on rank 0 is an error everywhere, not a rank that waits for ever
+            tune(layer, torch.randn(2, 7 if rank == 0 else 8))
+            raise SystemExit("no error")
+        except (ValueError, RuntimeError) as error:
+            assert ("rank 0" in str(error)) == (rank == 1), error
         dist.destroy_process_group()
         """
     )

@@ -272,14 +272,35 @@ def _estimate(points: dict[float, float], even: float) -> float:
     return below + (above - below) * _crossing(points[below], points[above], even)
 
 
-def agreed(model: nn.Module, decisions: dict[SparseLayer, Decision]) -> dict[SparseLayer, Decision]:
-    """In a distributed job the decisions of rank 0: ranks that store differently cannot reduce."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return decisions
+def agreed(
+    model: nn.Module, plan: Callable[[], dict[SparseLayer, Decision]]
+) -> dict[SparseLayer, Decision]:
+    """The decisions of ``plan``; in a distributed job those of rank 0, which alone measures.
+
+    Ranks that store differently could not reduce their gradients, and ranks of one machine would
+    disturb each other's times.
+
+    Raises:
+        RuntimeError: rank 0 failed (there its own error is raised).
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return plan()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
-    box: list[Any] = [{name: decisions.get(layer) for name, layer in layers.items()}]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return {layers[name]: made for name, made in box[0].items() if made is not None}
+    box: list[Any] = [None]
+    failure: Exception | None = None
+    if distributed.get_rank() == 0:
+        try:
+            made = plan()
+            box = [{name: made[layer] for name, layer in layers.items() if layer in made}]
+        except Exception as problem:  # the others wait for an answer, whatever happened
+            failure, box = problem, [repr(problem)]
+    distributed.broadcast_object_list(box, src=0)
+    if failure is not None:
+        raise failure
+    if isinstance(box[0], str):
+        raise RuntimeError(f"tune failed on rank 0 of this job: {box[0]}")
+    return {layers[name]: made for name, made in box[0].items()}
 
 
 def apply(layer: SparseLayer, made: Decision) -> None:

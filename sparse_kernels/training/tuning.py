@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ def tune(
     layers = dict(sparse_layers(model))
     _check(layers, layout, seconds)
     holders = {layer: _holder(name, layer, optimizer) for name, layer in layers.items()}
-    decisions = planning.plan_layers(
+    plan = functools.partial(
+        planning.plan_layers,
         model,
         example,
         training=training,
@@ -75,7 +77,7 @@ def tune(
         seconds=seconds,
         cache=PlanCache() if cache else None,
     )
-    decisions = planning.agreed(model, decisions)
+    decisions = planning.agreed(model, plan)
     for layer, made in decisions.items():
         planning.apply(layer, made)
         if made.storage != layer.storage:
