@@ -27,6 +27,16 @@ struct TransposeArgs {
   int threads;
 };
 
+// grad[i] = 0 where mask[i] is 0, in place. Plain code of no instruction set: bound by memory.
+struct ClearOutsideArgs {
+  float* grad;          // [count], read and written
+  const uint8_t* mask;  // [count], 0 or 1
+  int64_t count;
+  int threads;
+};
+
+void clear_outside(const ClearOutsideArgs&);
+
 // y = relu?((x - mean) / sqrt(var + eps) * weight + bias [+ residual]), per channel.
 struct BatchNormForwardArgs {
   float* y;               // [channels][count], written; may be x itself

@@ -185,3 +185,26 @@ def _transpose_to(module: Any, out: Tensor, tensor: Tensor) -> bool:
         )
         return True
     return False
+
+
+def to_image_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`tensor` [N, C, H, W] in `memory_format` (contiguous or channels_last): itself or a copy.
+
+    A copy of feature-major memory is counted and made in tiles, as by from_feature_major.
+    """
+    if tensor.is_contiguous(memory_format=memory_format):
+        return tensor
+    if not is_feature_major(tensor):
+        return tensor.contiguous(memory_format=memory_format)
+    if memory_format == torch.contiguous_format:
+        return from_feature_major(tensor)
+    _count_conversion()
+    module = native_or_none() if _is_plain_float32(tensor) else None
+    if module is None:
+        return tensor.contiguous(memory_format=memory_format)
+    out = torch.empty_like(tensor, memory_format=memory_format)
+    batch, channels, height, width = tensor.shape
+    module.nhwc_from_feature_major(
+        out.data_ptr(), tensor.data_ptr(), batch, channels, height * width, torch.get_num_threads()
+    )
+    return out

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from sparse_kernels import ops
 from sparse_kernels.geometry import Conv2dGeometry
+from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
@@ -142,19 +143,8 @@ class SparseConv2d(SparseLayer):
         if self.padding_mode != "zeros":
             x = functional.pad(x, self._image_pads, mode=self.padding_mode)
         if self.storage == DENSE_MASKED:
-            return self._dense_forward(x)
+            return _masked.conv2d(self, x)
         return ops.conv2d(x, *operands(self), geometry=self.geometry)
-
-    def _dense_forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._dense_operands(x)
-        _, _, _, _, _, _, top, left, bottom, right, *_ = self.geometry
-        if (top, left) != (bottom, right):
-            # "same" with an even kernel, where torch's convolution pads both sides alike.
-            x = functional.pad(x, (left, right, top, bottom))
-            top = left = 0
-        return functional.conv2d(
-            x, weight, bias, self.stride, (top, left), self.dilation, self.groups
-        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sparse_kernels import ops
+from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
@@ -73,8 +73,7 @@ class SparseLinear(SparseLayer):
             )
         check_operand(self, x)
         if self.storage == DENSE_MASKED:
-            weight, bias = self._dense_operands(x)
-            return functional.linear(x, weight, bias)
+            return _masked.linear(self, x)
         return ops.linear(x, *operands(self), out_features=self.out_features)
 
     def matrix_to_weight(self, matrix: Tensor) -> Tensor:
