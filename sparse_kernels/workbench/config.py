@@ -10,6 +10,7 @@ from typing import Any
 from .errors import WorkbenchError
 from .models import spec
 
+REDISTRIBUTIONS = ("momentum", "magnitude", "nonzero", "none")
 SIGNALS = ("exact", "window", "gradient", "random")
 INITS = ("dense", "scaled")
 DENSE_LAYOUTS = ("contiguous", "channels_last", "compile", "compile_channels_last")
@@ -44,6 +45,7 @@ class TrainConfig:
     seeds: tuple[int, ...] = (0,)
     prune_rate: float = 0.5
     prune_schedule: str = "cosine"
+    redistribution: str = "momentum"  # "none" holds the number of weights of each layer
     signal: str = "window"
     window_tolerance: float = 0.1  # share of the momentum that "window" may miss
     update_every: int | None = None  # steps between mask updates; None: once per epoch
@@ -94,6 +96,8 @@ class TrainConfig:
         _expect(self.update_every is None or self.update_every >= 1, "--update-every", "at least 1",
                 self.update_every)  # fmt: skip
         _expect(self.signal in SIGNALS, "--signal", f"one of {', '.join(SIGNALS)}", self.signal)
+        _expect(self.redistribution in REDISTRIBUTIONS, "--redistribution",
+                f"one of {', '.join(REDISTRIBUTIONS)}", self.redistribution)  # fmt: skip
         _expect(0 < self.window_tolerance < 1, "--window-tolerance", "more than 0, less than 1",
                 self.window_tolerance)  # fmt: skip
         _expect(self.prune_schedule in ("cosine", "linear"), "--prune-schedule", "cosine or linear",
