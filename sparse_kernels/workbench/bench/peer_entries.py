@@ -93,7 +93,9 @@ def _sparselab(contest: Contest) -> Entry:
     dense = contest.dense
     module = sparselab.SparseLinear(columns, rows, bias=contest.sparse.bias is not None)
     weight, bias = dense.get_parameter("weight").detach(), contest.sparse.bias
-    module._csr = padded.from_dense(weight, padding_ratio=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's CSR is "beta", once per process
+        module._csr = padded.from_dense(weight, padding_ratio=0.2)
     import numpy as np
 
     module._values = nn.Parameter(torch.from_numpy(np.asarray(module._csr.values)))
@@ -101,8 +103,8 @@ def _sparselab(contest: Contest) -> Entry:
         module.bias = nn.Parameter(bias.detach().clone())
 
     def gradient(module: Any, sparse: Any) -> Tensor:
-        starts = torch.as_tensor(np.asarray(module._csr.row_start)).long()
-        counts = torch.as_tensor(np.asarray(module._csr.row_nnz)).long()
+        starts = torch.tensor(module._csr.row_start.tolist())
+        counts = torch.tensor(module._csr.row_nnz.tolist())
         live = torch.cat([
             torch.arange(int(s), int(s + n)) for s, n in zip(starts, counts, strict=True)
         ])  # fmt: skip

@@ -70,7 +70,7 @@ def layer_speedups(results: dict[str, Any], path: Path) -> str | None:
         axes.set_xlim(left=0)
         axes.margins(y=0.01)
         _grid(axes, "x")
-        axes.legend(fontsize=8, loc="lower right")
+        figure.legend(fontsize=8, loc="outside upper right", ncols=4, frameon=False)
 
     size = (8.0, 1.8 + 0.3 * len(rows))
     return _figure(results, path, size, f"Single layers, {_subject(results)}", draw)
@@ -199,7 +199,10 @@ def density(results: dict[str, Any], path: Path) -> str | None:
         _curves(axes, rows, 100.0)
         axes.set_xlabel("density in %")
 
-    title = f"Forward + backward over density, batch {results['settings']['batch_size']}"
+    title = (
+        f"Forward + backward over density, batch {results['settings']['batch_size']}, block "
+        f"{results['settings']['block']}"
+    )
     return _figure(results, path, (7.0, 4.8), title, draw)
 
 
