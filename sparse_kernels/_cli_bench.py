@@ -231,7 +231,7 @@ _net_options = _options(
     _common, _net_options,
     click.option("--steps", type=click.IntRange(1), default=20, show_default=True,
                  help="At most so many of each contender, in turns."),
-    _seconds(100.0, "net"),
+    _seconds(75.0, "net"),
     click.option("--memory/--no-memory", default=True, show_default=True,
                  help="Peak memory, in processes apart."),
     click.option("--epoch", is_flag=True,

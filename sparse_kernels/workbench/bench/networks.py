@@ -73,8 +73,10 @@ def _measure(config: TrainConfig, steps: int, seconds: float) -> dict[str, Any]:
     }
     nets.check_density(contenders["sparse"])
     errors = nets.check_net(contenders["sparse"].model, batch)
+    print(f"{config.net}: sparse agrees with masked dense; starting the dense layouts", flush=True)
     dense, rejected = start_dense(config, batch)
     contenders |= dense
+    print(f"timing {', '.join(contenders)} in turns", flush=True)
     calls = {name: step_call(contender, batch) for name, contender in contenders.items()}
     timings = interleave(calls, rounds=steps, warmup=2, budget=seconds)
     layout.reset_conversions()
