@@ -83,7 +83,7 @@ cuda-compile: ## compile every csrc/cuda/*.cu for sm_80 and sm_90a, fail on regi
 	$(PYTHON) tools/cuda_compile.py
 
 bench: $(INSTALL_STAMP) ## time every operator against dense PyTorch (BENCH_ARGS for pytest-benchmark)
-	$(VENV)/bin/pytest -p no:cacheprovider benchmarks $(BENCH_ARGS)
+	$(VENV)/bin/pytest -p no:cacheprovider --benchmark-only benchmarks $(BENCH_ARGS)
 
 # No virtual environment of ours here: a GPU machine brings its own torch and may have no network.
 DEVICE ?= cuda

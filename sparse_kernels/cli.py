@@ -5,19 +5,17 @@ A user's mistake is one line and exit code 1 (2 for a wrong option), never a tra
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from . import __version__
-from .workbench.config import DENSE_BASELINES, INITS, SIGNALS
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from ._cli_bench import bench
+from ._cli_errors import one_line_errors
+from .workbench.config import DENSE_BASELINES, INITS, REDISTRIBUTIONS, SIGNALS
+from .workbench.models import NETS
 
 # `--preset demo`: what `make demo` trains. Wide enough for the gain to be real, few enough epochs
 # for two cores; the hold-out is nothing because the sample's own 1,000 test images are the measure.
@@ -36,40 +34,6 @@ DEMO = {
     "holdout": 0.0,
     "name": "demo",
 }
-
-
-# What torch says, as a plain RuntimeError, when memory does not suffice.
-_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "Storage size calculation")
-
-
-def _one_line_errors(command: Command) -> Command:
-    """Turn the errors that a user can cause into one line; anything else is our own fault."""
-
-    @functools.wraps(command)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        from ._load import NativeMissingError
-        from .plan import BackendError
-        from .workbench.errors import WorkbenchError
-
-        try:
-            return command(*arguments, **options)
-        except (WorkbenchError, NativeMissingError, BackendError) as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
-        except (ValueError, MemoryError, OSError, FloatingPointError) as error:
-            # sparsify, SparseMomentum and the file system speak of what the options asked for.
-            raise click.ClickException(
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
-        except RuntimeError as error:
-            text = (str(error).splitlines() or [""])[0]
-            if not any(words in text for words in _ALLOCATION_FAILED):
-                raise
-            raise click.ClickException(
-                f"not enough memory ({text}); lower --batch-size or --width, or choose a smaller "
-                "net"
-            ) from error
-
-    return wrapped  # type: ignore[return-value]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -95,7 +59,7 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     "--preset", type=click.Choice(["demo"]), help="Settings of `make demo`; other options override."
 )
 @click.option("--net", default="lenet-300-100", show_default=True,
-              help="lenet-300-100, lenet-5-caffe, vgg16-d or wide-mlp.")  # fmt: skip
+              help=", ".join(NETS) + ".")  # fmt: skip
 @click.option(
     "--data", default=None, help="mnist, mnist-sample (shipped) or cifar10; default: the net's."
 )
@@ -138,6 +102,10 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option(
     "--prune-schedule", type=click.Choice(["cosine", "linear"]), default="cosine", show_default=True
 )
+@click.option(
+    "--redistribution", type=click.Choice(REDISTRIBUTIONS), default="momentum", show_default=True,
+    help="Which layers regrow what is pruned; none: each its own.",
+)  # fmt: skip
 @click.option("--signal", type=click.Choice(SIGNALS), default="window", show_default=True,
               help="What grows: exact: dense momentum of all steps, as the paper; window: of the "
               "last; gradient: RigL; random: SET.")  # fmt: skip
@@ -163,7 +131,7 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option("--out", default="runs", show_default=True, help="Where runs/<name> is made.")
 @click.option("--name", default=None, help="Name of the run.  [default: net-data-density]")
 @click.pass_context
-@_one_line_errors
+@one_line_errors
 def train(context: click.Context, preset: str | None, **options: Any) -> None:
     """Train a net sparse from scratch, and dense beside it, and write table, figure and logs.
 
@@ -216,7 +184,7 @@ def _configure(context: click.Context, preset: str | None, options: dict[str, An
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False))
-@_one_line_errors
+@one_line_errors
 def report(run: str) -> None:
     """Render table and figure of runs/<name> again from its results.json."""
     from .workbench import report as reports
@@ -227,7 +195,7 @@ def report(run: str) -> None:
 
 
 @main.command()
-@_one_line_errors
+@one_line_errors
 def info() -> None:
     """What was built, what serves which operator on this machine, and why not another."""
     from .info import describe
@@ -235,79 +203,7 @@ def info() -> None:
     click.echo(describe())
 
 
-@main.group()
-def bench() -> None:
-    """Measure sparse against the best dense PyTorch, validated first."""
-
-
-def _bench_options(command: Command) -> Command:
-    for option in (
-        click.option(
-            "--out", default=None, help="Write results as JSON and Markdown to this directory."
-        ),
-        click.option(
-            "--threads", type=click.IntRange(1, 1024), default=None, help="Default: torch's own."
-        ),
-        click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True),
-        click.option("--block", default="1x1", show_default=True),
-        click.option("--density", type=float, default=0.05, show_default=True),
-    ):
-        command = option(command)
-    return command
-
-
-@bench.command("layers")
-@_bench_options
-@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True)
-@click.option(
-    "--layer", "names", multiple=True, help="Only these (repeatable); default: all of the table."
-)
-@_one_line_errors
-def bench_layers(
-    names: tuple[str, ...], rounds: int, out: str | None, threads: int | None, **options: Any
-) -> None:
-    """Single layers, forward and forward with backward, against the best dense layout."""
-    from .workbench import bench_layers as module
-
-    results = module.run(names=names, rounds=rounds, threads=threads, **options)
-    _publish("bench-layers", results, module.table(results), out)
-
-
-@bench.command("step")
-@_bench_options
-@click.option("--net", default="vgg16-d", show_default=True)
-@click.option("--width", type=int, default=None, help="Width of wide-mlp's hidden layers.")
-@click.option(
-    "--dense-baseline",
-    type=click.Choice(DENSE_BASELINES),
-    default="auto",
-    show_default=True,
-    help="auto: all that run here, the fastest counts.",
-)
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
-@click.option(
-    "--memory/--no-memory", default=True, show_default=True, help="Peak memory, in processes apart."
-)
-@_one_line_errors
-def bench_step(out: str | None, **options: Any) -> None:
-    """Whole training steps by part, memory, and the time of a mask update, against dense."""
-    from .workbench import bench_step as module
-    from .workbench.config import TrainConfig
-
-    steps, memory = options.pop("steps"), options.pop("memory")
-    results = module.run(TrainConfig(**options), steps=steps, memory=memory)
-    _publish(f"bench-step-{options['net']}", results, module.table(results), out)
-
-
-def _publish(name: str, results: dict[str, Any], text: str, out: str | None) -> None:
-    click.echo(text)
-    if out is None:
-        return
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(text + "\n")
-    click.echo(f"written: {folder / name}.json, {folder / name}.md")
+main.add_command(bench)
 
 
 if __name__ == "__main__":

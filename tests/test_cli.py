@@ -181,28 +181,6 @@ def test_info_describes_the_installation() -> None:
     assert done.exit_code == 0 and done.output.strip() == info.describe().strip()
 
 
-def test_bench_layers_prints_and_writes(tmp_path: Path) -> None:
-    words = [
-        "bench",
-        "layers",
-        "--layer",
-        "linear-784-300",
-        "--rounds",
-        "1",
-        "--batch-size",
-        "8",
-        "--out",
-    ]
-    done = invoke(*words, str(tmp_path))
-    assert done.exit_code == 0, done.output
-    results = json.loads((tmp_path / "bench-layers.json").read_text())
-    assert results["rows"][0]["layer"] == "linear-784-300"
-    assert "linear-784-300" in done.output
-    assert (tmp_path / "bench-layers.md").read_text().strip() in done.output
-    wrong = invoke("bench", "layers", "--layer", "linear-1")
-    assert wrong.exit_code == 1 and "expected one of conv-64-32" in wrong.stderr
-
-
 def test_the_program_runs_as_a_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparse_kernels.cli"]
     words = f"train --data mnist-sample --max-steps 2 --threads 1 --name p --out {tmp_path}".split()

@@ -12,7 +12,8 @@ from torch import nn
 from workbench_support import SMALL, batch
 
 from sparse_kernels.nn import sparsify
-from sparse_kernels.workbench import account, bench_step, contenders, datasets, loop, steptime
+from sparse_kernels.workbench import account, contenders, datasets, loop
+from sparse_kernels.workbench.bench import networks
 from sparse_kernels.workbench.errors import TrainingError, WorkbenchError
 
 
@@ -125,7 +126,7 @@ def test_compiled_channels_last_compiles_and_arranges_its_images(
     split = datasets.Split(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), torch.zeros(5).long())
     data = datasets.Dataset("x", "cifar10", split, split, (0.0,) * 3, (1.0,) * 3, "here")
     before = {name: t.clone() for name, t in contender.model.state_dict().items()}
-    loop._warm_up_compiled(contender, datasets.BatchLoader(split, data, 3, seed=0))
+    loop.warm_up(contender, datasets.BatchLoader(split, data, 3, seed=0))
     assert seen == [True, True, True]  # the step, and both batch sizes of an epoch
     for name, tensor in contender.model.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -205,19 +206,28 @@ def test_the_fastest_dense_layout_is_chosen_and_failures_are_told(
 def test_peak_memory_is_the_childs_own_not_that_of_who_started_it() -> None:
     config = dataclasses.replace(SMALL, batch_size=16)
     held = b"\1" * (400 << 20)
-    peak = bench_step._peak(config, "sparse")
+    peak = networks._peak(config, "sparse")
     # lenet-300-100 has a megabyte of weights; ru_maxrss, inherited, would say hundreds.
     assert 0 < peak < 150e6 < len(held)
 
 
-def test_peak_memory_measures_a_dense_layout_that_is_not_compiled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bench_step, "_peak", lambda config, name: 1)
+def test_peak_memory_is_of_a_dense_layout_that_is_not_compiled() -> None:
     seconds = {"sparse": 1.0, "sparse, signal": 1.0, "contiguous": 3.0, "channels_last": 2.0}
-    timings = {name: steptime.summarize([value]) for name, value in seconds.items()}
-    timings["compile_channels_last"] = steptime.summarize([0.5])
-    peaks = bench_step._peaks(SMALL, timings)
-    assert set(peaks) == {"sparse", "sparse, signal", "channels_last"}
+    timings = {name: {"median": value} for name, value in seconds.items()}
+    timings["compile_channels_last"] = {"median": 0.5}
+    assert networks._eager_dense(timings) == "channels_last"
     del timings["contiguous"], timings["channels_last"]
-    assert set(bench_step._peaks(SMALL, timings)) == {"sparse", "sparse, signal", "contiguous"}
+    assert networks._eager_dense(timings) == "contiguous"
+
+
+def test_a_new_drive_keeps_the_masks_and_lets_the_old_one_go() -> None:
+    contender = contenders.build_sparse(SMALL, 0, 100, 100)
+    first, keys = contender.masking, contender.model[1].pattern.keys()
+    contenders.drive(contender, 0, 1000, 3)
+    assert contender.masking is not first and first is not None
+    with pytest.raises(RuntimeError, match="closed"):
+        first.step()
+    assert torch.equal(contender.model[1].pattern.keys(), keys)
+    for _ in range(3):
+        contender.step(*batch())
+    assert contender.masking is not None and contender.masking.updates == 1

@@ -6,18 +6,47 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_kernels import layout
+from sparse_kernels.nn import sparsify
 from sparse_kernels.workbench import models
 from sparse_kernels.workbench.errors import WorkbenchError
+from sparse_kernels.workbench.models import wrn
+
+_VGG_FEATURES = 9 * (
+    3 * 64 + 64 * 64 + 64 * 128 + 128**2 + 128 * 256 + 2 * 256**2 + 256 * 512 + 5 * 512**2
+)
+_ALEX_FEATURES = 3 * 96 * 121 + 96 * 256 * 25 + 9 * (256 * 384 + 384 * 384 + 384 * 256)
+
+
+def _wrn(depth: int, widen: int) -> int:
+    blocks, total, channels = (depth - 4) // 6, 9 * 3 * 16, 16
+    for width in (16 * widen, 32 * widen, 64 * widen):
+        total += 9 * channels * width + channels * width  # first convolution and shortcut
+        total += 9 * width * width * (2 * blocks - 1)
+        channels = width
+    return total + channels * 10
+
+
+# Parameters as the papers state them, in millions: norms and biases included.
+PUBLISHED = {
+    "wrn-16-8": 11.0, "wrn-22-8": 17.2, "wrn-28-2": 1.5, "wrn-16-10": 17.1,
+    "vgg16-d": 15.2, "vgg16-like": 15.0, "alexnet-s": 5.1, "alexnet-b": 8.5,
+}  # fmt: skip
 
 # Weights of the linear and convolutional layers, counted by hand from the paper's definitions.
 WEIGHTS = {
     "lenet-300-100": 784 * 300 + 300 * 100 + 100 * 10,
     "lenet-5-caffe": 20 * 25 + 50 * 20 * 25 + 800 * 500 + 500 * 10,
     "wide-mlp": 784 * 4096 + 4096 * 4096 + 4096 * 10,
-    "vgg16-d": 9
-    * (3 * 64 + 64 * 64 + 64 * 128 + 128**2 + 128 * 256 + 2 * 256**2 + 256 * 512 + 5 * 512**2)
-    + 2 * 512 * 512
-    + 512 * 10,
+    "vgg16-d": _VGG_FEATURES + 2 * 512 * 512 + 512 * 10,
+    "vgg16-like": _VGG_FEATURES + 512 * 512 + 512 * 10,
+    "vgg16-c": _VGG_FEATURES - 8 * (256**2 + 2 * 512**2) + 2048 * 512 + 512 * 512 + 512 * 10,
+    "alexnet-s": _ALEX_FEATURES + 256 * 1024 + 1024**2 + 1024 * 10,
+    "alexnet-b": _ALEX_FEATURES + 256 * 2048 + 2048**2 + 2048 * 10,
+    "wrn-16-8": _wrn(16, 8),
+    "wrn-22-8": _wrn(22, 8),
+    "wrn-28-2": _wrn(28, 2),
+    "wrn-16-10": _wrn(16, 10),
 }
 
 
@@ -27,11 +56,53 @@ def test_weights_and_output(name: str) -> None:
     spec = models.spec(name)
     layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert sum(layer.weight.numel() for layer in layers) == WEIGHTS[name]
-    assert all(layer.bias is not None for layer in layers)
+    biased = [m for m in layers if isinstance(m, nn.Linear) or not name.startswith("wrn")]
+    assert all((layer.bias is not None) == (layer in biased) for layer in layers)
     out = net(torch.randn(2, *spec.input_shape))
     assert out.shape == (2, 10)
     out.square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_as_many_as_published(name: str) -> None:
+    count = sum(p.numel() for p in models.build(name).parameters())
+    assert round(count / 1e6, 1) == pytest.approx(PUBLISHED[name], abs=0.11)
+
+
+def test_a_wide_block_computes_what_the_official_forward_does() -> None:
+    torch.manual_seed(0)
+    block = wrn.WideBlock(8, 16, 2, 0.3).train()
+    x = torch.randn(4, 8, 6, 6)
+    norm1, norm2, conv2 = block.first[0], block.second[0], block.second[3]
+    torch.manual_seed(1)
+    out = torch.relu(norm1(x))
+    h = block.conv1(out)
+    h = conv2(nn.functional.dropout(torch.relu(norm2(h)), 0.3, True))
+    expected = block.shortcut(out) + h
+    torch.manual_seed(1)
+    torch.testing.assert_close(block(x), expected)
+    same = wrn.WideBlock(8, 8, 1, 0.0).eval()
+    assert same.shortcut is None and not any(isinstance(m, nn.Dropout) for m in same.modules())
+    with torch.no_grad():
+        same.second[2].weight.zero_()
+    torch.testing.assert_close(same(x), x)  # the sum takes the block's input, not the active one
+
+
+def test_wide_resnets_are_fused_and_keep_the_layout() -> None:
+    net = models.build("wrn-28-2")
+    report = sparsify(net, density=0.1, generator=torch.Generator().manual_seed(0))
+    fused = [row for row in report.rows if row.action == "fused"]
+    assert len(fused) == 2 * 12 + 1  # two in each block, and the last norm
+    layout.reset_conversions()
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    # The images on the way in, the expanded gradient of the sum: nothing in between.
+    assert layout.conversions() <= 3
+
+
+def test_wrong_depths_are_named() -> None:
+    with pytest.raises(WorkbenchError, match="6 n \\+ 4"):
+        models.wide_resnet(17, 8)
 
 
 def test_vgg_has_norm_before_relu_in_features_and_after_it_in_the_classifier() -> None:

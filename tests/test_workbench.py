@@ -14,15 +14,7 @@ import pytest
 import torch
 from workbench_support import SMALL
 
-from sparse_kernels.workbench import (
-    bench_layers,
-    bench_step,
-    loop,
-    machine,
-    models,
-    report,
-    steptime,
-)
+from sparse_kernels.workbench import loop, machine, models, report
 from sparse_kernels.workbench.config import TrainConfig
 from sparse_kernels.workbench.errors import WorkbenchError
 
@@ -33,22 +25,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # tests run side by side; threads would only wait for each other
     yield
     torch.set_num_threads(before)
-
-
-def test_interleave_takes_turns_after_warming_up() -> None:
-    calls: list[str] = []
-    timings = steptime.interleave(
-        {name: lambda name=name: calls.append(name) for name in "ab"}, rounds=3, warmup=2
-    )
-    assert "".join(calls) == "aabb" + "ababab"
-    assert all(t.rounds == 3 and 0 <= t.low <= t.median <= t.high for t in timings.values())
-
-
-def test_summarize_gives_median_and_quartiles() -> None:
-    assert steptime.summarize([4.0, 1.0, 3.0, 2.0, 5.0]) == steptime.Timing(3.0, 2.0, 4.0, 5)
-    assert steptime.summarize([2.0]) == steptime.Timing(2.0, 2.0, 2.0, 1)
-    with pytest.raises(ValueError, match="at least one"):
-        steptime.summarize([])
 
 
 @pytest.mark.parametrize(
@@ -70,6 +46,7 @@ def test_summarize_gives_median_and_quartiles() -> None:
         ({"holdout": 1.0}, "--holdout"),
         ({"prune_rate": 1.5}, "--prune-rate"),
         ({"signal": "psychic"}, "--signal"),
+        ({"redistribution": "all"}, "--redistribution"),
         ({"name": "../up"}, "--name"),
         ({"dense_baseline": "fast"}, "--dense-baseline"),
     ],
@@ -263,52 +240,6 @@ def test_the_header_tells_machine_versions_and_commit() -> None:
     assert head["threads"] == torch.get_num_threads() and head["torch"] == torch.__version__
     json.dumps(head)
     assert head["cpu"] in machine.one_line(head)
-
-
-def test_layers_are_validated_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"density": 0.1, "block": "4x1", "batch_size": 8, "rounds": 1, "threads": 1}
-    results = bench_layers.run(names=("linear-784-300", "conv-512-2"), **settings)
-    for row in results["rows"]:
-        assert 0 < row["error"] < 1e-5
-        timings = row["forward_backward"]["timings"]
-        assert row["forward_backward"]["dense_best"] in timings
-        assert ("channels_last" in timings) == row["layer"].startswith("conv")
-    assert "conv-512-2" in bench_layers.table(results)
-    monkeypatch.setattr(bench_layers, "relative_error", lambda *a: 0.5)
-    with pytest.raises(WorkbenchError, match=r"5\.0e-01 against float64.*not timed"):
-        bench_layers.run(names=("linear-784-300",), **settings)
-
-
-def test_relative_error_sees_a_wrong_weight() -> None:
-    shape = bench_layers.LayerShape("tiny", 20, 30)
-    layer = bench_layers._sparsified(shape.dense(), 0.2, (1, 1))
-    x = torch.randn(4, 30)
-    assert bench_layers.relative_error(layer, x) < 1e-5
-    wrong = layer.to_dense()
-    with torch.no_grad():
-        wrong.weight[0, 0] += 1.0
-    layer.to_dense = lambda: wrong  # type: ignore[method-assign]
-    assert bench_layers.relative_error(layer, x) > 1e-2
-
-
-def test_bench_step_times_parts_memory_and_updates() -> None:
-    config = dataclasses.replace(SMALL, net="lenet-5-caffe", batch_size=16)
-    results = bench_step.run(config, steps=10)
-    assert set(results["timings"]) == {"sparse", "sparse, signal", "contiguous"}
-    for name, parts in results["parts"].items():
-        assert sum(parts.values()) == pytest.approx(results["timings"][name]["median"])
-        assert parts["convolutions"] > 0 and parts["linear"] > 0
-    assert results["memory"]["sparse"]["total"] < results["memory"]["contiguous"]["total"]
-    assert results["update"]["updates_timed"] >= 1 and results["update"]["update_seconds"] > 0
-    assert set(results["peak_memory"]) == {"sparse", "sparse, signal", "contiguous"}
-    assert min(results["peak_memory"].values()) > 0
-    assert results["memory"]["sparse"]["signal"] == 0
-    assert results["memory"]["sparse, signal"]["signal"] > 0
-    text = bench_step.table(results)
-    assert "Mask update:" in text
-    for row in ("usual steps |", "signal and mask update |", "| growth signal, at most |"):
-        assert row in text
-    assert "activations included (dense: contiguous)" in text
 
 
 def test_models_and_defaults_of_the_paper() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from sparse_kernels.workbench import bench_step
+from sparse_kernels.workbench.bench import nets
 from sparse_kernels.workbench.config import TrainConfig
 
 SMALL = TrainConfig(
@@ -22,4 +22,4 @@ SMALL = TrainConfig(
 
 
 def batch(config: TrainConfig = SMALL) -> tuple[torch.Tensor, torch.Tensor]:
-    return bench_step.random_batch(dataclasses.replace(config, batch_size=32))
+    return nets.random_batch(dataclasses.replace(config, batch_size=32))

@@ -128,7 +128,9 @@ def benchmark(device: str, size: str, results: Path | None) -> None:
     """Operator benchmark into `results` (default benchmarks/results/<machine>). Raises
     CheckError.
     """
-    line = command("benchmarks/operators.py", "--device", device, "--size", size)
+    launcher = DROP_SOURCE_TREE + "from sparse_kernels.cli import main; sys.exit(main())"
+    chosen = "core" if size == "full" else size
+    line = command("-c", launcher, "bench", "ops", "--device", device, "--size", chosen)
     if results is not None:
         line += ["--out", str(results)]
     if run_step("operator benchmark", line, check_environment()):

@@ -10,11 +10,21 @@ from typing import Any
 from .errors import WorkbenchError
 from .models import spec
 
+REDISTRIBUTIONS = ("momentum", "magnitude", "nonzero", "none")
 SIGNALS = ("exact", "window", "gradient", "random")
 INITS = ("dense", "scaled")
 DENSE_LAYOUTS = ("contiguous", "channels_last", "compile", "compile_channels_last")
 DENSE_BASELINES = ("auto", *DENSE_LAYOUTS)
 _MAX_THREADS = 1024
+_CHOICES = {
+    "signal": SIGNALS,
+    "redistribution": REDISTRIBUTIONS,
+    "prune_schedule": ("cosine", "linear"),
+    "distribution": ("uniform", "erk"),
+    "init": INITS,
+    "compare": ("dense",),
+    "dense_baseline": DENSE_BASELINES,
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class TrainConfig:
     seeds: tuple[int, ...] = (0,)
     prune_rate: float = 0.5
     prune_schedule: str = "cosine"
+    redistribution: str = "momentum"  # "none" holds the number of weights of each layer
     signal: str = "window"
     window_tolerance: float = 0.1  # share of the momentum that "window" may miss
     update_every: int | None = None  # steps between mask updates; None: once per epoch
@@ -93,17 +104,13 @@ class TrainConfig:
         )
         _expect(self.update_every is None or self.update_every >= 1, "--update-every", "at least 1",
                 self.update_every)  # fmt: skip
-        _expect(self.signal in SIGNALS, "--signal", f"one of {', '.join(SIGNALS)}", self.signal)
         _expect(0 < self.window_tolerance < 1, "--window-tolerance", "more than 0, less than 1",
                 self.window_tolerance)  # fmt: skip
-        _expect(self.prune_schedule in ("cosine", "linear"), "--prune-schedule", "cosine or linear",
-                self.prune_schedule)  # fmt: skip
-        _expect(self.distribution in ("uniform", "erk"), "--distribution", "uniform or erk",
-                self.distribution)  # fmt: skip
-        _expect(self.init in INITS, "--init", f"one of {', '.join(INITS)}", self.init)
-        _expect(self.compare in (None, "dense"), "--compare", "dense", self.compare)
-        _expect(self.dense_baseline in DENSE_BASELINES, "--dense-baseline",
-                f"one of {', '.join(DENSE_BASELINES)}", self.dense_baseline)  # fmt: skip
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not (value is None and name == "compare"):
+                option = "--" + name.replace("_", "-")
+                _expect(value in choices, option, f"one of {', '.join(choices)}", value)
         name = self.run_name()
         _expect(re.fullmatch(r"[\w.,+=-]+", name) is not None and name not in (".", ".."), "--name",
                 "letters, digits and . , + = - _", name)  # fmt: skip

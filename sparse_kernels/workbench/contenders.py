@@ -17,7 +17,7 @@ from ..training import SparseMomentum
 from . import account, models
 from .config import DENSE_LAYOUTS, TrainConfig
 from .errors import TrainingError, WorkbenchError
-from .steptime import Timing, interleave
+from .timing import Timing, interleave
 
 _PROBE_ROUNDS = 5  # steps of each dense layout when the best is chosen
 
@@ -130,18 +130,31 @@ def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: in
     if config.init == "scaled":
         _scale_to_fan_in(model)
     optimizer = _optimizer(model, config)
-    masking = SparseMomentum(
-        model,
-        optimizer,
+    contender = Contender("sparse", "sparse", model, model, optimizer, None, config, report=made)
+    drive(contender, seed, steps, config.update_every or steps_per_epoch)
+    return contender
+
+
+def drive(contender: Contender, seed: int, steps: int, update_every: int) -> None:
+    """Give a sparse contender a new SparseMomentum over the next ``steps`` steps; the old closes.
+
+    The masks stay; what the old one had gathered for its next update is dropped.
+    """
+    if contender.masking is not None:
+        contender.masking.close()
+    config = contender.config
+    contender.masking = SparseMomentum(
+        contender.model,
+        contender.optimizer,
         total_steps=steps,
-        update_every=config.update_every or steps_per_epoch,
+        update_every=update_every,
         prune_rate=config.prune_rate,
         decay=config.prune_schedule,
+        redistribution=config.redistribution,
         signal=config.signal,
         window_tolerance=config.window_tolerance,
         generator=torch.Generator().manual_seed(seed),
     )
-    return Contender("sparse", "sparse", model, model, optimizer, masking, config, report=made)
 
 
 @torch.no_grad()

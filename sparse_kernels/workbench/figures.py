@@ -1,4 +1,4 @@
-"""The figure of a run: accuracy against the clock, and where the weights went."""
+"""The figure of a run: accuracy against the clock, and where the weights went; figures as such."""
 
 from __future__ import annotations
 
@@ -12,20 +12,16 @@ from . import machine
 _COLOURS = {"sparse": "#0072B2", "dense": "#D55E00"}
 _MARKERS = {"sparse": "o", "dense": "s"}
 _MISSING = (
-    "no figure: matplotlib is not installed; `pip install matplotlib`, then `sparse-kernels report`"
+    "no figure: matplotlib is not installed; `pip install matplotlib`, then `sparse-kernels "
+    "report`, or the same benchmark again"
 )
 
 
 def draw_run(results: dict[str, Any], path: Path) -> str | None:
     """Draw ``results`` of a training run to ``path`` (PNG); returns why not, or None when drawn."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return _MISSING
-    # No pyplot: no global state, no display needed.
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((12, 4.6))
+    if isinstance(figure, str):
+        return figure
     left, right = figure.subplots(1, 2)
     _draw_accuracy(left, results)
     _draw_density(right, results)
@@ -34,10 +30,30 @@ def draw_run(results: dict[str, Any], path: Path) -> str | None:
         f"{config['net']} on {config['data']}, {100 * config['density']:g} % of the weights"
     )
     figure.supxlabel(machine.one_line(results["machine"]), fontsize=7, color="0.35")
+    save_figure(figure, path)
+    return None
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """A matplotlib figure of ``size`` inches, or, where matplotlib is missing, a text that says so.
+
+    No pyplot: no global state, no display needed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return _MISSING
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write the figure to ``path`` (PNG), whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, format="png", dpi=130)
     temporary.replace(path)
-    return None
 
 
 def _curve(run: dict[str, Any]) -> tuple[list[float], list[float], str]:

@@ -124,7 +124,8 @@ def _train_seed(
         for contender in contenders
     ]
     for run in runs:
-        _warm_up_compiled(run.contender, run.train)
+        if run.contender.compiled:
+            warm_up(run.contender, run.train)
     with TrainingProgress({run.contender.name: total for run in runs}) as progress:
         for epoch in range(1, math.ceil(total / batches) + 1):
             for run in runs:
@@ -134,16 +135,15 @@ def _train_seed(
     return runs
 
 
-def _warm_up_compiled(contender: Contender, train: BatchLoader) -> None:
-    """Compile for both batch sizes outside the measured time; the net stays as the seed made it."""
-    if not contender.compiled:
-        return
+def warm_up(contender: Contender, train: BatchLoader) -> None:
+    """A dense contender's first passes, outside the measured time: compiled, for both batch sizes.
+
+    The net stays as the seed made it.
+    """
     state = {name: tensor.clone() for name, tensor in contender.model.state_dict().items()}
     images = torch.zeros(train.batch_size, *train.split.images.shape[1:])
-    for size in {min(train.batch_size, len(train.split)), len(train.split) % train.batch_size} - {
-        0,
-        1,
-    }:
+    full, left = min(train.batch_size, len(train.split)), len(train.split) % train.batch_size
+    for size in {full, left if contender.compiled else full} - {0, 1}:
         contender.forward(contender.arrange(images[:size])).sum().backward()
     contender.model.load_state_dict(state)
     contender.optimizer.zero_grad(set_to_none=True)

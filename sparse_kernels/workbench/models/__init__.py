@@ -8,24 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..errors import WorkbenchError
+from .alexnet import alexnet_b, alexnet_s
 from .lenet import lenet5_caffe, lenet_300_100
 from .mlp import wide_mlp
-from .vgg import vgg16_d
+from .vgg import vgg16_c, vgg16_d, vgg16_like
+from .wrn import wide_resnet
 
 __all__ = [
     "NETS",
     "NetSpec",
+    "alexnet_b",
+    "alexnet_s",
     "build",
     "lenet5_caffe",
     "lenet_300_100",
     "spec",
+    "vgg16_c",
     "vgg16_d",
+    "vgg16_like",
     "wide_mlp",
+    "wide_resnet",
 ]
 
 
@@ -49,17 +57,26 @@ _CIFAR = {"kind": "cifar10", "input_shape": (3, 32, 32), "default_data": "cifar1
 
 # Settings: the official scripts (batch 100, 100 epochs, decay every 25,000 steps) for MNIST, the
 # paper's runs (250 epochs, batch 128, decay every 30,000 steps) for CIFAR-10.
+_CIFAR_DEFAULTS = {"epochs": 250, "batch_size": 128, "lr_decay_every": 30_000, "augment": True}
 NETS: dict[str, NetSpec] = {
     s.name: s
     for s in (
         NetSpec("lenet-300-100", lenet_300_100, **_MNIST),  # type: ignore[arg-type]
         NetSpec("lenet-5-caffe", lenet5_caffe, **_MNIST),  # type: ignore[arg-type]
         NetSpec("wide-mlp", wide_mlp, **_MNIST),  # type: ignore[arg-type]
-        NetSpec(
-            "vgg16-d",
-            vgg16_d,
-            defaults={"epochs": 250, "batch_size": 128, "lr_decay_every": 30_000, "augment": True},
-            **_CIFAR,  # type: ignore[arg-type]
+        *(
+            NetSpec(name, build_net, defaults=_CIFAR_DEFAULTS, **_CIFAR)  # type: ignore[arg-type]
+            for name, build_net in (
+                ("vgg16-d", vgg16_d),
+                ("vgg16-c", vgg16_c),
+                ("vgg16-like", vgg16_like),
+                ("alexnet-s", alexnet_s),
+                ("alexnet-b", alexnet_b),
+                ("wrn-16-8", partial(wide_resnet, 16, 8)),
+                ("wrn-22-8", partial(wide_resnet, 22, 8)),
+                ("wrn-28-2", partial(wide_resnet, 28, 2)),
+                ("wrn-16-10", partial(wide_resnet, 16, 10)),
+            )
         ),
     )
 }

@@ -1,6 +1,6 @@
-"""By how many bytes a process grows to train: run by bench_step in a process of its own.
+"""By how many bytes a process grows to train: a process of its own, started by bench.networks.
 
-echo '{"net": "vgg16-d", "contender": "sparse"}' | python -m sparse_kernels.workbench.peak_memory
+It reads {"net": "vgg16-d", "contender": "sparse", ...}, a TrainConfig, from its standard input.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from .bench_step import SIGNAL, UPDATE_EVERY, random_batch
-from .config import TrainConfig
-from .contenders import build_dense, build_sparse
+from ..config import TrainConfig
+from ..contenders import build_dense, build_sparse
+from .nets import FAR, random_batch
+from .networks import SIGNAL, UPDATE_EVERY
 
 _STEPS = 3
-_FAR = 1_000_000  # steps to the first mask update: the window is not entered
 
 
 def measure(config: TrainConfig, contender: str) -> int:
@@ -38,7 +38,7 @@ def measure(config: TrainConfig, contender: str) -> int:
     before = _status("VmRSS")
     steps = _STEPS
     if contender == "sparse":
-        built = build_sparse(config, 0, 100 * _FAR, _FAR)
+        built = build_sparse(config, 0, 100 * FAR, FAR)
     elif contender == SIGNAL:
         built = build_sparse(config, 0, 100 * UPDATE_EVERY, UPDATE_EVERY)
         steps = UPDATE_EVERY + 1

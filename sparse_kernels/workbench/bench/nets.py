@@ -1,0 +1,233 @@
+"""What the benchmarks of whole nets share: data, the check against masked dense, the account."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...nn import densify
+from ...nn.base import DENSE_MASKED, SparseLayer
+from .. import account, models
+from ..config import TrainConfig
+from ..contenders import Contender
+from ..datasets import BatchLoader, Dataset, Split, hold_out, load
+from ..errors import WorkbenchError
+from .contest import channels_last, relative_error, results_of, weight_gradient
+
+EXAMPLES = {"mnist": 54_000, "cifar10": 45_000}  # a tenth of the training set is held out
+FAR = 1_000_000  # steps to the first mask update: no window is entered
+SEED = 0
+# Of each layer inside the net, on its own input and gradient: float32 against float32.
+_LAYER_TOLERANCE = 1e-4
+# Of the whole net rounding is amplified, and a ReLU or a maximum near a tie goes the other way.
+_LOGITS_TOLERANCE, _GRADIENT_FLOOR, _TIMES_ROUNDING = 1e-3, 0.02, 20.0
+
+
+def random_batch(config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Images float32 [batch, C, H, W] and labels int64 [batch], by a fixed seed."""
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (config.batch_size, *models.spec(config.net).input_shape)
+    labels = torch.randint(0, 10, (shape[0],), generator=generator)
+    return torch.randn(shape, generator=generator), labels
+
+
+def epoch_steps(config: TrainConfig) -> int:
+    """Steps of an epoch over the training data less the tenth that is held out."""
+    return math.ceil(EXAMPLES[models.spec(config.net).kind] / config.batch_size)
+
+
+def dataset_of(config: TrainConfig, examples: int | None = None) -> Dataset:
+    """The net's data set from --data-dir, or random images in its format, held-out part removed.
+
+    ``examples``: at most so many training images.
+    """
+    entry = models.spec(config.net)
+    if config.data_dir is not None:
+        data = load(entry.default_data, config.data_dir)
+        train, _ = hold_out(data.train, config.holdout, SEED)
+    else:
+        generator = torch.Generator().manual_seed(SEED)
+        size = (min(EXAMPLES[entry.kind], examples or EXAMPLES[entry.kind]), *entry.input_shape)
+        images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        train = Split(images, torch.randint(0, 10, (size[0],), generator=generator))
+        channels = entry.input_shape[0]
+        data = Dataset("random", entry.kind, train, train, (0.5,) * channels, (0.25,) * channels,
+                       "random images")  # fmt: skip
+    if examples is not None:
+        train = train.select(torch.arange(min(examples, len(train))))
+    return Dataset(data.name, data.kind, train, data.test, data.mean, data.std, data.source)
+
+
+def loader_of(data: Dataset, config: TrainConfig) -> BatchLoader:
+    """The training loop's own loader, shuffled by the fixed seed, without augmentation."""
+    return BatchLoader(data.train, data, config.batch_size, seed=SEED)
+
+
+def endless(loader: BatchLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of epoch after epoch."""
+    return chain.from_iterable(repeat(loader))
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The sparse layers by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
+
+
+def stored_blocks(model: nn.Module) -> dict[str, int]:
+    """Stored blocks by layer (weights, where the layer is stored dense-masked)."""
+    return {
+        name: int(layer.mask.sum()) if layer.storage == DENSE_MASKED else layer.pattern.nnzb
+        for name, layer in sparse_layers(model).items()
+    }
+
+
+def check_counts(contender: Contender, start: dict[str, int]) -> None:
+    """Raise WorkbenchError unless every layer holds the blocks it started with.
+
+    Where redistribution moves weights between layers the sum must hold (in blocks, if no layer
+    has become dense-masked, whose blocks are not recorded).
+    """
+    now = stored_blocks(contender.model)
+    if contender.config.redistribution == "none":
+        wrong = [name for name in start if now[name] != start[name]]
+        if wrong:
+            listed = ", ".join(f"{n}: {start[n]} -> {now[n]}" for n in wrong)
+            raise WorkbenchError(f"--redistribution none: the layers' blocks changed ({listed})")
+        return
+    layers = sparse_layers(contender.model).values()
+    compressed = all(layer.storage != DENSE_MASKED for layer in layers)
+    if compressed and sum(now.values()) != sum(start.values()):
+        raise WorkbenchError(
+            f"the net's blocks changed from {sum(start.values())} to {sum(now.values())}, expected "
+            "the same number after every mask update"
+        )
+
+
+def check_density(contender: Contender) -> None:
+    """Raise WorkbenchError unless each layer has the asked density, to one block or one per cent.
+
+    For a net that has not been updated yet, uniform distribution.
+    """
+    config = contender.config
+    if config.distribution != "uniform":
+        return
+    for name, layer in sparse_layers(contender.model).items():
+        rows, columns = layer.matrix_shape
+        block = layer.block[0] * layer.block[1]
+        slack = max(block / (rows * columns), 0.01 * config.density)
+        if abs(layer.density - config.density) > slack:
+            raise WorkbenchError(
+                f"{name}: expected density {config.density:g}, got {layer.density:.5f}; a pattern "
+                "of another density is not timed"
+            )
+
+
+def check_net(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """The sparse net against the masked dense net on one batch, layer by layer and as a whole.
+
+    Returns the largest relative errors: of any layer's output, dx and dvalues on the input and
+    gradient that it meets in the net; of logits, input gradient and weight gradients of the net;
+    and "rounding", the largest of the latter between the dense net in two layouts. Dropout is off.
+    Raises WorkbenchError if a layer is off by more than 1e-4, the logits by 1e-3 or a gradient of
+    the net by 2 % and 20 times the rounding.
+    """
+    images, labels = batch
+    sparse = copy.deepcopy(model)
+    met = _watch(sparse)
+    ours = _gradients(sparse, images.clone(), labels, model)
+    errors = _check_layers(model, met)
+    met.clear()
+    dense = densify(copy.deepcopy(model))
+    reference = _gradients(dense, images.clone(), labels, model)
+    dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    again = _gradients(dense, channels_last(images).clone(), labels, model)
+    own, rounding = _worst(ours, reference), max(_worst(again, reference).values())
+    for what, error in own.items():
+        limit = max(_GRADIENT_FLOOR, _TIMES_ROUNDING * rounding)
+        _expect(error, _LOGITS_TOLERANCE if what == "logits" else limit, f"the net's {what}")
+    return {**errors, **own, "rounding": rounding}
+
+
+def _expect(error: float, limit: float, what: str) -> None:
+    if not error <= limit:
+        raise WorkbenchError(
+            f"{what}: differs from masked dense by {error:.1e} (relative), expected at most "
+            f"{limit:.1e}; a wrong net is not timed"
+        )
+
+
+def _watch(net: nn.Module) -> dict[str, list[Tensor]]:
+    """Let the net's sparse layers note their input and the gradient of their output, by name."""
+    met: dict[str, list[Tensor]] = {}
+    for name, layer in sparse_layers(net).items():
+
+        def note(_: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            met[name] = [inputs[0].detach()]
+            output.register_hook(lambda grad: met[name].append(grad))
+
+        layer.register_forward_hook(note)
+    return met
+
+
+def _check_layers(model: nn.Module, met: dict[str, list[Tensor]]) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for name, layer in sparse_layers(model).items():
+        x, grad = met.pop(name)
+        ours = results_of(copy.deepcopy(layer), x, grad, layer)
+        reference = results_of(layer.to_dense(), x.contiguous(), grad.contiguous(), layer)
+        for key, value in ours.items():
+            error = relative_error(value, reference[key])
+            if not error <= _LAYER_TOLERANCE:
+                # Sums that nearly cancel: then dense float32 is as far from float64 as we are.
+                wide = layer.to_dense().double()
+                exact = results_of(wide, x.double().contiguous(), grad.double(), layer)[key]
+                limit = max(_LAYER_TOLERANCE, 2 * relative_error(reference[key], exact))
+                _expect(relative_error(value, exact), limit, f"layer {name}: {key}")
+            worst[f"layers' {key}"] = max(worst.get(f"layers' {key}", 0.0), error)
+    return worst
+
+
+def _gradients(net: nn.Module, x: Tensor, labels: Tensor, original: nn.Module) -> dict[str, Tensor]:
+    """Logits, dx and the gradients of weights; of dense weights those at the stored positions."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    net.zero_grad(set_to_none=True)
+    x.requires_grad_(True)
+    logits = net(x)
+    F.cross_entropy(logits, labels).backward()
+    assert x.grad is not None
+    found = {"logits": logits.detach(), "input gradient": x.grad}
+    for name, layer in sparse_layers(original).items():
+        found[f"weight gradients:{name}"] = weight_gradient(net.get_submodule(name), layer)
+    return found
+
+
+def _worst(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Largest relative error by kind: logits, input gradient, weight gradients."""
+    worst: dict[str, float] = {}
+    for name, value in ours.items():
+        kind = name.split(":")[0]
+        worst[kind] = max(worst.get(kind, 0.0), relative_error(value, reference[name]))
+    return worst
+
+
+def densities(model: nn.Module, net: str) -> dict[str, Any]:
+    """Weight density, FLOPs density by existing and by executed weights, density by layer."""
+    positions = account.output_positions(model, models.spec(net).input_shape)
+    costs = account.layer_costs(model, positions)
+    return {
+        "density": account.weight_density(costs),
+        "flops_density": account.flops_density(costs),
+        "executed_flops_density": account.executed_flops_density(costs),
+        "layers": {cost.name: cost.density for cost in costs},
+        "nnz": {cost.name: cost.nnz for cost in costs},
+    }
