@@ -36,60 +36,66 @@ struct Job {
 
 // Dot products of r gradient rows with `count` columns, in groups as equal as can be: a group of
 // one or two columns would wait for its own additions.
-void run_columns(const DotRegion& d, const float* grad, const float* x, const int32_t* offset,
-                 int64_t scale, int64_t count, int64_t r, int64_t bh, float* partial) {
-  int64_t groups = ceil_div(count, max_columns(int(r)));
-  for (; groups > 0; --groups) {
-    const int64_t k = ceil_div(count, groups);
-    dot_kernel_for(r, k)(d, grad, x, offset, scale, partial, bh);
-    offset += k;
-    partial += k * bh;
-    count -= k;
+SK_INLINE void run_columns(const DotRegion& d, const float* grad, const float* x,
+                           const int32_t* offset, int64_t scale, int64_t count, int r, int64_t bh,
+                           float* partial) {
+  const int64_t most = max_columns(r);
+  for (; count >= 2 * most; count -= most, offset += most, partial += most * bh)
+    dot_kernel_for(r, most)(d, grad, x, offset, scale, partial, bh);
+  if (count > most) {
+    const int64_t half = (count + 1) / 2;
+    dot_kernel_for(r, half)(d, grad, x, offset, scale, partial, bh);
+    count -= half, offset += half, partial += half * bh;
   }
+  dot_kernel_for(r, count)(d, grad, x, offset, scale, partial, bh);
 }
 
 // One thread's buffers.
 struct Buffers {
   float *tile, *grad;
+  KeyRegion* regions;
 };
 
 struct BandVisit {
   const WgradTile& t;
   int64_t band;
   const float* tile;  // the input of the band's first channel
+  const KeyRegion* regions;
 };
 
+// A block row: its first output channel, and how many it has.
+struct BlockRow {
+  int64_t index, group, channel, height;
+};
+
+SK_INLINE BlockRow block_row(const PatternView& p, int64_t index) {
+  const int64_t group = index / p.row_blocks, i = (index - group * p.row_blocks) * p.bh;
+  return {index, group, group * p.seg_rows + i, imin(p.bh, p.seg_rows - i)};
+}
+
 // All stored columns of one block row in one band of one tile.
-void run_block_row(const Job& j, const BandVisit& v, int64_t row, float* packed, float* partial) {
+void run_block_row(const Job& j, const BandVisit& v, const BlockRow& row, float* packed,
+                   float* partial) {
   const WgradPlan& plan = j.plan;
   const PatternView& p = j.pattern;
-  const int32_t* keys = j.lists.keys + row * (plan.keys + 1) + v.band * plan.keys_per_band;
-  if (keys[0] == keys[plan.keys_per_band]) return;
-  const int64_t i = row % p.row_blocks, first = p.first_column(row);
-  const int64_t channel = row / p.row_blocks * p.seg_rows + i * p.bh;
-  const int64_t height = imin(p.bh, p.seg_rows - i * p.bh);
+  const int32_t* bounds = j.lists.bounds + j.lists.at(row.index, v.band);
   const float* x = v.tile;
-  if (!j.lists.value)
-    x += (p.first_channel(row) - v.band * plan.band_channels) * plan.tile.pitch;
-  const TileSource source{j.grad, j.g.out_h, j.g.out_w, j.g.batch};
-  const TileShape shape = plan.grad_shape(v.t);
-  for (int64_t r0 = 0; r0 < height;) {
-    const int r = pow2_floor(imin<int64_t>(height - r0, kMaxGradRows));
-    DotRegion d;
+  if (!j.lists.value) x += (row.group * p.seg_cols - v.band * plan.band_channels) * plan.tile.pitch;
+  for (int64_t r0 = 0; r0 < row.height;) {
+    const int r = pow2_floor(imin<int64_t>(row.height - r0, kMaxGradRows));
     const float* grad = packed;
     if (plan.direct) {
-      d.grad_row = j.g.out_h * j.g.out_w * j.g.batch;
-      grad = j.grad + (channel + r0) * d.grad_row;
+      grad = j.grad + (row.channel + r0) * v.regions[0].dots.grad_row;
     } else {
-      d.grad_row = shape.pitch;
-      pack_tile(packed, shape, source, channel + r0, r, v.t.i0, v.t.rows, v.t.j0, v.t.n0);
+      pack_tile(packed, plan.grad_shape(v.t), {j.grad, j.g.out_h, j.g.out_w, j.g.batch},
+                row.channel + r0, r, v.t.i0, v.t.rows, v.t.j0, v.t.n0);
     }
     for (int64_t key = 0; key < plan.keys_per_band; ++key) {
-      int64_t grad_at, x_at;
-      if (keys[key] == keys[key + 1] || !plan.region(j.g, v.t, key, d, grad_at, x_at)) continue;
-      const int64_t at = first + keys[key];
-      run_columns(d, grad + grad_at, x + x_at, j.lists.offset + at, j.lists.scale,
-                  keys[key + 1] - keys[key], r, p.bh, partial + at * p.bh + r0);
+      const KeyRegion& k = v.regions[key];
+      const int64_t at = bounds[key], count = bounds[key + 1] - at;
+      if (count == 0 || k.dots.lines == 0) continue;
+      run_columns(k.dots, grad + k.grad_at, x + k.x_at, j.lists.offset + at, j.lists.scale, count,
+                  r, p.bh, partial + at * p.bh + r0);
     }
     r0 += r;
   }
@@ -102,34 +108,37 @@ TileWindow input_window(const Job& j, const WgradTile& t, int64_t band) {
           j.plan.tile.width, t.n0, j.plan.tile.lanes};
 }
 
-TileWindow grad_window(const Job& j, const WgradTile& t) {
-  return {{j.grad, j.g.out_h, j.g.out_w, j.g.batch},
-          0, j.g.out_channels, t.i0, t.rows, t.j0, t.cols, t.n0, j.plan.tile.lanes};
-}
-
-// What run_block_row will read of one block row: its lists, its sums and its gradients lie wherever
-// the row before ended, in no order that the hardware foresees.
-void prefetch_row(const Job& j, const BandVisit& v, int64_t row, const float* partial) {
-  const PatternView& p = j.pattern;
-  const int32_t* keys = j.lists.keys + row * (j.plan.keys + 1) + v.band * j.plan.keys_per_band;
-  const int64_t at = p.first_column(row) + keys[0], count = keys[j.plan.keys_per_band] - keys[0];
+// What run_block_row will read of one block row and no hardware foresees: its gradients, and its
+// lists and sums if other bands lie between them and those of the row before.
+void prefetch_row(const Job& j, const BandVisit& v, const BlockRow& row, const float* partial) {
+  const int32_t* bounds = j.lists.bounds + j.lists.at(row.index, v.band);
+  const int64_t at = bounds[0], count = bounds[j.plan.keys_per_band] - at;
   if (count == 0) return;
-  prefetch_words(j.lists.offset + at, count);
-  prefetch_words(partial + at * p.bh, count * p.bh);
-  const int64_t i = row % p.row_blocks * p.bh, channel = row / p.row_blocks * p.seg_rows + i;
-  prefetch_window(grad_window(j, v.t), channel, channel + imin(p.bh, p.seg_rows - i));
+  if (!j.lists.value) {
+    prefetch_words(j.lists.offset + at, count);
+    prefetch_words(partial + at * j.pattern.bh, count * j.pattern.bh);
+  }
+  const TileWindow w{{j.grad, j.g.out_h, j.g.out_w, j.g.batch},
+                     0, j.g.out_channels, v.t.i0, v.t.rows, v.t.j0, v.t.cols, v.t.n0,
+                     j.plan.tile.lanes};
+  prefetch_window(w, row.channel, row.channel + row.height);
 }
 
 void run_band(const Job& j, const BandVisit& v, const TileWindow* next, int64_t row_begin,
               int64_t row_end, float* packed, float* partial) {
-  const int64_t rows = row_end - row_begin;
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    if (row + 1 < row_end) prefetch_row(j, v, row + 1, partial);
+  BlockRow row = block_row(j.pattern, row_begin);
+  int64_t asked = 0;
+  for (int64_t i = row_begin; i < row_end; ++i) {
+    const BlockRow after = block_row(j.pattern, imin(i + 1, row_end - 1));
+    if (i + 1 < row_end) prefetch_row(j, v, after, partial);
     if (next) {
-      const int64_t at = row - row_begin;
-      prefetch_window(*next, next->channels * at / rows, next->channels * (at + 1) / rows);
+      const int64_t until = next->channels * (i + 1 - row_begin) / (row_end - row_begin);
+      prefetch_window(*next, asked, until);
+      asked = until;
     }
-    run_block_row(j, v, row, packed, partial);
+    const int32_t* bounds = j.lists.bounds + j.lists.at(i, v.band);
+    if (bounds[0] != bounds[j.plan.keys_per_band]) run_block_row(j, v, row, packed, partial);
+    row = after;
   }
 }
 
@@ -138,12 +147,15 @@ void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, co
   const WgradPlan& plan = j.plan;
   const int64_t begin = plan.tiles * part / plan.parts * plan.bands;
   const int64_t end = plan.tiles * (part + 1) / plan.parts * plan.bands;
-  for (int64_t index = begin; index < end; ++index) {
+  for (int64_t index = begin; index < end && row_begin < row_end; ++index) {
     const int64_t band = index % plan.bands;
     const WgradTile t = plan.locate(j.g, index / plan.bands);
+    if (band == 0)
+      for (int64_t k = 0; k < plan.keys_per_band; ++k) buffers.regions[k] = plan.region(j.g, t, k);
     if (plan.direct) {
       const float* first = j.x + band * plan.band_channels * plan.tile.pitch;
-      run_band(j, {t, band, first}, nullptr, row_begin, row_end, buffers.grad, partial);
+      run_band(j, {t, band, first, buffers.regions}, nullptr, row_begin, row_end, buffers.grad,
+               partial);
       continue;
     }
     const TileWindow w = input_window(j, t, band);
@@ -151,7 +163,8 @@ void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, co
     const int64_t after = imin(index + 1, end - 1);
     const TileWindow next =
         input_window(j, plan.locate(j.g, after / plan.bands), after % plan.bands);
-    run_band(j, {t, band, buffers.tile}, &next, row_begin, row_end, buffers.grad, partial);
+    run_band(j, {t, band, buffers.tile, buffers.regions}, &next, row_begin, row_end, buffers.grad,
+             partial);
   }
 }
 
@@ -174,59 +187,78 @@ int64_t split_row(const PatternView& p, int64_t split, int64_t splits) {
 // The partial sums of one block row, part after part, into the order of the pattern.
 void add_parts(const Job& j, float* dvalues, const float* partial, int64_t stored, int64_t row) {
   const PatternView& p = j.pattern;
-  const int64_t first = p.first_column(row), end = p.first_column(row + 1), parts = j.plan.parts;
+  const int64_t parts = j.plan.parts, first = int64_t(p.crow[row]) * p.bh * p.bw;
+  const int64_t end = int64_t(p.crow[row + 1]) * p.bh * p.bw;
   if (!j.lists.value) {
-    for (int64_t i = first * p.bh; i < end * p.bh; ++i) dvalues[i] = partial[i];
+    for (int64_t i = first; i < end; ++i) dvalues[i] = partial[i];
     for (int64_t c = 1; c < parts; ++c)
-      for (int64_t i = first * p.bh; i < end * p.bh; ++i) dvalues[i] += partial[c * stored + i];
+      for (int64_t i = first; i < end; ++i) dvalues[i] += partial[c * stored + i];
     return;
   }
-  float* to = dvalues + first * p.bh;
   // What lies outside a partial block is in no list.
-  if (p.bw > 1) zero_floats(to, (end - first) * p.bh);
-  const int64_t columns = j.lists.keys[row * (j.plan.keys + 1) + j.plan.keys];
-  for (int64_t i = 0; i < columns; ++i) {
-    for (int64_t h = 0; h < p.bh; ++h) {
-      const float* from = partial + (first + i) * p.bh + h;
-      float sum = from[0];
-      for (int64_t c = 1; c < parts; ++c) sum += from[c * stored];
-      to[j.lists.value[first + i] + h * p.bw] = sum;
+  if (p.bw > 1) zero_floats(dvalues + first, end - first);
+  for (int64_t band = 0; band < j.plan.bands; ++band) {
+    const int32_t* bounds = j.lists.bounds + j.lists.at(row, band);
+    for (int64_t at = bounds[0]; at < bounds[j.plan.keys_per_band]; ++at) {
+      float* to = dvalues + first + j.lists.value[at];
+      for (int64_t h = 0; h < p.bh; ++h) {
+        const float* from = partial + at * p.bh + h;
+        float sum = from[0];
+        for (int64_t c = 1; c < parts; ++c) sum += from[c * stored];
+        to[h * p.bw] = sum;
+      }
+    }
+  }
+}
+
+// Clears the sums of block rows [begin, end).
+void clear_rows(const Job& j, float* partial, int64_t begin, int64_t end) {
+  const int64_t bh = j.pattern.bh;
+  for (int64_t band = 0; band < j.plan.bands; ++band) {
+    const int64_t rows = j.lists.value ? end - begin : 1;  // neighbours, or each row by itself
+    for (int64_t row = begin; row < end; row += rows) {
+      const int32_t from = j.lists.bounds[j.lists.at(row, band)];
+      const int32_t to = j.lists.bounds[j.lists.at(row + rows - 1, band) + j.plan.keys_per_band];
+      zero_floats(partial + from * bh, (to - from) * bh);
     }
   }
 }
 
 // Scratch of one call, and where its pieces lie.
 struct Layout {
-  size_t lists, keys, partial, tile, thread;
+  size_t list, bounds, partial, tile, grad, regions;
   Layout(const WgradPlan& plan, const PatternView& p, int64_t stored) {
-    const bool bare = lists_are_pattern(plan, p);
-    lists = bare ? 0 : ScratchLease::padded(size_t(p.crow[p.block_rows] * p.bw) * 4);
-    keys = ScratchLease::padded(size_t(p.block_rows * (plan.keys + 1)) * 4);
-    partial = bare && plan.parts == 1 ? 0 : ScratchLease::padded(size_t(plan.parts * stored) * 4);
-    tile = ScratchLease::padded(size_t(plan.tile_floats()) * 4);
-    thread = tile + ScratchLease::padded(size_t(plan.grad_floats()) * 4);
+    const auto padded = [](int64_t words) { return ScratchLease::padded(size_t(words) * 4); };
+    const bool in_place = lists_are_pattern(plan, p) && plan.parts == 1;
+    list = padded(list_count(plan, p));
+    bounds = padded(bounds_count(plan, p));
+    partial = in_place ? 0 : padded(plan.parts * stored);
+    tile = padded(plan.tile_floats());
+    grad = padded(plan.grad_floats());
+    regions = ScratchLease::padded(size_t(plan.keys_per_band) * sizeof(KeyRegion));
   }
-  size_t bytes(int threads) const { return 2 * lists + keys + partial + size_t(threads) * thread; }
+  size_t thread() const { return tile + grad + regions; }
+  size_t bytes(int threads) const {
+    return 2 * list + bounds + partial + size_t(threads) * thread();
+  }
+  Buffers buffers(char* scratch, int64_t thread_index) const {
+    char* at = scratch + size_t(thread_index) * thread();
+    return {reinterpret_cast<float*>(at), reinterpret_cast<float*>(at + tile),
+            reinterpret_cast<KeyRegion*>(at + tile + grad)};
+  }
 };
 
 void run_job(const ConvGeometry& g, const WgradPlan& plan, const PatternView& p, const float* grad,
              const float* x, float* dvalues, int64_t stored, int threads) {
   const Layout layout(plan, p, stored);
   ScratchLease lease(layout.bytes(threads));
-  int32_t* offset = layout.lists ? static_cast<int32_t*>(lease.take(layout.lists)) : nullptr;
-  int32_t* value = layout.lists ? static_cast<int32_t*>(lease.take(layout.lists)) : nullptr;
-  int32_t* keys = static_cast<int32_t*>(lease.take(layout.keys));
+  int32_t* offset = static_cast<int32_t*>(lease.take(layout.list));
+  int32_t* value = static_cast<int32_t*>(lease.take(layout.list));
+  int32_t* bounds = static_cast<int32_t*>(lease.take(layout.bounds));
   float* partial = layout.partial ? static_cast<float*>(lease.take(layout.partial)) : dvalues;
-  char* scratch =
-      layout.thread ? static_cast<char*>(lease.take(size_t(threads) * layout.thread)) : nullptr;
-  const ColumnLists lists{offset ? offset : p.col, value, keys, offset ? 1 : plan.tile.pitch};
+  char* scratch = static_cast<char*>(lease.take(size_t(threads) * layout.thread()));
+  const ColumnLists lists = make_lists(plan, p, g, bounds, offset, value, threads);
   const Job j{g, plan, p, lists, grad, x};
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < p.block_rows; ++row) {
-    const int64_t first = p.first_column(row);
-    list_columns(plan, p, g, row, offset ? offset + first : nullptr, value ? value + first : nullptr,
-                 keys + row * (plan.keys + 1));
-  }
   // Rows are independent: cut them when there are fewer parts than threads, packing the same tiles
   // more than once.
   int64_t splits = 1;
@@ -239,16 +271,14 @@ void run_job(const ConvGeometry& g, const WgradPlan& plan, const PatternView& p,
     int64_t thread;
 #pragma omp atomic capture
     thread = next++;
-    float* tile = reinterpret_cast<float*>(scratch + size_t(thread) * layout.thread);
-    const Buffers buffers{tile, tile + layout.tile / 4};
+    const Buffers buffers = layout.buffers(scratch, thread);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < plan.parts * splits; ++item) {
       const int64_t part = item / splits, split = item % splits;
       const int64_t begin = split_row(p, split, splits), end = split_row(p, split + 1, splits);
-      float* to = partial + part * stored;
-      const int64_t from = p.first_column(begin) * p.bh;
-      zero_floats(to + from, p.first_column(end) * p.bh - from);
-      run_part(j, part, begin, end, buffers, to);
+      if (begin == end) continue;
+      clear_rows(j, partial + part * stored, begin, end);
+      run_part(j, part, begin, end, buffers, partial + part * stored);
     }
   }
   if (partial == dvalues) return;

@@ -13,30 +13,33 @@ struct PatternView {
   int64_t seg_rows, seg_cols;      // rows and columns of a segment
   int64_t row_blocks, col_blocks;  // blocks of a segment
   int64_t block_rows;
-
-  int64_t first_channel(int64_t row) const { return row / row_blocks * seg_cols; }
-  int64_t first_column(int64_t row) const { return int64_t(crow[row]) * bw; }
 };
 
-// The stored columns (bw per block) of each block row, ordered by key: (band of channels, taps that
-// share a rectangle of pixels). Partial sums are kept in this order, [column][bh].
+// The stored columns (bw per block), ordered by (band of channels, block row, key); a key is the
+// taps that share a rectangle of pixels. Partial sums are kept in this order, [column][bh], so that
+// one sweep over the rows reads and writes memory from front to back.
 //
-// With one tap and bw = 1 the order is that of the pattern: `offset` is then col_indices itself,
-// `scale` the pitch of a channel, and `value` null.
+// With one tap and bw = 1 no list is made: `offset` is col_indices, `value` is null, and the order
+// is that of the pattern: (block row, band).
 struct ColumnLists {
-  const int32_t* offset;  // input of a column in the tile: offset * scale + base(row, band)
+  const int32_t* offset;  // input of a column in the tile: offset * scale
   const int32_t* value;   // index of the column's first value, relative to the block row's first
-  const int32_t* keys;    // [block_rows][keys + 1]: where the columns of each key start
+  const int32_t* bounds;  // columns of (row, band, key): [bounds[at], bounds[at + 1])
   int64_t scale;
+  int64_t row_step, band_step;  // at = row * row_step + band * band_step + key
+
+  int64_t at(int64_t row, int64_t band) const { return row * row_step + band * band_step; }
 };
 
-// True if the lists need no arrays but `keys`.
+// True if the order of the pattern serves.
 bool lists_are_pattern(const WgradPlan& plan, const PatternView& p);
 
-// Fills the arrays for one block row. `offset` and `value` are null where lists_are_pattern; they
-// point to the row's first column else.
-void list_columns(const WgradPlan& plan, const PatternView& p, const ConvGeometry& g, int64_t row,
-                  int32_t* offset, int32_t* value, int32_t* keys);
+// Numbers of int32 to provide for `bounds`, and for `offset` and `value` each.
+int64_t bounds_count(const WgradPlan& plan, const PatternView& p);
+int64_t list_count(const WgradPlan& plan, const PatternView& p);
+
+ColumnLists make_lists(const WgradPlan& plan, const PatternView& p, const ConvGeometry& g,
+                       int32_t* bounds, int32_t* offset, int32_t* value, int threads);
 
 }  // namespace SK_ISA
 }  // namespace sk

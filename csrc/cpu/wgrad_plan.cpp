@@ -163,8 +163,7 @@ WgradTile WgradPlan::locate(const ConvGeometry& g, int64_t index) const {
   return t;
 }
 
-bool WgradPlan::region(const ConvGeometry& g, const WgradTile& t, int64_t key, DotRegion& d,
-                       int64_t& grad_at, int64_t& x_at) const {
+KeyRegion WgradPlan::region(const ConvGeometry& g, const WgradTile& t, int64_t key) const {
   int64_t i0 = t.i0, i1 = t.i0 + t.rows, j0 = t.j0, j1 = t.j0 + t.cols;
   int64_t dy = -g.pad_top, dx = -g.pad_left;  // of the key's first tap
   if (clip_y) {
@@ -177,23 +176,26 @@ bool WgradPlan::region(const ConvGeometry& g, const WgradTile& t, int64_t key, D
     j0 = imax(j0, ceil_div(imax<int64_t>(0, -dx), g.stride_w));
     j1 = imin(j1, floor_div(g.in_w - 1 - dx, g.stride_w) + 1);
   }
-  if (i0 >= i1 || j0 >= j1) return false;
+  KeyRegion k{};
+  if (i0 >= i1 || j0 >= j1) return k;
   const bool one_piece = g.stride_w == 1 || j1 - j0 == 1;
+  DotRegion& d = k.dots;
   d.lines = i1 - i0;
   d.steps = one_piece ? 1 : j1 - j0;
   d.run = one_piece ? (j1 - j0) * tile.lanes : tile.lanes;
   d.grad_line = t.cols * tile.lanes;
   d.x_line = g.stride_h * tile.row_pitch;
   d.x_step = g.stride_w * tile.lanes;
-  grad_at = (i0 - t.i0) * d.grad_line + (j0 - t.j0) * tile.lanes;
-  x_at = (i0 * g.stride_h + dy - t.y0) * tile.row_pitch +
-         (j0 * g.stride_w + dx - t.x0) * tile.lanes;
+  d.grad_row = direct ? g.out_h * g.out_w * g.batch : grad_shape(t).pitch;
+  k.grad_at = (i0 - t.i0) * d.grad_line + (j0 - t.j0) * tile.lanes;
+  k.x_at = (i0 * g.stride_h + dy - t.y0) * tile.row_pitch +
+           (j0 * g.stride_w + dx - t.x0) * tile.lanes;
   // Lines without gaps on both sides become one.
   if (d.steps == 1 && d.run == d.grad_line && d.run == d.x_line) {
     d.run *= d.lines;
     d.lines = 1;
   }
-  return true;
+  return k;
 }
 
 WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, int64_t bw, double per_row) {
@@ -235,7 +237,6 @@ WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, int64_t bw, double per_r
   plan.tiles = plan.lane_groups * plan.bands_y * plan.bands_x;
   plan.taps = g.kh * g.kw;
   plan.keys_per_band = (best.clip_y ? g.kh : 1) * (best.clip_x ? g.kw : 1);
-  plan.keys = plan.keys_per_band * plan.bands;
   // A part costs one pass over partial values: few parts where little work stands behind each
   // value.
   const int64_t worth = imax<int64_t>(1, g.batch * g.out_h * g.out_w / 512);

@@ -14,6 +14,12 @@ struct WgradTile {
   int64_t n0, i0, rows, j0, cols, y0, y1, x0;
 };
 
+// The pixels of one key in one tile, and where they start in a gradient row and in a channel.
+struct KeyRegion {
+  DotRegion dots;
+  int64_t grad_at, x_at;
+};
+
 // Two ways to meet the image's border, for rows and for columns of the image:
 //   padded   the tile holds the border as zeros, and taps that differ only here are worked off
 //            together
@@ -30,12 +36,12 @@ struct WgradPlan {
   int64_t tile_channels;         // channels packed: a block can stick out of its band
   int64_t band_h, band_w;        // output pixels per tile
   int64_t lane_groups, bands_y, bands_x, tiles;
-  int64_t taps, keys_per_band, keys;
+  int64_t taps, keys_per_band;
   int64_t parts;  // separate partial sums
 
-  int64_t key(const ConvGeometry& g, int64_t band, int64_t tap) const {
+  int64_t key(const ConvGeometry& g, int64_t tap) const {
     const int64_t y = clip_y ? tap / g.kw : 0, x = clip_x ? tap % g.kw : 0;
-    return band * keys_per_band + (clip_x ? y * g.kw : y) + x;
+    return (clip_x ? y * g.kw : y) + x;
   }
   // How far a tap shifts a stored column's input relative to its channel in the tile (where
   // clipped, the region does that).
@@ -49,9 +55,8 @@ struct WgradPlan {
     return direct ? 0 : kMaxGradRows * tile_shape(tile.lanes, band_h, band_w).pitch;
   }
   WgradTile locate(const ConvGeometry& g, int64_t index) const;
-  // The rectangle of pixels of one key of a band in a tile; false where it is empty.
-  bool region(const ConvGeometry& g, const WgradTile& t, int64_t key, DotRegion& d,
-              int64_t& grad_at, int64_t& x_at) const;
+  // The rectangle of pixels of one key in a tile; no lines where it is empty.
+  KeyRegion region(const ConvGeometry& g, const WgradTile& t, int64_t key) const;
 };
 
 // `per_row`: mean number of stored elements per row of the matrix. Throws std::invalid_argument if

@@ -17,7 +17,7 @@ struct TileWindow {
 template <class Word>
 SK_INLINE void prefetch_words(const Word* p, int64_t n) {
 #if defined(__GNUC__)
-  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 0, 2);
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, 0, 3);
 #else
   (void)p, (void)n;
 #endif
