@@ -7,7 +7,6 @@
 #include "pattern_check.h"
 #include "scratch.h"
 #include "wgrad_lists.h"
-#include "wgrad_prefetch.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -60,7 +59,7 @@ struct BandVisit {
   const WgradTile& t;
   int64_t band;
   const float* tile;  // the input of the band's first channel
-  const KeyRegion* regions;
+  const KeyRegion *regions, *regions_end;
 };
 
 // A block row: its first output channel, and how many it has.
@@ -85,60 +84,27 @@ void run_block_row(const Job& j, const BandVisit& v, const BlockRow& row, float*
     const int r = pow2_floor(imin<int64_t>(row.height - r0, kMaxGradRows));
     const float* grad = packed;
     if (plan.direct) {
-      grad = j.grad + (row.channel + r0) * v.regions[0].dots.grad_row;
+      grad = j.grad + (row.channel + r0) * j.g.out_h * j.g.out_w * j.g.batch;
     } else {
       pack_tile(packed, plan.grad_shape(v.t), {j.grad, j.g.out_h, j.g.out_w, j.g.batch},
                 row.channel + r0, r, v.t.i0, v.t.rows, v.t.j0, v.t.n0);
     }
-    for (int64_t key = 0; key < plan.keys_per_band; ++key) {
-      const KeyRegion& k = v.regions[key];
-      const int64_t at = bounds[key], count = bounds[key + 1] - at;
-      if (count == 0 || k.dots.lines == 0) continue;
-      run_columns(k.dots, grad + k.grad_at, x + k.x_at, j.lists.offset + at, j.lists.scale, count,
+    for (const KeyRegion* k = v.regions; k != v.regions_end; ++k) {
+      const int64_t at = bounds[k->begin], count = bounds[k->end] - at;
+      if (count == 0) continue;
+      run_columns(k->dots, grad + k->grad_at, x + k->x_at, j.lists.offset + at, j.lists.scale, count,
                   r, p.bh, partial + at * p.bh + r0);
     }
     r0 += r;
   }
 }
 
-TileWindow input_window(const Job& j, const WgradTile& t, int64_t band) {
-  const int64_t c0 = band * j.plan.band_channels;
-  return {{j.x, j.g.in_h, j.g.in_w, j.g.batch},
-          c0, imin(j.plan.tile_channels, j.g.in_channels - c0), t.y0, t.y1 - t.y0, t.x0,
-          j.plan.tile.width, t.n0, j.plan.tile.lanes};
-}
-
-// What run_block_row will read of one block row and no hardware foresees: its gradients, and its
-// lists and sums if other bands lie between them and those of the row before.
-void prefetch_row(const Job& j, const BandVisit& v, const BlockRow& row, const float* partial) {
-  const int32_t* bounds = j.lists.bounds + j.lists.at(row.index, v.band);
-  const int64_t at = bounds[0], count = bounds[j.plan.keys_per_band] - at;
-  if (count == 0) return;
-  if (!j.lists.value) {
-    prefetch_words(j.lists.offset + at, count);
-    prefetch_words(partial + at * j.pattern.bh, count * j.pattern.bh);
-  }
-  const TileWindow w{{j.grad, j.g.out_h, j.g.out_w, j.g.batch},
-                     0, j.g.out_channels, v.t.i0, v.t.rows, v.t.j0, v.t.cols, v.t.n0,
-                     j.plan.tile.lanes};
-  prefetch_window(w, row.channel, row.channel + row.height);
-}
-
-void run_band(const Job& j, const BandVisit& v, const TileWindow* next, int64_t row_begin,
-              int64_t row_end, float* packed, float* partial) {
-  BlockRow row = block_row(j.pattern, row_begin);
-  int64_t asked = 0;
+void run_band(const Job& j, const BandVisit& v, int64_t row_begin, int64_t row_end, float* packed,
+              float* partial) {
   for (int64_t i = row_begin; i < row_end; ++i) {
-    const BlockRow after = block_row(j.pattern, imin(i + 1, row_end - 1));
-    if (i + 1 < row_end) prefetch_row(j, v, after, partial);
-    if (next) {
-      const int64_t until = next->channels * (i + 1 - row_begin) / (row_end - row_begin);
-      prefetch_window(*next, asked, until);
-      asked = until;
-    }
     const int32_t* bounds = j.lists.bounds + j.lists.at(i, v.band);
-    if (bounds[0] != bounds[j.plan.keys_per_band]) run_block_row(j, v, row, packed, partial);
-    row = after;
+    if (bounds[0] != bounds[j.plan.keys_per_band])
+      run_block_row(j, v, block_row(j.pattern, i), packed, partial);
   }
 }
 
@@ -147,24 +113,20 @@ void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, co
   const WgradPlan& plan = j.plan;
   const int64_t begin = plan.tiles * part / plan.parts * plan.bands;
   const int64_t end = plan.tiles * (part + 1) / plan.parts * plan.bands;
+  int64_t regions = 0;
   for (int64_t index = begin; index < end && row_begin < row_end; ++index) {
     const int64_t band = index % plan.bands;
     const WgradTile t = plan.locate(j.g, index / plan.bands);
-    if (band == 0)
-      for (int64_t k = 0; k < plan.keys_per_band; ++k) buffers.regions[k] = plan.region(j.g, t, k);
+    if (band == 0) regions = plan.list_regions(j.g, t, buffers.regions);
+    const int64_t c0 = band * plan.band_channels;
+    const float* first = buffers.tile;
     if (plan.direct) {
-      const float* first = j.x + band * plan.band_channels * plan.tile.pitch;
-      run_band(j, {t, band, first, buffers.regions}, nullptr, row_begin, row_end, buffers.grad,
-               partial);
-      continue;
+      first = j.x + c0 * plan.tile.pitch;
+    } else {
+      pack_tile(buffers.tile, plan.tile, {j.x, j.g.in_h, j.g.in_w, j.g.batch}, c0,
+                imin(plan.tile_channels, j.g.in_channels - c0), t.y0, t.y1 - t.y0, t.x0, t.n0);
     }
-    const TileWindow w = input_window(j, t, band);
-    pack_tile(buffers.tile, plan.tile, w.source, w.c0, w.channels, w.y0, w.rows, w.x0, w.n0);
-    const int64_t after = imin(index + 1, end - 1);
-    const TileWindow next =
-        input_window(j, plan.locate(j.g, after / plan.bands), after % plan.bands);
-    run_band(j, {t, band, buffers.tile, buffers.regions}, &next, row_begin, row_end, buffers.grad,
-             partial);
+    run_band(j, {t, band, first, buffers.regions, buffers.regions + regions}, row_begin, row_end, buffers.grad, partial);
   }
 }
 

@@ -15,13 +15,19 @@ constexpr int64_t kLargeTileBytes = 32 << 20;
 constexpr int64_t kMaxParts = 8;
 constexpr int64_t kMaxBands = 32;  // bounds the key table: rows x bands
 
-// Relative costs, in fused multiply-adds of one vector that read their input from the second-level
-// cache. Estimated from measurements on AVX2, not fitted: docs/kernel-log.md.
-constexpr double kPackCost = 8.0;    // packing one vector: mostly the wait for memory
-constexpr double kVisitCost = 2.0;   // summing up one stored element in one tile
-constexpr double kGroupCost = 20.0;  // starting one group of elements in one tile
-constexpr double kSpillCost =
-    2.5;  // a tile beyond the budget: its loads miss the second-level cache
+// Costs in nanoseconds on one core of the machine of docs/kernel-log.md (AVX2), for vectors of the
+// batch. Only their ratios matter.
+constexpr double kFmaCost = 0.42;       // one product, its input read from the second-level cache
+constexpr double kRegisterShare = 0.4;  // the part of it that a second gradient row costs again
+constexpr double kVisitCost = 0.8;      // summing up one stored element in one tile
+constexpr double kGroupCost = 25;       // starting one group of elements in one tile
+constexpr double kRowCost = 40;         // starting one block row in one tile
+// Packing one vector: mostly the wait for memory, longer for shorter pieces.
+constexpr double kPackCost = 2.5, kPackPieceCost = 3.5;  // + the second times 16 lanes / lanes
+constexpr double kStreamCost = 1.5;  // loading one vector that lies in a long run
+constexpr double kSpillCost = 2.5;        // a packed tile beyond the budget
+constexpr double kDirectSpillCost = 1.6;  // whole channels come from the third level nearly as fast
+constexpr double kSharedCacheBytes = 4 << 20;  // what may be taken of that
 
 struct Candidate {
   bool clip_y, clip_x, direct;
@@ -59,12 +65,23 @@ double coverage(int64_t out, int64_t in, int64_t stride, int64_t pad, int64_t ke
   return double(inside) / double(out * kernel);
 }
 
+// Input rows that one tile reads.
+int64_t rows_read(const ConvGeometry& g, const Candidate& c) {
+  return imin(g.in_h, span(c.h, g.stride_h, g.kh, g.dil_h));
+}
 // The input of one band and the gradient rows. A double: shapes that no memory holds are planned,
 // too, before they are refused.
 double bytes_of(const ConvGeometry& g, const Weight& w, const Candidate& c) {
   const int64_t channels = ceil_div(g.in_channels, c.bands) + w.bw - 1;
+  if (c.direct)
+    return 4 * double(imin(channels, g.in_channels)) * double(rows_read(g, c) * g.in_w * c.lanes);
   return 4 * (double(imin(channels, g.in_channels)) * double(shape_of(g, c).pitch) +
               kMaxGradRows * double(tile_shape(int(c.lanes), c.h, c.w).pitch));
+}
+
+double spill_of(const Candidate& c, double bytes) {
+  if (bytes <= double(kTileBytes)) return 1.0;
+  return c.direct && bytes <= kSharedCacheBytes ? kDirectSpillCost : kSpillCost;
 }
 
 // Per output pixel and vector of the batch.
@@ -73,21 +90,24 @@ double cost_of(const ConvGeometry& g, const Weight& w, const Candidate& c) {
   const int rows = pow2_floor(imin<int64_t>(w.bh, kMaxGradRows));
   const double pixels = double(c.h * c.w), vecs = double(c.lanes) / kLanes;
   const double stored = double(g.out_channels) * w.per_row;
-  const double spill = bytes_of(g, w, c) > double(kTileBytes) ? kSpillCost : 1.0;
   const double inside = (c.clip_y ? w.inside_y : 1.0) * (c.clip_x ? w.inside_x : 1.0);
   const double keys = double(c.bands * (c.clip_y ? g.kh : 1) * (c.clip_x ? g.kw : 1));
-  // A key's last group is half full on average.
-  const double groups =
-      double(g.out_channels) / rows * keys *
-      imin(w.per_row / keys, w.per_row / keys / max_columns(rows) + 0.5);
-  const double fma = stored * (0.4 + 0.6 * spill / rows) * inside;
-  const double start = (kVisitCost * stored + kGroupCost * groups) / (pixels * vecs);
-  if (c.direct) return fma + start;
-  const double in = double(s.height * s.width) / pixels * double(g.in_channels);
-  return fma + start + kPackCost * (in + double(g.out_channels * c.bands));
+  const double per_key = w.per_row / keys;
+  const double row_visits = double(g.out_channels * c.bands) / rows;
+  const double groups = double(g.out_channels) / rows * keys *
+                        imin(per_key, per_key / max_columns(rows) + 0.5);
+  const double fma = kFmaCost * stored * inside *
+                     (kRegisterShare + (1 - kRegisterShare) * spill_of(c, bytes_of(g, w, c)) / rows);
+  const double start =
+      (kVisitCost * stored + kGroupCost * groups + kRowCost * row_visits) / (pixels * vecs);
+  const double height = double(c.direct ? rows_read(g, c) : s.height);
+  const double in = height * double(s.width) / pixels * double(g.in_channels);
+  const double load =
+      c.direct ? kStreamCost : kPackCost + kPackPieceCost * 16 / double(c.lanes);
+  return fma + start + load * (in + double(g.out_channels * c.bands));
 }
 
-// The tile can be the tensors themselves: whole channels, no border in them, no lanes past the end.
+// The tile can be the tensors themselves: no lanes past the end.
 bool can_be_direct(const ConvGeometry& g) {
   return g.batch % kLanes == 0;
 }
@@ -100,9 +120,10 @@ void each_candidate(const ConvGeometry& g, Consider consider) {
   const int64_t max_lanes = round_up(g.batch, kLanes);
   for (int64_t bands = 1; bands <= imin(kMaxBands, g.in_channels); bands *= 2) {
     if (can_be_direct(g)) {
-      consider(Candidate{true, true, true, g.batch, bands, g.out_h, g.out_w});
-      if (!has_border(g))
-        consider(Candidate{false, false, true, g.batch, bands, g.out_h, g.out_w});
+      for (int64_t h = g.out_h;; h = ceil_div(h, 2)) {
+        consider(Candidate{has_border(g), has_border(g), true, g.batch, bands, h, g.out_w});
+        if (h == 1) break;
+      }
     }
     for (int64_t lanes = imax(16, kLanes);; lanes *= 2) {
       const int64_t used = imin(lanes, max_lanes);
@@ -127,7 +148,7 @@ bool choose(const ConvGeometry& g, const Weight& w, double budget, Candidate& be
   each_candidate(g, [&](const Candidate& c) {
     const double bytes = bytes_of(g, w, c);
     if (!c.direct) least = imin(least, bytes);
-    if (bytes > budget) return;
+    if (bytes > budget && !c.direct) return;
     const double cost = cost_of(g, w, c);
     if (cost < best_cost) {
       best_cost = cost;
@@ -165,18 +186,19 @@ WgradTile WgradPlan::locate(const ConvGeometry& g, int64_t index) const {
 
 KeyRegion WgradPlan::region(const ConvGeometry& g, const WgradTile& t, int64_t key) const {
   int64_t i0 = t.i0, i1 = t.i0 + t.rows, j0 = t.j0, j1 = t.j0 + t.cols;
-  int64_t dy = -g.pad_top, dx = -g.pad_left;  // of the key's first tap
   if (clip_y) {
-    dy += (clip_x ? key / g.kw : key) * g.dil_h;
+    const int64_t dy = key % g.kh * g.dil_h - g.pad_top;
     i0 = imax(i0, ceil_div(imax<int64_t>(0, -dy), g.stride_h));
     i1 = imin(i1, floor_div(g.in_h - 1 - dy, g.stride_h) + 1);
   }
   if (clip_x) {
-    dx += key % g.kw * g.dil_w;
+    const int64_t dx = (clip_y ? key / g.kh : key) * g.dil_w - g.pad_left;
     j0 = imax(j0, ceil_div(imax<int64_t>(0, -dx), g.stride_w));
     j1 = imin(j1, floor_div(g.in_w - 1 - dx, g.stride_w) + 1);
   }
   KeyRegion k{};
+  k.begin = key;
+  k.end = key + 1;
   if (i0 >= i1 || j0 >= j1) return k;
   const bool one_piece = g.stride_w == 1 || j1 - j0 == 1;
   DotRegion& d = k.dots;
@@ -187,15 +209,33 @@ KeyRegion WgradPlan::region(const ConvGeometry& g, const WgradTile& t, int64_t k
   d.x_line = g.stride_h * tile.row_pitch;
   d.x_step = g.stride_w * tile.lanes;
   d.grad_row = direct ? g.out_h * g.out_w * g.batch : grad_shape(t).pitch;
-  k.grad_at = (i0 - t.i0) * d.grad_line + (j0 - t.j0) * tile.lanes;
-  k.x_at = (i0 * g.stride_h + dy - t.y0) * tile.row_pitch +
-           (j0 * g.stride_w + dx - t.x0) * tile.lanes;
+  k.grad_at = (i0 - (direct ? 0 : t.i0)) * d.grad_line + (j0 - t.j0) * tile.lanes;
+  k.x_at = (i0 * g.stride_h - g.pad_top - t.y0) * tile.row_pitch +
+           (j0 * g.stride_w - g.pad_left - t.x0) * tile.lanes;
   // Lines without gaps on both sides become one.
   if (d.steps == 1 && d.run == d.grad_line && d.run == d.x_line) {
     d.run *= d.lines;
     d.lines = 1;
   }
   return k;
+}
+
+int64_t WgradPlan::list_regions(const ConvGeometry& g, const WgradTile& t,
+                                KeyRegion* regions) const {
+  int64_t count = 0;
+  for (int64_t key = 0; key < keys_per_band; ++key) {
+    const KeyRegion k = region(g, t, key);
+    if (k.dots.lines == 0) continue;
+    KeyRegion* last = count > 0 ? regions + count - 1 : nullptr;
+    if (last && last->end == key && last->grad_at == k.grad_at && last->x_at == k.x_at &&
+        last->dots.lines == k.dots.lines && last->dots.run == k.dots.run &&
+        last->dots.steps == k.dots.steps) {
+      last->end = k.end;
+    } else {
+      regions[count++] = k;
+    }
+  }
+  return count;
 }
 
 WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, int64_t bw, double per_row) {
@@ -215,9 +255,9 @@ WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, int64_t bw, double per_r
   static bool once = false;
   if (!once || getenv("WGP")) {
     once = true;
-    printf("[plan clip %d%d direct %d lanes %ld bands %ld h %ld w %ld KB %.0f cost/stored %.2f] ",
+    printf("[plan clip %d%d direct %d lanes %ld bands %ld h %ld w %ld KB %.0f predicted %.2f ms] ",
            best.clip_y, best.clip_x, best.direct, best.lanes, best.bands, best.h, best.w,
-           bytes_of(g, weight, best) / 1024, cost_of(g, weight, best) / per_row / g.out_channels);
+           bytes_of(g, weight, best) / 1024, cost_of(g, weight, best)*g.out_h*g.out_w*g.batch/kLanes*1e-6);
   }
 #endif
   WgradPlan plan;
@@ -227,7 +267,9 @@ WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, int64_t bw, double per_r
   plan.tile = shape_of(g, best);
   plan.band_channels = ceil_div(g.in_channels, best.bands);
   plan.tile_channels = imin(plan.band_channels + bw - 1, g.in_channels);
-  check_tile(double(plan.tile_channels) * double(plan.tile.pitch), g);
+  check_tile(double(plan.tile_channels) * double(plan.tile.pitch) +
+                 double(plan.tap_offset(g, g.kh * g.kw - 1)),
+             g);
   plan.bands = ceil_div(g.in_channels, plan.band_channels);
   plan.band_h = best.h;
   plan.band_w = best.w;

@@ -14,8 +14,10 @@ struct WgradTile {
   int64_t n0, i0, rows, j0, cols, y0, y1, x0;
 };
 
-// The pixels of one key in one tile, and where they start in a gradient row and in a channel.
+// The pixels of keys [begin, end) in one tile, and where they start in a gradient row and, for the
+// tap at no offset, in a channel.
 struct KeyRegion {
+  int64_t begin, end;
   DotRegion dots;
   int64_t grad_at, x_at;
 };
@@ -23,12 +25,11 @@ struct KeyRegion {
 // Two ways to meet the image's border, for rows and for columns of the image:
 //   padded   the tile holds the border as zeros, and taps that differ only here are worked off
 //            together
-//   clipped  the tile holds the image only, and each tap has its own rectangle of pixels: no
-//            product with zeros (on a 2x2 image more than half of a padded 3x3 product), but fewer
-//            columns to work off together.
+//   clipped  no product with zeros: each tap has its own rectangle of pixels, and only taps whose
+//            rectangles are equal (away from the border) are worked off together.
 // And two places for the operands:
 //   packed   tiles of them are copied, as tile.h says
-//   direct   nothing is copied: the tile is whole channels, which lie without gaps in memory
+//   direct   nothing is copied: long runs of the tensors themselves, which the hardware prefetches
 struct WgradPlan {
   bool clip_y, clip_x, direct;
   TileShape tile;
@@ -39,15 +40,15 @@ struct WgradPlan {
   int64_t taps, keys_per_band;
   int64_t parts;  // separate partial sums
 
+  // Taps of one image column are neighbours: away from the upper and lower border their rectangles
+  // are equal.
   int64_t key(const ConvGeometry& g, int64_t tap) const {
     const int64_t y = clip_y ? tap / g.kw : 0, x = clip_x ? tap % g.kw : 0;
-    return (clip_x ? y * g.kw : y) + x;
+    return clip_y ? x * g.kh + y : x;
   }
-  // How far a tap shifts a stored column's input relative to its channel in the tile (where
-  // clipped, the region does that).
+  // How far a tap shifts a stored column's input relative to its channel in the tile.
   int64_t tap_offset(const ConvGeometry& g, int64_t tap) const {
-    return (clip_y ? 0 : tap / g.kw * g.dil_h * tile.row_pitch) +
-           (clip_x ? 0 : tap % g.kw * g.dil_w * tile.lanes);
+    return tap / g.kw * g.dil_h * tile.row_pitch + tap % g.kw * g.dil_w * tile.lanes;
   }
   TileShape grad_shape(const WgradTile& t) const { return tile_shape(tile.lanes, t.rows, t.cols); }
   int64_t tile_floats() const { return direct ? 0 : tile_channels * tile.pitch; }
@@ -55,7 +56,8 @@ struct WgradPlan {
     return direct ? 0 : kMaxGradRows * tile_shape(tile.lanes, band_h, band_w).pitch;
   }
   WgradTile locate(const ConvGeometry& g, int64_t index) const;
-  // The rectangle of pixels of one key in a tile; no lines where it is empty.
+  // Fills `regions` [keys_per_band] with the rectangles of a tile; returns how many there are.
+  int64_t list_regions(const ConvGeometry& g, const WgradTile& t, KeyRegion* regions) const;
   KeyRegion region(const ConvGeometry& g, const WgradTile& t, int64_t key) const;
 };
 
