@@ -32,6 +32,22 @@ SK_INLINE __m256 fold8(Vec a) {
 #endif
 }
 
+// The first n floats at p, zeros behind them; nothing past them is read. 0 < n < kLanes.
+SK_INLINE Vec vload_part(const float* p, int64_t n) {
+#if defined(__AVX512F__) && !defined(SK_EMULATE_AVX512)
+  return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#else
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane);
+#if defined(SK_EMULATE_AVX512)
+  const __m256i high = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n) - 8), lane);
+  return {_mm256_maskload_ps(p, low), _mm256_maskload_ps(p + 8, high)};
+#else
+  return _mm256_maskload_ps(p, low);
+#endif
+#endif
+}
+
 // Element i of either half: the sum of two elements of a (i even) or of b (i odd).
 SK_INLINE __m256 add_interleaved(__m256 a, __m256 b) {
   return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -67,6 +83,12 @@ SK_INLINE void add_sums(float* to, const Vec (&acc)[N]) {
 }
 
 #else
+
+SK_INLINE Vec vload_part(const float* p, int64_t n) {
+  float part[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return vload(part);
+}
 
 template <int N>
 SK_INLINE void add_sums(float* to, const Vec (&acc)[N]) {

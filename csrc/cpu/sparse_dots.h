@@ -22,7 +22,7 @@ constexpr int max_columns(int rows) {
 // A rectangle of pixels of one tile, in floats. The pixels of one gradient row lie without gaps.
 struct DotRegion {
   int64_t lines;              // image rows
-  int64_t steps, run;         // pieces without gaps per image row, and their length
+  int64_t steps, run;         // pieces without gaps per image row, and their length (any)
   int64_t grad_line, x_line;  // from image row to image row
   int64_t x_step;             // from piece to piece of the input
   int64_t grad_row;           // from gradient row (output channel) to gradient row
@@ -32,32 +32,41 @@ struct DotRegion {
 using DotKernel = void (*)(const DotRegion&, const float* grad, const float* x,
                            const int32_t* columns, int64_t scale, float* to, int64_t to_step);
 
+// One step of kLanes floats from i on; Load reads them.
+template <int R, int K, class Load>
+SK_INLINE void dot_step(Vec (&acc)[K * R], const float* const (&grad)[R], const float* const (&x)[K],
+                        int64_t i, Load load) {
+  if constexpr (R <= K) {
+    Vec g[R];
+    SK_UNROLL
+    for (int r = 0; r < R; ++r) g[r] = load(grad[r] + i);
+    SK_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const Vec xk = load(x[k] + i);
+      SK_UNROLL
+      for (int r = 0; r < R; ++r) acc[k * R + r] = vfma(g[r], xk, acc[k * R + r]);
+    }
+  } else {
+    Vec xk[K];
+    SK_UNROLL
+    for (int k = 0; k < K; ++k) xk[k] = load(x[k] + i);
+    SK_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec g = load(grad[r] + i);
+      SK_UNROLL
+      for (int k = 0; k < K; ++k) acc[k * R + r] = vfma(g, xk[k], acc[k * R + r]);
+    }
+  }
+}
+
 template <int R, int K>
 SK_INLINE void dot_run(Vec (&acc)[K * R], const float* const (&grad)[R], const float* const (&x)[K],
                        int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    if constexpr (R <= K) {
-      Vec g[R];
-      SK_UNROLL
-      for (int r = 0; r < R; ++r) g[r] = vload(grad[r] + i);
-      SK_UNROLL
-      for (int k = 0; k < K; ++k) {
-        const Vec xk = vload(x[k] + i);
-        SK_UNROLL
-        for (int r = 0; r < R; ++r) acc[k * R + r] = vfma(g[r], xk, acc[k * R + r]);
-      }
-    } else {
-      Vec xk[K];
-      SK_UNROLL
-      for (int k = 0; k < K; ++k) xk[k] = vload(x[k] + i);
-      SK_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const Vec g = vload(grad[r] + i);
-        SK_UNROLL
-        for (int k = 0; k < K; ++k) acc[k * R + r] = vfma(g, xk[k], acc[k * R + r]);
-      }
-    }
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    dot_step<R, K>(acc, grad, x, i, [](const float* p) { return vload(p); });
+  if (i < n)
+    dot_step<R, K>(acc, grad, x, i, [n, i](const float* p) { return vload_part(p, n - i); });
 }
 
 template <int R, int K>

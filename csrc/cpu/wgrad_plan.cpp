@@ -84,33 +84,39 @@ double spill_of(const Candidate& c, double bytes) {
   return c.direct && bytes <= kSharedCacheBytes ? kDirectSpillCost : kSpillCost;
 }
 
-// Per output pixel and vector of the batch.
+// Vectors that hold the batch of `pixels` neighbouring output pixels.
+double vectors_of(const ConvGeometry& g, const Candidate& c, int64_t pixels) {
+  if (!c.direct || g.stride_w > 1)
+    return double(pixels) * double(ceil_div(c.lanes, kLanes));
+  return double(ceil_div(pixels * c.lanes, kLanes));
+}
+
+// Nanoseconds of all tiles.
 double cost_of(const ConvGeometry& g, const Weight& w, const Candidate& c) {
   const TileShape s = shape_of(g, c);
   const int rows = pow2_floor(imin<int64_t>(w.bh, kMaxGradRows));
-  const double pixels = double(c.h * c.w), vecs = double(c.lanes) / kLanes;
   const double stored = double(g.out_channels) * w.per_row;
-  const double inside = (c.clip_y ? w.inside_y : 1.0) * (c.clip_x ? w.inside_x : 1.0);
   const double keys = double(c.bands * (c.clip_y ? g.kh : 1) * (c.clip_x ? g.kw : 1));
   const double per_key = w.per_row / keys;
   const double row_visits = double(g.out_channels * c.bands) / rows;
   const double groups = double(g.out_channels) / rows * keys *
                         imin(per_key, per_key / max_columns(rows) + 0.5);
-  const double fma = kFmaCost * stored * inside *
-                     (kRegisterShare + (1 - kRegisterShare) * spill_of(c, bytes_of(g, w, c)) / rows);
-  const double start =
-      (kVisitCost * stored + kGroupCost * groups + kRowCost * row_visits) / (pixels * vecs);
-  const double height = double(c.direct ? rows_read(g, c) : s.height);
-  const double in = height * double(s.width) / pixels * double(g.in_channels);
-  const double load =
-      c.direct ? kStreamCost : kPackCost + kPackPieceCost * 16 / double(c.lanes);
-  return fma + start + load * (in + double(g.out_channels * c.bands));
+  const double out_vectors = double(c.h) * vectors_of(g, c, c.w);
+  const double in_vectors = double(c.direct ? rows_read(g, c) : s.height) *
+                            double(s.width * ceil_div(c.lanes, kLanes));
+  const double inside = (c.clip_y ? w.inside_y : 1.0) * (c.clip_x ? w.inside_x : 1.0);
+  const double spill = spill_of(c, bytes_of(g, w, c));
+  const double fma = kFmaCost * stored * inside * out_vectors *
+                     (kRegisterShare + (1 - kRegisterShare) * spill / rows);
+  const double start = kVisitCost * stored + kGroupCost * groups + kRowCost * row_visits;
+  const double load = (c.direct ? kStreamCost : kPackCost + kPackPieceCost * 16 / double(c.lanes)) *
+                      (in_vectors * double(g.in_channels) +
+                       out_vectors * double(g.out_channels * c.bands));
+  const double tiles = double(ceil_div(g.out_h, c.h) * ceil_div(g.out_w, c.w)) *
+                       double(ceil_div(g.batch, c.lanes));
+  return tiles * (fma + start + load);
 }
 
-// The tile can be the tensors themselves: no lanes past the end.
-bool can_be_direct(const ConvGeometry& g) {
-  return g.batch % kLanes == 0;
-}
 bool has_border(const ConvGeometry& g) {
   return g.pad_top > 0 || g.pad_left > 0 || g.pad_bottom > 0 || g.pad_right > 0;
 }
@@ -119,11 +125,9 @@ template <class Consider>
 void each_candidate(const ConvGeometry& g, Consider consider) {
   const int64_t max_lanes = round_up(g.batch, kLanes);
   for (int64_t bands = 1; bands <= imin(kMaxBands, g.in_channels); bands *= 2) {
-    if (can_be_direct(g)) {
-      for (int64_t h = g.out_h;; h = ceil_div(h, 2)) {
-        consider(Candidate{has_border(g), has_border(g), true, g.batch, bands, h, g.out_w});
-        if (h == 1) break;
-      }
+    for (int64_t h = g.out_h;; h = ceil_div(h, 2)) {
+      consider(Candidate{has_border(g), has_border(g), true, g.batch, bands, h, g.out_w});
+      if (h == 1) break;
     }
     for (int64_t lanes = imax(16, kLanes);; lanes *= 2) {
       const int64_t used = imin(lanes, max_lanes);
@@ -257,7 +261,7 @@ WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, int64_t bw, double per_r
     once = true;
     printf("[plan clip %d%d direct %d lanes %ld bands %ld h %ld w %ld KB %.0f predicted %.2f ms] ",
            best.clip_y, best.clip_x, best.direct, best.lanes, best.bands, best.h, best.w,
-           bytes_of(g, weight, best) / 1024, cost_of(g, weight, best)*g.out_h*g.out_w*g.batch/kLanes*1e-6);
+           bytes_of(g, weight, best) / 1024, cost_of(g, weight, best)*1e-6);
   }
 #endif
   WgradPlan plan;
