@@ -241,7 +241,9 @@ def test_batch_norm(
     want = want.relu() if relu else want
 
     with torch.no_grad():
-        y, mean, var, offset = reference.batch_norm(x, weight, bias, *given, training, eps, relu, left)
+        y, mean, var, offset = reference.batch_norm(
+            x, weight, bias, *given, training, eps, relu, left
+        )
     check_activation(y, want)
     dims = [0, *range(2, len(shape))]
     check(mean, x.mean(dims) if training else running[0])

@@ -313,7 +313,6 @@ class SparseLayer(nn.Module, abc.ABC):
             )
         super().__setattr__(name, value)
 
-
     def _take_dense(
         self, module: nn.Linear | nn.Conv2d, pattern: SparsityPattern, matrix: Tensor
     ) -> None:

@@ -17,8 +17,9 @@ _kept: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...], Any]] = {}
 def lists_of(index: Tensor, *others: Tensor) -> Any:
     """The ``ListCache`` of a pattern's ``index`` tensor; ``others`` are the rest of its arrays.
 
-    A new one if any of them was written since (torch counts the writes of each tensor) or replaced.
-    None for inference tensors, whose writes torch does not count: lists are then made for each call.
+    A new one if any of them was written since (torch counts a tensor's writes) or replaced.  Writes
+    through ``.data`` are not counted: the lists would then be those of the old pattern.
+    None for inference tensors, which count no writes: lists are then made for each call.
     """
     if index.is_inference():
         return None
