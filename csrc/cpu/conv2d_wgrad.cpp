@@ -92,8 +92,8 @@ void run_block_row(const Job& j, const BandVisit& v, const BlockRow& row, float*
     for (const KeyRegion* k = v.regions; k != v.regions_end; ++k) {
       const int64_t at = bounds[k->begin], count = bounds[k->end] - at;
       if (count == 0) continue;
-      run_columns(k->dots, grad + k->grad_at, x + k->x_at, j.lists.offset + at, j.lists.scale, count,
-                  r, p.bh, partial + at * p.bh + r0);
+      run_columns(k->dots, grad + k->grad_at, x + k->x_at, j.lists.offset + at, j.lists.scale,
+                  count, r, p.bh, partial + at * p.bh + r0);
     }
     r0 += r;
   }
@@ -108,8 +108,8 @@ void run_band(const Job& j, const BandVisit& v, int64_t row_begin, int64_t row_e
   }
 }
 
-void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, const Buffers& buffers,
-              float* partial) {
+void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end,
+              const Buffers& buffers, float* partial) {
   const WgradPlan& plan = j.plan;
   const int64_t begin = plan.tiles * part / plan.parts * plan.bands;
   const int64_t end = plan.tiles * (part + 1) / plan.parts * plan.bands;
@@ -126,7 +126,8 @@ void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, co
       pack_tile(buffers.tile, plan.tile, {j.x, j.g.in_h, j.g.in_w, j.g.batch}, c0,
                 imin(plan.tile_channels, j.g.in_channels - c0), t.y0, t.y1 - t.y0, t.x0, t.n0);
     }
-    run_band(j, {t, band, first, buffers.regions, buffers.regions + regions}, row_begin, row_end, buffers.grad, partial);
+    run_band(j, {t, band, first, buffers.regions, buffers.regions + regions}, row_begin, row_end,
+             buffers.grad, partial);
   }
 }
 
@@ -267,8 +268,7 @@ void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32
     return;
   }
   const WgradPlan plan = plan_wgrad(g, bh, bw, double(stored) / double(g.out_channels));
-  const PatternView p{crow,     col,        bh,         bw,        seg_rows,
-                      seg_cols, row_blocks, col_blocks, block_rows};
+  const PatternView p{crow, col, bh, bw, seg_rows, seg_cols, row_blocks, col_blocks, block_rows};
   run_job(g, plan, p, grad, x, dvalues, stored, threads);
 }
 

@@ -34,8 +34,8 @@ using DotKernel = void (*)(const DotRegion&, const float* grad, const float* x,
 
 // One step of kLanes floats from i on; Load reads them.
 template <int R, int K, class Load>
-SK_INLINE void dot_step(Vec (&acc)[K * R], const float* const (&grad)[R], const float* const (&x)[K],
-                        int64_t i, Load load) {
+SK_INLINE void dot_step(Vec (&acc)[K * R], const float* const (&grad)[R],
+                        const float* const (&x)[K], int64_t i, Load load) {
   if constexpr (R <= K) {
     Vec g[R];
     SK_UNROLL

@@ -24,7 +24,7 @@ constexpr double kGroupCost = 25;       // starting one group of elements in one
 constexpr double kRowCost = 40;         // starting one block row in one tile
 // Packing one vector: mostly the wait for memory, longer for shorter pieces.
 constexpr double kPackCost = 2.5, kPackPieceCost = 3.5;  // + the second times 16 lanes / lanes
-constexpr double kStreamCost = 1.5;  // loading one vector that lies in a long run
+constexpr double kStreamCost = 1.5;       // loading one vector that lies in a long run
 constexpr double kSpillCost = 2.5;        // a packed tile beyond the budget
 constexpr double kDirectSpillCost = 1.6;  // whole channels come from the third level nearly as fast
 constexpr double kSharedCacheBytes = 4 << 20;  // what may be taken of that
@@ -86,8 +86,7 @@ double spill_of(const Candidate& c, double bytes) {
 
 // Vectors that hold the batch of `pixels` neighbouring output pixels.
 double vectors_of(const ConvGeometry& g, const Candidate& c, int64_t pixels) {
-  if (!c.direct || g.stride_w > 1)
-    return double(pixels) * double(ceil_div(c.lanes, kLanes));
+  if (!c.direct || g.stride_w > 1) return double(pixels) * double(ceil_div(c.lanes, kLanes));
   return double(ceil_div(pixels * c.lanes, kLanes));
 }
 
@@ -99,21 +98,21 @@ double cost_of(const ConvGeometry& g, const Weight& w, const Candidate& c) {
   const double keys = double(c.bands * (c.clip_y ? g.kh : 1) * (c.clip_x ? g.kw : 1));
   const double per_key = w.per_row / keys;
   const double row_visits = double(g.out_channels * c.bands) / rows;
-  const double groups = double(g.out_channels) / rows * keys *
-                        imin(per_key, per_key / max_columns(rows) + 0.5);
+  const double groups =
+      double(g.out_channels) / rows * keys * imin(per_key, per_key / max_columns(rows) + 0.5);
   const double out_vectors = double(c.h) * vectors_of(g, c, c.w);
-  const double in_vectors = double(c.direct ? rows_read(g, c) : s.height) *
-                            double(s.width * ceil_div(c.lanes, kLanes));
+  const double in_vectors =
+      double(c.direct ? rows_read(g, c) : s.height) * double(s.width * ceil_div(c.lanes, kLanes));
   const double inside = (c.clip_y ? w.inside_y : 1.0) * (c.clip_x ? w.inside_x : 1.0);
   const double spill = spill_of(c, bytes_of(g, w, c));
   const double fma = kFmaCost * stored * inside * out_vectors *
                      (kRegisterShare + (1 - kRegisterShare) * spill / rows);
   const double start = kVisitCost * stored + kGroupCost * groups + kRowCost * row_visits;
-  const double load = (c.direct ? kStreamCost : kPackCost + kPackPieceCost * 16 / double(c.lanes)) *
-                      (in_vectors * double(g.in_channels) +
-                       out_vectors * double(g.out_channels * c.bands));
-  const double tiles = double(ceil_div(g.out_h, c.h) * ceil_div(g.out_w, c.w)) *
-                       double(ceil_div(g.batch, c.lanes));
+  const double load =
+      (c.direct ? kStreamCost : kPackCost + kPackPieceCost * 16 / double(c.lanes)) *
+      (in_vectors * double(g.in_channels) + out_vectors * double(g.out_channels * c.bands));
+  const double tiles =
+      double(ceil_div(g.out_h, c.h) * ceil_div(g.out_w, c.w)) * double(ceil_div(g.batch, c.lanes));
   return tiles * (fma + start + load);
 }
 
@@ -261,7 +260,7 @@ WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, int64_t bw, double per_r
     once = true;
     printf("[plan clip %d%d direct %d lanes %ld bands %ld h %ld w %ld KB %.0f predicted %.2f ms] ",
            best.clip_y, best.clip_x, best.direct, best.lanes, best.bands, best.h, best.w,
-           bytes_of(g, weight, best) / 1024, cost_of(g, weight, best)*1e-6);
+           bytes_of(g, weight, best) / 1024, cost_of(g, weight, best) * 1e-6);
   }
 #endif
   WgradPlan plan;
