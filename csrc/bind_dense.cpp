@@ -16,8 +16,8 @@ namespace {
 using Release = py::call_guard<py::gil_scoped_release>;
 
 void BatchNormForward(Address y, Address x, Address weight, Address bias, Address mean, Address var,
-                      Address residual, int64_t batch, int64_t channels, int64_t pixels,
-                      bool training, double eps, bool relu, int64_t threads) {
+                      Address offset, Address residual, int64_t batch, int64_t channels,
+                      int64_t pixels, bool training, double eps, bool relu, int64_t threads) {
   const char* kernel = "batch_norm_forward";
   RequireSize(kernel, "batch", batch);
   RequireSize(kernel, "channels", channels);
@@ -29,17 +29,17 @@ void BatchNormForward(Address y, Address x, Address weight, Address bias, Addres
   RequirePointer(kernel, "var", var, channels);
   Require(eps >= 0, "batch_norm_forward: eps must be at least 0, got " + std::to_string(eps));
   RequireThreads(kernel, threads);
-  dense_kernels().batch_norm_forward({Pointer<float>(y), Pointer<const float>(x),
-                                      Pointer<const float>(weight), Pointer<const float>(bias),
-                                      Pointer<float>(mean), Pointer<float>(var),
-                                      Pointer<const float>(residual), channels, batch * pixels,
-                                      training, eps, relu, static_cast<int>(threads)});
+  dense_kernels().batch_norm_forward(
+      {Pointer<float>(y), Pointer<const float>(x), Pointer<const float>(weight),
+       Pointer<const float>(bias), Pointer<float>(mean), Pointer<float>(var),
+       Pointer<float>(offset), Pointer<const float>(residual), channels, batch * pixels, training,
+       eps, relu, static_cast<int>(threads)});
 }
 
 void BatchNormBackward(Address dx, Address dweight, Address dbias, Address dresidual, Address grad,
                        Address x, Address y, Address weight, Address mean, Address var,
-                       int64_t batch, int64_t channels, int64_t pixels, bool training, double eps,
-                       bool relu, int64_t threads) {
+                       Address offset, int64_t batch, int64_t channels, int64_t pixels,
+                       bool training, double eps, bool relu, int64_t threads) {
   const char* kernel = "batch_norm_backward";
   RequireSize(kernel, "batch", batch);
   RequireSize(kernel, "channels", channels);
@@ -47,7 +47,9 @@ void BatchNormBackward(Address dx, Address dweight, Address dbias, Address dresi
   const int64_t elements = batch * channels * pixels;
   RequirePointer(kernel, "grad", grad, elements);
   RequirePointer(kernel, "x", x, elements);
-  RequirePointer(kernel, "y (the ReLU's mask)", y, relu ? elements : 0);
+  Require(!relu || elements == 0 || y != 0 || offset != 0,
+          "batch_norm_backward: with relu, y or offset (which give the ReLU's mask) must be there, "
+          "got null for both; pass what the forward pass wrote");
   RequirePointer(kernel, "mean", mean, channels);
   RequirePointer(kernel, "var", var, channels);
   Require(eps >= 0, "batch_norm_backward: eps must be at least 0, got " + std::to_string(eps));
@@ -56,8 +58,8 @@ void BatchNormBackward(Address dx, Address dweight, Address dbias, Address dresi
       {Pointer<float>(dx), Pointer<float>(dweight), Pointer<float>(dbias),
        Pointer<float>(dresidual), Pointer<const float>(grad), Pointer<const float>(x),
        Pointer<const float>(y), Pointer<const float>(weight), Pointer<const float>(mean),
-       Pointer<const float>(var), channels, batch * pixels, training, eps, relu,
-       static_cast<int>(threads)});
+       Pointer<const float>(var), Pointer<const float>(offset), channels, batch * pixels, training,
+       eps, relu, static_cast<int>(threads)});
 }
 
 PoolDims ParsePoolDims(const char* kernel, const std::vector<int64_t>& dims) {
@@ -146,14 +148,15 @@ void AvgPoolBackward(Address dx, Address grad, const std::vector<int64_t>& list,
 
 void bind_dense(py::module_& m) {
   m.def("batch_norm_forward", &BatchNormForward, py::arg("y"), py::arg("x"), py::arg("weight"),
-        py::arg("bias"), py::arg("mean"), py::arg("var"), py::arg("residual"), py::arg("batch"),
-        py::arg("channels"), py::arg("pixels"), py::arg("training"), py::arg("eps"),
-        py::arg("relu"), py::arg("threads"), Release(), "See BatchNormForwardArgs.");
+        py::arg("bias"), py::arg("mean"), py::arg("var"), py::arg("offset"), py::arg("residual"),
+        py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("training"),
+        py::arg("eps"), py::arg("relu"), py::arg("threads"), Release(),
+        "See BatchNormForwardArgs.");
   m.def("batch_norm_backward", &BatchNormBackward, py::arg("dx"), py::arg("dweight"),
         py::arg("dbias"), py::arg("dresidual"), py::arg("grad"), py::arg("x"), py::arg("y"),
-        py::arg("weight"), py::arg("mean"), py::arg("var"), py::arg("batch"), py::arg("channels"),
-        py::arg("pixels"), py::arg("training"), py::arg("eps"), py::arg("relu"), py::arg("threads"),
-        Release(), "See BatchNormBackwardArgs.");
+        py::arg("weight"), py::arg("mean"), py::arg("var"), py::arg("offset"), py::arg("batch"),
+        py::arg("channels"), py::arg("pixels"), py::arg("training"), py::arg("eps"),
+        py::arg("relu"), py::arg("threads"), Release(), "See BatchNormBackwardArgs.");
   m.def("max_pool2d", &MaxPool, py::arg("y"), py::arg("argmax"), py::arg("x"), py::arg("dims"),
         py::arg("threads"), Release(), "See MaxPoolArgs.");
   m.def("max_pool2d_backward", &MaxPoolBackward, py::arg("dx"), py::arg("grad"), py::arg("argmax"),

@@ -120,6 +120,7 @@ PYBIND11_MODULE(_native, m) {
       "Threads of the OpenMP runtime that this module uses (shared with torch).");
   sk::BindLayout(m);
   sk::bind_dense(m);
+  sk::bind_masked(m);
   sk::bind_sparse(m);
   sk::bind_cuda(m);
 }

@@ -17,15 +17,22 @@
 //   bias       [rows] or null; relu: max(., 0) after the bias, NaN passes
 //   output     every element is written, whatever the pattern, also where nothing is stored
 //   threads    >= 1, how many OpenMP threads to use; results do not depend on it, to the last bit
+//   cache      keeps the lists that a product derives from the index arrays, or null: derive them
+//   anew. Whoever
+//              passes one vouches that the index arrays are those of its first use; they are not
+//              looked at again.
 //   capacity   of values and of the index arrays that the launcher takes; nothing is read past it
-//   scratch    one lease of scratch.h per call. Products: per stored element at most 8 bytes, per
-//              output row 24 + 4 * (kh + 1); wgrad: 40 bytes per stored element (lists and up to 8
-//              partial sums; stored elements of partial blocks count in full), 128 * taps + 4 per
-//              block row. Plus per thread one packed tile of at most 288 KB; where the channels of
-//              the fewest pixels and batch entries that a kernel takes at once are more than 36 KB
-//              (products) or than 288 KB (wgrad), at most max(288 KB, that, min(8 times that,
-//              32 MB or twice that)). A product adds 24 bytes per output pixel of a tile. Never
-//              rows x cols, never an im2col matrix.
+//   scratch    one lease of scratch.h per call. Products: per stored element 4 bytes, and 8 for the
+//              lists (in the cache, if there is one); per output row 16, and 8 per band and vertical
+//              tap, at most 64 bands. Per thread, sums of one pixel block: 16 vectors per output
+//              row; and one slab: at most 320 KB, or, where the channels of the fewest pixels and
+//              batch entries that a kernel takes at once (`least`) are more than 80 KB, at most
+//              min(4 * least, max(32 MB, 2 * least)).
+//              wgrad: 40 bytes per stored element (lists and up to 8 partial sums; stored elements
+//              of partial blocks count in full), 128 * taps + 4 per block row; per thread one packed
+//              tile of at most 288 KB, or, where the fewest are more than that, at most
+//              max(288 KB, that, min(8 times that, 32 MB or twice that)).
+//              Never rows x cols, never an im2col matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
 //              range or not increasing within a line) or if a tile is beyond 32-bit offsets
@@ -37,6 +44,8 @@
 #include <cstdint>
 
 namespace sk {
+
+class ListCache;  // cpu/list_cache.h
 
 // A convolution: torch.nn.functional.conv2d with asymmetric zero padding. Matrix: rows =
 // out_channels in `groups` segments, cols = kh*kw taps of in_channels/groups; no block spans two
@@ -54,11 +63,13 @@ struct SparseKernels {
   // y [rows][batch] = relu(W x + bias), x [cols][batch].
   void (*linear)(float* y, const float* x, const float* values, const float* bias,
                  const int32_t* crow, const int32_t* col, int64_t rows, int64_t cols, int64_t bh,
-                 int64_t bw, int64_t capacity, int64_t batch, bool relu, int threads);
+                 int64_t bw, int64_t capacity, int64_t batch, bool relu, ListCache* cache,
+                 int threads);
   // dx [cols][batch] = W^T grad, grad [rows][batch].
   void (*linear_dgrad)(float* dx, const float* grad, const float* values, const int32_t* t_crow,
                        const int32_t* t_row, const int32_t* t_perm, int64_t rows, int64_t cols,
-                       int64_t bh, int64_t bw, int64_t capacity, int64_t batch, int threads);
+                       int64_t bh, int64_t bw, int64_t capacity, int64_t batch, ListCache* cache,
+                       int threads);
   // dvalues [capacity][bh][bw] = (grad x^T) at the pattern, zero past the last stored block.
   void (*linear_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow,
                        const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
@@ -67,11 +78,11 @@ struct SparseKernels {
   // [in_channels][in_h][in_w][batch].
   void (*conv2d)(float* y, const float* x, const float* values, const float* bias,
                  const int32_t* crow, const int32_t* col, const ConvGeometry& geometry, int64_t bh,
-                 int64_t bw, int64_t capacity, bool relu, int threads);
+                 int64_t bw, int64_t capacity, bool relu, ListCache* cache, int threads);
   // dx (like x) from grad (like y): the transposed convolution.
   void (*conv2d_dgrad)(float* dx, const float* grad, const float* values, const int32_t* t_crow,
                        const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& geometry,
-                       int64_t bh, int64_t bw, int64_t capacity, int threads);
+                       int64_t bh, int64_t bw, int64_t capacity, ListCache* cache, int threads);
   // dvalues [capacity][bh][bw]: the weight's gradient at the pattern, zero past the last stored
   // block.
   void (*conv2d_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow,

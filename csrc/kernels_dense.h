@@ -27,6 +27,16 @@ struct TransposeArgs {
   int threads;
 };
 
+// grad[i] = 0 where mask[i] is 0, in place. Plain code of no instruction set: bound by memory.
+struct ClearOutsideArgs {
+  float* grad;          // [count], read and written
+  const uint8_t* mask;  // [count], 0 or 1
+  int64_t count;
+  int threads;
+};
+
+void clear_outside(const ClearOutsideArgs&);
+
 // y = relu?((x - mean) / sqrt(var + eps) * weight + bias [+ residual]), per channel.
 struct BatchNormForwardArgs {
   float* y;               // [channels][count], written; may be x itself
@@ -35,6 +45,8 @@ struct BatchNormForwardArgs {
   const float* bias;      // [channels] or null (zeros)
   float* mean;            // [channels], written when training, else read
   float* var;             // [channels], biased variance, written when training, else read
+  float* offset;          // [channels] or null, written: y = (x - mean) * scale + offset, that is
+                          // the bias, corrected for the rounding of mean to float
   const float* residual;  // [channels][count] or null
   int64_t channels;
   int64_t count;  // pixels * batch, elements per channel
@@ -44,7 +56,9 @@ struct BatchNormForwardArgs {
   int threads;
 };
 
-// Gradients of the above. `grad` is that of y after the ReLU.
+// Gradients of the above. `grad` is that of y after the ReLU. With relu either y or offset must be
+// there: y says where it is positive, else that is recomputed from x, which is right without a
+// residual only.
 struct BatchNormBackwardArgs {
   float* dx;            // [channels][count] or null (not wanted)
   float* dweight;       // [channels] or null
@@ -52,10 +66,11 @@ struct BatchNormBackwardArgs {
   float* dresidual;     // [channels][count] or null
   const float* grad;    // [channels][count]
   const float* x;       // [channels][count]
-  const float* y;       // [channels][count], read if relu; may be null otherwise
+  const float* y;       // [channels][count] or null, read if relu
   const float* weight;  // [channels] or null (ones)
   const float* mean;    // [channels], as the forward pass left it
   const float* var;     // [channels], as the forward pass left it
+  const float* offset;  // [channels], as the forward pass left it, or null; read if relu without y
   int64_t channels;
   int64_t count;
   bool training;

@@ -3,6 +3,7 @@
 The usual order in a training script::
 
     report = sparsify(model, density=0.05)        # replace nn.Linear / nn.Conv2d
+    print(tune(model, next(iter(loader))[0]))     # optional: never slower than dense
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(model, optimizer, total_steps=..., update_every=...)
     ...
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from sparse_kernels.nn import SparseConv2d, SparseLinear, densify, sparsify
 from sparse_kernels.pattern import PatternError, SparsityPattern
-from sparse_kernels.training import SparseMomentum
+from sparse_kernels.training import SparseMomentum, tune
 
 __version__ = "0.1.0"
 
@@ -26,4 +27,5 @@ __all__ = [
     "SparsityPattern",
     "densify",
     "sparsify",
+    "tune",
 ]

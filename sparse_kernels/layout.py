@@ -8,12 +8,14 @@ report can show them.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._load import native_or_none
 
@@ -79,6 +81,8 @@ def is_feature_major(tensor: Tensor) -> bool:
     shape, strides = tensor.shape, tensor.stride()
     if len(shape) == 0:
         return False
+    if len(shape) == 2 and strides == (1, shape[0]):  # the usual case of a linear layer
+        return True
     expected = 1  # a plain loop: this runs at every operator call
     for axis in (0, *range(len(shape) - 1, 0, -1)):
         if shape[axis] != 1 and strides[axis] != expected:
@@ -126,9 +130,40 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is a real one outside of tracing and autograd: its memory may be read."""
     return (
         not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)  # no fake, wrapped or user-defined tensor
+        and not torch._C._len_torch_dispatch_stack()  # a mode that traces or fakes must see it all
+        and holds_its_numbers(tensor)
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )
+
+
+def holds_its_numbers(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds just its numbers, so that a pointer to it says all.
+
+    Not those of a fake, user-defined or batched (vmap) tensor, of one whose sign is flipped
+    lazily (``x.conj().imag``) or that is zero without memory, nor of any other kind that only
+    torch's dispatcher can resolve: such tensors carry other dispatch keys than a new one.
+    """
+    # The type alone is not enough: the wrappers that torch makes in C++ have type Tensor.
+    if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        return False
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    return keys in _CPU_KEYS or keys in _plain_keys(tensor.device.type)
+
+
+@functools.cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """Dispatch keys of ordinary tensors of a device, made within inference mode or without."""
+    if device == "meta":
+        return frozenset()
+    found = set()
+    with _disable_current_modes(), torch._C.DisableTorchFunction():  # else a mode makes the tensor
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
+
+
+_CPU_KEYS = _plain_keys("cpu")
 
 
 def _is_plain_float32(tensor: Tensor) -> bool:
@@ -150,3 +185,26 @@ def _transpose_to(module: Any, out: Tensor, tensor: Tensor) -> bool:
         )
         return True
     return False
+
+
+def to_image_format(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`tensor` [N, C, H, W] in `memory_format` (contiguous or channels_last): itself or a copy.
+
+    A copy of feature-major memory is counted and made in tiles, as by from_feature_major.
+    """
+    if tensor.is_contiguous(memory_format=memory_format):
+        return tensor
+    if not is_feature_major(tensor):
+        return tensor.contiguous(memory_format=memory_format)
+    if memory_format == torch.contiguous_format:
+        return from_feature_major(tensor)
+    _count_conversion()
+    module = native_or_none() if _is_plain_float32(tensor) else None
+    if module is None:
+        return tensor.contiguous(memory_format=memory_format)
+    out = torch.empty_like(tensor, memory_format=memory_format)
+    batch, channels, height, width = tensor.shape
+    module.nhwc_from_feature_major(
+        out.data_ptr(), tensor.data_ptr(), batch, channels, height * width, torch.get_num_threads()
+    )
+    return out

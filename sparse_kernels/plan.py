@@ -75,9 +75,9 @@ def choose(op: str, x: torch.Tensor, values: torch.Tensor | None = None) -> Modu
     """
     # On the way of every operator, so no more than a dictionary look-up.
     if values is None:
-        key: tuple[object, ...] = (op, _forced, x.device.type, x.dtype)
+        key: tuple[object, ...] = (op, _forced, x.device, x.dtype)
     else:
-        key = (op, _forced, x.device.type, x.dtype, values.dtype, values.shape[1], values.shape[2])
+        key = (op, _forced, x.device, x.dtype, values.dtype, *values.shape[1:])
     module = _cache.get(key)
     if module is None:
         module = _cache[key] = _choose(op, _forced_backend(), x, values)

@@ -215,7 +215,7 @@ n.conv2d_dgrad(p(dx), p(g), p(v), p(t_crow), p(t_row), p(t_perm), geom, 1, 1, O 
 n.conv2d_wgrad(p(dv), p(g), p(x), p(crow), p(col), geom, 1, 1, O * 6, 2)
 show(y, dx, dv)
 mean, var = floats(F), floats(F)
-n.batch_norm_forward(p(dx), p(x), 0, 0, p(mean), p(var), 0, N, F, 4, True, 1e-5, True, 2)
+n.batch_norm_forward(p(dx), p(x), 0, 0, p(mean), p(var), 0, 0, N, F, 4, True, 1e-5, True, 2)
 show(dx, mean, var)
 n.max_pool2d(p(y), p(bytes_ := array.array("B", bytes(N * F))), p(x),
              [N, F, 2, 2, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1], 2)

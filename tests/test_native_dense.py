@@ -96,6 +96,7 @@ class Norm(NamedTuple):
     bias: Tensor | None
     mean: Tensor
     var: Tensor
+    offset: Tensor
     residual: Tensor | None
     grad: Tensor
 
@@ -109,28 +110,29 @@ def norm_tensors(case: NormCase) -> Norm:
     weight = torch.randn(case.channels) if case.affine else None
     bias = torch.randn(case.channels) if case.affine else None
     residual = torch.randn(shape) if case.residual else None
-    return Norm(x, weight, bias, mean, var, residual, torch.randn(shape))
+    offset = torch.empty(case.channels)
+    return Norm(x, weight, bias, mean, var, offset, residual, torch.randn(shape))
 
 
 def norm_forward(native: Any, case: NormCase, t: Norm, threads: int = 2) -> Tensor:
     y = torch.empty_like(t.x)
     sizes = (case.batch, case.channels, case.pixels)
-    arrays = [address(a) for a in (y, t.x, t.weight, t.bias, t.mean, t.var, t.residual)]
+    arrays = [address(a) for a in (y, t.x, t.weight, t.bias, t.mean, t.var, t.offset, t.residual)]
     native.batch_norm_forward(*arrays, *sizes, case.training, case.eps, case.relu, threads)
     return y
 
 
 def norm_backward(
-    native: Any, case: NormCase, t: Norm, y: Tensor, threads: int = 2
+    native: Any, case: NormCase, t: Norm, y: Tensor | None, threads: int = 2
 ) -> list[Tensor]:
-    """dx, dweight, dbias, dresidual."""
+    """dx, dweight, dbias, dresidual; without y the ReLU's mask is recomputed from x."""
     out = [
         torch.empty_like(t.x),
         torch.empty_like(t.mean),
         torch.empty_like(t.mean),
         torch.empty_like(t.x),
     ]
-    arrays = [address(a) for a in (*out, t.grad, t.x, y, t.weight, t.mean, t.var)]
+    arrays = [address(a) for a in (*out, t.grad, t.x, y, t.weight, t.mean, t.var, t.offset)]
     sizes = (case.batch, case.channels, case.pixels)
     native.batch_norm_backward(*arrays, *sizes, case.training, case.eps, case.relu, threads)
     return out
@@ -196,7 +198,7 @@ def test_batch_norm_in_place_and_nan(native: Any) -> None:
     t.x[1, 2, 3] = float("nan")
     y = norm_forward(native, case, t)
     assert y[1].isnan().all() and not y[0].isnan().any() and not y[2].isnan().any()
-    arrays = [address(a) for a in (t.x, t.x, t.weight, t.bias, t.mean, t.var, None)]
+    arrays = [address(a) for a in (t.x, t.x, t.weight, t.bias, t.mean, t.var, None, None)]
     native.batch_norm_forward(*arrays, 40, 3, 5, True, case.eps, True, 1)
     assert torch.equal(t.x[::2], y[::2])
 
@@ -220,7 +222,7 @@ def test_batch_norm_writes_only_what_is_wanted(native: Any) -> None:
     t = norm_tensors(case)
     y = norm_forward(native, case, t)
     every = norm_backward(native, case, t, y)
-    arrays = [address(a) for a in (t.grad, t.x, None, t.weight, t.mean, t.var)]
+    arrays = [address(a) for a in (t.grad, t.x, None, t.weight, t.mean, t.var, None)]
     for index, want in enumerate(every):
         got = torch.empty_like(want)
         out = [address(got) if i == index else 0 for i in range(4)]
@@ -239,9 +241,9 @@ def test_wrong_arguments_are_refused_with_their_name_and_value(native: Any) -> N
     with pytest.raises(ValueError, match="dst must not be null, expected the address of 8"):
         native.to_feature_major(0, a, 2, 4, 1)
     with pytest.raises(ValueError, match="batch must be at least 0, got -1"):
-        native.batch_norm_forward(a, a, 0, 0, a, a, 0, -1, 1, 1, True, 1e-5, False, 1)
-    with pytest.raises(ValueError, match=r"y \(the ReLU's mask\) must not be null"):
-        native.batch_norm_backward(a, 0, 0, 0, a, a, 0, 0, a, a, 2, 2, 2, True, 1e-5, True, 1)
+        native.batch_norm_forward(a, a, 0, 0, a, a, 0, 0, -1, 1, 1, True, 1e-5, False, 1)
+    with pytest.raises(ValueError, match="with relu, y or offset .* must be there"):
+        native.batch_norm_backward(a, 0, 0, 0, a, a, 0, 0, a, a, 0, 2, 2, 2, True, 1e-5, True, 1)
     with pytest.raises(ValueError, match="14 integers .*, got 3"):
         native.max_pool2d(a, a, a, [1, 2, 3], 1)
     dims = [1, 1, 16, 16, 1, 1, 16, 16, 1, 1, 0, 0, 1, 1]

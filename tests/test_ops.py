@@ -71,7 +71,7 @@ def _backward_args(name: str, dtype: torch.dtype) -> tuple:
     y = torch.randn_like(x)
     return {
         "batch_norm": (x, weight, bias, None, None, True, 1e-5, False, y),
-        "batch_norm_backward": (*(y, x, y, weight, mean, var), True, 1e-5, True, True),
+        "batch_norm_backward": (*(y, x, y, weight, mean, var, None), True, 1e-5, True, True),
         "max_pool2d": (x, *window, [1, 1], False),
         "max_pool2d_backward": (grad, taps, 5, 4, *window, [1, 1]),
         "avg_pool2d": (x, *window, False, True, None),
@@ -284,7 +284,7 @@ def test_evaluating_batch_norm_returns_fresh_statistics() -> None:
     torch.library.opcheck(
         LIB.batch_norm.default, (x, None, None, mean, var, False, 1e-5, False, None)
     )
-    _, out_mean, out_var = LIB.batch_norm(x, None, None, mean, var, False, 1e-5, False, None)
+    _, out_mean, out_var, _ = LIB.batch_norm(x, None, None, mean, var, False, 1e-5, False, None)
     assert out_mean.data_ptr() != mean.data_ptr() and out_var.data_ptr() != var.data_ptr()
     assert not LIB.batch_norm(x.requires_grad_(), *[None] * 4, True, 1e-5, False, None)[
         1

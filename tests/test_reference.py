@@ -241,7 +241,9 @@ def test_batch_norm(
     want = want.relu() if relu else want
 
     with torch.no_grad():
-        y, mean, var = reference.batch_norm(x, weight, bias, *given, training, eps, relu, left)
+        y, mean, var, offset = reference.batch_norm(
+            x, weight, bias, *given, training, eps, relu, left
+        )
     check_activation(y, want)
     dims = [0, *range(2, len(shape))]
     check(mean, x.mean(dims) if training else running[0])
@@ -249,8 +251,9 @@ def test_batch_norm(
     grad = torch.randn(shape, dtype=torch.float64)
     expected = dict(zip(map(id, leaves), torch.autograd.grad(want, leaves, grad), strict=True))
     with torch.no_grad():
+        kept = y if residual else None
         got = reference.batch_norm_backward(
-            grad, x, y, weight, mean, var, training, eps, relu, residual
+            grad, x, kept, weight, mean, var, offset, training, eps, relu, residual
         )
     check_activation(got[0], expected[id(x)], 1e-10)
     if affine:
@@ -280,7 +283,7 @@ def test_batch_norm_of_an_empty_batch() -> None:
     y, *_ = reference.batch_norm(x, None, None, mean, var, False, 0.1, True, None)
     assert y.shape == x.shape
     dx, dweight, dbias, _ = reference.batch_norm_backward(
-        x, x, y, mean, mean, var, True, 0.1, True, False
+        x, x, y, mean, mean, var, None, True, 0.1, True, False
     )
     assert dx.shape == x.shape
     assert not dweight.any() and not dbias.any()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_kernels.pattern import SparsityPattern
-from sparse_kernels.training import rules
+from sparse_kernels.training import rules, selection
 from sparse_kernels.training.blocks import BlockGrid
 from sparse_kernels.training.rules import Candidates, LayerState
 from sparse_kernels.training.schedule import (
@@ -48,18 +48,34 @@ def test_selection_is_the_sorted_prefix_with_ties_to_the_lowest_index(trial):
     scores = tensor.tolist()
     smallest = sorted(range(n), key=lambda i: (scores[i], i))[:count]
     largest = sorted(range(n), key=lambda i: (-scores[i], i))[:count]
-    assert picked(rules.select_smallest(tensor, count)) == sorted(smallest)
-    assert picked(rules.select_largest(tensor, count)) == sorted(largest)
+    assert picked(selection.select_smallest(tensor, count)) == sorted(smallest)
+    assert selection.largest_indices(tensor, count).tolist() == sorted(largest)
 
 
 def test_selection_of_a_large_layer_is_exact_when_all_scores_tie():
     scores = torch.zeros(2_400_000)
-    assert picked(rules.select_smallest(scores, 1_234_567))[-1] == 1_234_566
-    assert picked(rules.select_largest(scores, 3)) == [0, 1, 2]
+    assert picked(selection.select_smallest(scores, 1_234_567))[-1] == 1_234_566
+    assert selection.largest_indices(scores, 3).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 700, 5_000, 24_999, 25_001, 150_000])
+@pytest.mark.parametrize("kind", ["normal", "ties", "striped", "kept"])
+def test_largest_indices_of_a_long_layer_are_those_of_a_stable_sort(kind, count):
+    """Long enough for the shortlist; "striped" hides the large scores from its regular sample."""
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randn(200_000, generator=generator).abs()
+    if kind == "ties":
+        scores = (scores * 3).round()
+    elif kind == "striped":
+        scores[:: (200_000 // selection._SAMPLE) | 1] *= 1e-3
+    elif kind == "kept":
+        scores[torch.randperm(200_000, generator=generator)[:60_000]] = -1.0
+    expected = scores.sort(descending=True, stable=True).indices[:count].sort().values
+    assert torch.equal(selection.largest_indices(scores, count), expected)
 
 
 @pytest.mark.parametrize("count", [-1, 4])
-@pytest.mark.parametrize("select", [rules.select_smallest, rules.select_largest])
+@pytest.mark.parametrize("select", [selection.select_smallest, selection.largest_indices])
 def test_selection_refuses_an_impossible_count(select, count):
     with pytest.raises(ValueError, match=f"cannot select {count} of 3"):
         select(torch.ones(3), count)

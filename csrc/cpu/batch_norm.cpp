@@ -1,9 +1,11 @@
-// Batch norm over feature-major activations, where a channel's elements are contiguous.
+// Batch norm over feature-major activations, where a channel's elements are contiguous; forward.
 //
-// One thread computes one channel, in fixed chunks, so the result does not depend on the threads.
-// A chunk stays in L1: its mean is found first and the second moment is taken about it, then chunks
-// are merged in double (Chan, Golub, LeVeque 1979). A sum of squares about zero would lose all its
-// digits where the mean is large against the deviation.
+// A channel is cut into parts and those into chunks, by its length alone, so that the result does
+// not depend on the threads. A chunk is read once: sum and sum of squares about a shift, which is
+// the mean of what came before; chunks are merged in double (Chan, Golub, LeVeque 1979). A sum of
+// squares about zero would lose all its digits where the mean is large against the deviation.
+#include "batch_norm.h"
+
 #include <cstdint>
 
 #include "kernels_dense.h"
@@ -12,189 +14,162 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-constexpr int64_t kChunk = 2048;
-constexpr int kLanes = 16;
-
-inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline double SqrtOf(double value) { return __builtin_sqrt(value); }
-
-// Sum over `n` elements of term(i), in kLanes float lanes that are added up in double. The order of
-// the additions is a function of n alone.
-template <typename Term>
-inline double LaneSum(int64_t n, Term term) {
-  float lanes[kLanes] = {};
-  const int64_t full = n - n % kLanes;
-  for (int64_t i = 0; i < full; i += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term(i + lane);
-  }
-  double sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  for (int64_t i = full; i < n; ++i) sum += term(i);
-  return sum;
-}
+constexpr int kSums = 4;          // accumulators per sum: hide the latency of the additions
+constexpr int64_t kSample = 256;  // elements that give the first chunk of a part its shift
 
 struct Moments {
+  double count;
   double mean;
   double squares;  // sum of squared deviations from the mean
 };
 
-Moments ChunkMoments(const float* x, int64_t n) {
-  const float shift = static_cast<float>(LaneSum(n, [x](int64_t i) { return x[i]; }) / n);
-  // `shift` is a rounded mean; the first moment about it corrects both results.
-  const double first = LaneSum(n, [x, shift](int64_t i) { return x[i] - shift; });
-  const double second = LaneSum(n, [x, shift](int64_t i) {
-    const float deviation = x[i] - shift;
-    return deviation * deviation;
-  });
-  return {shift + first / n, second - first * first / n};
+Moments Merged(const Moments& a, const Moments& b) {
+  if (a.count == 0) return b;
+  const double count = a.count + b.count, delta = b.mean - a.mean;
+  const double share = b.count / count;
+  return {count, a.mean + delta * share, a.squares + b.squares + delta * delta * a.count * share};
 }
 
-Moments ChannelMoments(const float* x, int64_t count) {
-  Moments total = {0, 0};
-  for (int64_t begin = 0; begin < count; begin += kChunk) {
-    const int64_t n = Min(kChunk, count - begin);
-    const Moments chunk = ChunkMoments(x + begin, n);
-    const double delta = chunk.mean - total.mean;
-    const double merged = static_cast<double>(begin + n);
-    total.mean += delta * (n / merged);
-    total.squares += chunk.squares + delta * delta * (begin * (n / merged));
+Moments ChunkMoments(const float* x, int64_t n, float shift) {
+  const Vec middle = vset1(&shift);
+  Vec first[kSums], second[kSums];
+  for (int k = 0; k < kSums; ++k) first[k] = second[k] = vzero();
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
+    for (int k = 0; k < kSums; ++k) {
+      const Vec deviation = vsub(vload(x + i + k * kLanes), middle);
+      first[k] = vadd(first[k], deviation);
+      second[k] = vfma(deviation, deviation, second[k]);
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const Vec value = i + kLanes <= n ? vload(x + i) : LoadTail(x + i, n - i, shift);
+    const Vec deviation = vsub(value, middle);
+    first[0] = vadd(first[0], deviation);
+    second[0] = vfma(deviation, deviation, second[0]);
+  }
+  const double count = static_cast<double>(n), sum = SumLanes(first);
+  return {count, shift + sum / count, SumLanes(second) - sum * sum / count};
+}
+
+Moments PartMoments(const float* x, int64_t n) {
+  Moments total = {0, 0, 0};
+  if (n == 0) return total;
+  const Moments sample = ChunkMoments(x, imin(kSample, n), x[0]);
+  float shift = static_cast<float>(sample.mean);
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    total = Merged(total, ChunkMoments(x + begin, imin(kChunk, n - begin), shift));
+    shift = static_cast<float>(total.mean);
   }
   return total;
+}
+
+template <bool kResidual, bool kRelu>
+SK_INLINE Vec Output(const Affine& affine, Vec x, Vec residual) {
+  Vec value = Apply(affine, x);
+  if (kResidual) value = vadd(value, residual);
+  return kRelu ? vrelu(value) : value;
 }
 
 // y = (x - center) * scale + offset [+ residual], then ReLU. NaN passes through the ReLU.
-template <bool kResidual, bool kRelu>
-void NormalizeAs(float* y, const float* x, const float* residual, int64_t count, float center,
-                 float scale, float offset) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    float value = (x[i] - center) * scale + offset;
-    if (kResidual) value += residual[i];
-    y[i] = kRelu && value < 0.0f ? 0.0f : value;
+template <bool kResidual, bool kRelu, bool kStream>
+void NormalizeAs(float* y, const float* x, const float* residual, int64_t n,
+                 const Affine& constants) {
+  const Affine affine = constants;  // in registers: y may alias nothing that the loop can see
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec left = kResidual ? vload(residual + i) : vzero();
+    Put<kStream>(y + i, Output<kResidual, kRelu>(affine, vload(x + i), left));
+  }
+  if (i < n) {
+    const Vec left = kResidual ? LoadTail(residual + i, n - i, 0) : vzero();
+    StoreTail(y + i, Output<kResidual, kRelu>(affine, LoadTail(x + i, n - i, 0), left), n - i);
   }
 }
 
-void Normalize(float* y, const float* x, const float* residual, int64_t count, float center,
-               float scale, float offset, bool relu) {
-  if (residual != nullptr) {
-    if (relu) return NormalizeAs<true, true>(y, x, residual, count, center, scale, offset);
-    return NormalizeAs<true, false>(y, x, residual, count, center, scale, offset);
-  }
-  if (relu) return NormalizeAs<false, true>(y, x, residual, count, center, scale, offset);
-  return NormalizeAs<false, false>(y, x, residual, count, center, scale, offset);
+using Normalizer = void (*)(float*, const float*, const float*, int64_t, const Affine&);
+
+Normalizer ChooseNormalizer(bool residual, bool relu, bool stream) {
+  static const Normalizer table[2][2][2] = {
+      {{NormalizeAs<false, false, false>, NormalizeAs<false, false, true>},
+       {NormalizeAs<false, true, false>, NormalizeAs<false, true, true>}},
+      {{NormalizeAs<true, false, false>, NormalizeAs<true, false, true>},
+       {NormalizeAs<true, true, false>, NormalizeAs<true, true, true>}}};
+  return table[residual][relu][stream];
 }
 
-struct GradientSums {
-  double grad;           // sum of g, the gradient behind the ReLU
-  double grad_centered;  // sum of g * (x - mean)
-  double centered;       // sum of x - mean: not 0, since mean was rounded to float
-};
-
-template <bool kRelu>
-GradientSums SumGradientAs(const float* grad, const float* x, const float* y, int64_t count,
-                           float mean) {
-  GradientSums total = {0, 0, 0};
-  const auto masked = [grad, y](int64_t i) { return kRelu && y[i] <= 0.0f ? 0.0f : grad[i]; };
-  for (int64_t begin = 0; begin < count; begin += kChunk) {
-    const int64_t n = Min(kChunk, count - begin);
-    total.grad += LaneSum(n, [=](int64_t i) { return masked(begin + i); });
-    total.grad_centered +=
-        LaneSum(n, [=](int64_t i) { return masked(begin + i) * (x[begin + i] - mean); });
-    total.centered += LaneSum(n, [=](int64_t i) { return x[begin + i] - mean; });
-  }
-  return total;
-}
-
-GradientSums SumGradient(const BatchNormBackwardArgs& args, int64_t channel) {
-  const int64_t base = channel * args.count;
-  const float mean = args.mean[channel];
-  if (args.relu) {
-    return SumGradientAs<true>(args.grad + base, args.x + base, args.y + base, args.count, mean);
-  }
-  return SumGradientAs<false>(args.grad + base, args.x + base, nullptr, args.count, mean);
-}
-
-// dx = g * scale - (x - mean) * slope - offset; dresidual = g. Either may be null.
-template <bool kRelu>
-void WriteGradientAs(float* dx, float* dresidual, const float* grad, const float* x, const float* y,
-                     int64_t count, float mean, float scale, float slope, float offset) {
-  for (int64_t begin = 0; begin < count; begin += kChunk) {
-    const int64_t end = Min(begin + kChunk, count);
-    if (dx != nullptr) {
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) {
-        const float g = kRelu && y[i] <= 0.0f ? 0.0f : grad[i];
-        dx[i] = g * scale - ((x[i] - mean) * slope + offset);
-      }
-    }
-    if (dresidual != nullptr) {
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) {
-        dresidual[i] = kRelu && y[i] <= 0.0f ? 0.0f : grad[i];
-      }
-    }
-  }
-}
-
-void BackwardChannel(const BatchNormBackwardArgs& args, int64_t channel) {
-  const int64_t base = channel * args.count;
-  const GradientSums sums = SumGradient(args, channel);
-  const double inverse = 1.0 / SqrtOf(static_cast<double>(args.var[channel]) + args.eps);
-  const double weight = args.weight != nullptr ? args.weight[channel] : 1.0;
-  const double count = static_cast<double>(args.count);
-  // Eval uses the given mean as a constant; in training the exact mean is mean + rounding.
-  const double rounding = args.training && args.count > 0 ? sums.centered / count : 0.0;
-  const double dweight = (sums.grad_centered - rounding * sums.grad) * inverse;
-  if (args.dweight != nullptr) args.dweight[channel] = static_cast<float>(dweight);
-  if (args.dbias != nullptr) args.dbias[channel] = static_cast<float>(sums.grad);
-
-  const double scale = weight * inverse;
-  double slope = 0, offset = 0;
-  if (args.training && args.count > 0) {
-    slope = scale * inverse * dweight / count;
-    offset = scale * sums.grad / count - slope * rounding;
-  }
-  float* dx = args.dx != nullptr ? args.dx + base : nullptr;
-  float* dresidual = args.dresidual != nullptr ? args.dresidual + base : nullptr;
-  const auto write = args.relu ? WriteGradientAs<true> : WriteGradientAs<false>;
-  write(dx, dresidual, args.grad + base, args.x + base, args.relu ? args.y + base : nullptr,
-        args.count, args.mean[channel], static_cast<float>(scale), static_cast<float>(slope),
-        static_cast<float>(offset));
-}
-
-void ForwardChannel(const BatchNormForwardArgs& args, int64_t channel) {
-  const int64_t base = channel * args.count;
-  const float* x = args.x + base;
-  double var, rounding = 0;
+// The constants of a channel, after writing its statistics where they are the batch's own.
+Affine Settle(const BatchNormForwardArgs& args, int64_t channel, const Moments& moments) {
+  double rounding = 0;
   if (args.training) {
-    const Moments moments = ChannelMoments(x, args.count);
-    var = args.count > 0 ? moments.squares / static_cast<double>(args.count) : 0.0;
     args.mean[channel] = static_cast<float>(moments.mean);
+    const double var = args.count > 0 ? moments.squares / static_cast<double>(args.count) : 0.0;
     args.var[channel] = static_cast<float>(var);
     rounding = moments.mean - static_cast<double>(args.mean[channel]);
-  } else {
-    var = args.var[channel];
   }
-  const double weight = args.weight != nullptr ? args.weight[channel] : 1.0;
+  const double scale = ScaleOf(args.weight, args.var[channel], args.eps, channel);
   const double bias = args.bias != nullptr ? args.bias[channel] : 0.0;
-  const double scale = weight / SqrtOf(var + args.eps);
-  const float* residual = args.residual != nullptr ? args.residual + base : nullptr;
-  Normalize(args.y + base, x, residual, args.count, args.mean[channel], static_cast<float>(scale),
-            static_cast<float>(bias - rounding * scale), args.relu);
+  const float offset = static_cast<float>(bias - rounding * scale);
+  if (args.offset != nullptr) args.offset[channel] = offset;
+  return MakeAffine(args.mean[channel], static_cast<float>(scale), offset);
+}
+
+void Normalize(const BatchNormForwardArgs& args, int64_t at, int64_t n, const Affine& affine,
+               bool stream) {
+  const float* residual = args.residual != nullptr ? args.residual + at : nullptr;
+  ChooseNormalizer(residual != nullptr, args.relu, stream)(args.y + at, args.x + at, residual, n,
+                                                           affine);
+}
+
+void ForwardChannel(const BatchNormForwardArgs& args, int64_t channel, bool stream) {
+  const int64_t base = channel * args.count;
+  const Parts parts = PartsOf(args.count);
+  Moments total = {0, 0, 0};
+  for (int64_t part = 0; args.training && part < parts.number; ++part) {
+    const int64_t begin = part * parts.length;
+    total =
+        Merged(total, PartMoments(args.x + base + begin, imin(parts.length, args.count - begin)));
+  }
+  Normalize(args, base, args.count, Settle(args, channel, total), stream);
+}
+
+// The same with all threads on one channel.
+void ForwardSplit(const BatchNormForwardArgs& args, int64_t channel, bool stream) {
+  const int64_t base = channel * args.count;
+  const Parts parts = PartsOf(args.count);
+  Moments total = {0, 0, 0};
+  if (args.training) {
+    Moments of_part[kMaxParts];
+#pragma omp parallel for schedule(static) num_threads(args.threads)
+    for (int64_t part = 0; part < parts.number; ++part) {
+      const int64_t begin = part * parts.length;
+      of_part[part] = PartMoments(args.x + base + begin, imin(parts.length, args.count - begin));
+    }
+    for (int64_t part = 0; part < parts.number; ++part) total = Merged(total, of_part[part]);
+  }
+  const Affine affine = Settle(args, channel, total);
+#pragma omp parallel for schedule(static) num_threads(args.threads)
+  for (int64_t part = 0; part < parts.number; ++part) {
+    const int64_t begin = part * parts.length;
+    Normalize(args, base + begin, imin(parts.length, args.count - begin), affine, stream);
+    if (stream) vfence();
+  }
 }
 
 }  // namespace
 
 void batch_norm_forward(const BatchNormForwardArgs& args) {
+  const bool stream = args.y != args.x && Streams(args.y, args.channels, args.count);
+  if (SplitsChannels(args.channels, args.count, args.threads)) {
+    for (int64_t channel = 0; channel < args.channels; ++channel)
+      ForwardSplit(args, channel, stream);
+    return;
+  }
 #pragma omp parallel for schedule(static) num_threads(args.threads)
-  for (int64_t channel = 0; channel < args.channels; ++channel) ForwardChannel(args, channel);
-}
-
-void batch_norm_backward(const BatchNormBackwardArgs& args) {
-#pragma omp parallel for schedule(static) num_threads(args.threads)
-  for (int64_t channel = 0; channel < args.channels; ++channel) BackwardChannel(args, channel);
+  for (int64_t channel = 0; channel < args.channels; ++channel) {
+    ForwardChannel(args, channel, stream);
+    if (stream) vfence();
+  }
 }
 
 }  // namespace SK_ISA

@@ -3,7 +3,7 @@
 #include "conv2d.h"
 
 #include "pattern_check.h"
-#include "sparse_product.h"
+#include "product_lists.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -20,103 +20,35 @@ Blocks blocks_of(const ConvGeometry& g, int64_t bh, int64_t bw) {
   return {bh, bw, ceil_div(rows, bh), ceil_div(cols, bw), rows, cols};
 }
 
-SK_INLINE void put_entry(float* word, int64_t offset, const float* weights, int64_t stride,
-                         int64_t r) {
-  const int32_t o = int32_t(offset);
-  std::memcpy(word, &o, sizeof(o));
-  if (r == 1) {  // the commonest, without a loop
-    word[1] = weights[0];
-    return;
-  }
-  for (int64_t i = 0; i < r; ++i) word[1 + i] = weights[i * stride];
-}
-
-// Chunks over `parts` segments of `seg` output rows in blocks of `height`; calls words(part, block)
-// for the entries of one.
-template <class Count>
-int64_t make_chunks(Chunk* chunks, int32_t* owner, int64_t parts, int64_t blocks, int64_t seg,
-                    int64_t height, int max_log_r, Count entries) {
-  int64_t n = 0, words = 0;
-  for (int64_t part = 0; part < parts; ++part) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t rows = imin(height, seg - b * height);
-      const int64_t count = entries(part, b);
-      for (int64_t r = 0; r < rows;) {
-        const int log_r = chunk_log(rows - r, max_log_r);
-        if (chunks) {
-          chunks[n] = {words, int32_t(part * seg + b * height + r), log_r};
-          owner[2 * n] = int32_t(part * blocks + b);
-          owner[2 * n + 1] = int32_t(r);
-        }
-        ++n;
-        words += count * (1 + (int64_t(1) << log_r));
-        r += int64_t(1) << log_r;
-      }
-    }
-  }
-  // The caller sizes its lease by a first pass without chunks, and learns the number of words from
-  // the return value.
-  return chunks ? n : words;
-}
-
-int64_t count_chunks(int64_t parts, int64_t blocks, int64_t seg, int64_t height, int max_log_r) {
-  if (blocks == 0) return 0;
-  const int64_t last = seg - (blocks - 1) * height;
-  return parts * ((blocks - 1) * chunks_in(height, max_log_r) + chunks_in(last, max_log_r));
-}
-
-struct ListScratch {
-  int64_t chunks, words, segments;
-  size_t bytes() const {
-    return ScratchLease::padded(size_t(chunks) * sizeof(Chunk)) +
-           ScratchLease::padded(size_t(chunks) * 8) +
-           ScratchLease::padded(size_t(chunks) * size_t(segments + 1) * 4) +
-           ScratchLease::padded(size_t(words) * 4);
-  }
-};
-
-ProductLists take_lists(ScratchLease& lease, const ListScratch& s, int32_t*& owner) {
-  ProductLists lists;
-  lists.chunks = static_cast<Chunk*>(lease.take(size_t(s.chunks) * sizeof(Chunk)));
-  owner = static_cast<int32_t*>(lease.take(size_t(s.chunks) * 8));
-  lists.segments = static_cast<int32_t*>(lease.take(size_t(s.chunks) * size_t(s.segments + 1) * 4));
-  lists.words = static_cast<float*>(lease.take(size_t(s.words) * 4));
-  lists.count = s.chunks;
-  return lists;
-}
-
 struct Weights {
   const float* values;
   const int32_t *crow, *col, *perm;  // forward: crow, col; dgrad: t_crow, t_row, t_perm
 };
 
-// The list of one forward chunk: the stored blocks of a block row, tap by tap, channel by channel.
-void fill_forward(const ConvGeometry& g, const Blocks& b, const Product& p, const ProductPlan& plan,
-                  const Weights& w, int64_t block_row, int64_t r0, int log_r, float* words,
-                  int32_t* segments) {
-  const int64_t r = int64_t(1) << log_r;
-  const int64_t group = block_row / b.row_blocks;
+// The stored blocks of one block row, tap by tap, channel by channel.
+void walk_forward(const ConvGeometry& g, const Blocks& b, const Weights& w, ChunkOwner owner,
+                  ListVisitor& visitor) {
+  const int64_t group = owner.block / b.row_blocks;
   // Columns are sorted: taps are met in order, and no division per non-zero is needed (it would
   // cost more than the products of a small batch).
-  int64_t tap_end = 0, next = 0, kx = -1, s = -1, base = 0;
-  int32_t n = 0;
-  for (int64_t e = w.crow[block_row]; e < w.crow[block_row + 1]; ++e) {
-    while (w.col[e] >= next) {
-      tap_end = next;
-      next += b.col_blocks;
-      if (++kx == g.kw || s < 0) {
-        kx = 0;
-        segments[++s] = n;
+  int64_t tap_start = 0, tap_end = 0, ky = 0, kx = -1;
+  for (int64_t e = w.crow[owner.block]; e < w.crow[owner.block + 1]; ++e) {
+    if (w.col[e] >= tap_end) {
+      while (w.col[e] >= tap_end) {
+        tap_start = tap_end;
+        tap_end += b.col_blocks;
+        if (++kx == g.kw) {
+          kx = 0;
+          ++ky;
+        }
       }
-      base = tile_offset(p, plan, group * b.seg_cols, s, kx * g.dil_w - g.pad_left);
+      visitor.tap(ky, kx * g.dil_w - g.pad_left, group);
     }
-    const int64_t c0 = (w.col[e] - tap_end) * b.bw;
+    const int64_t c0 = (w.col[e] - tap_start) * b.bw;
     const int64_t width = imin(b.bw, b.seg_cols - c0);
-    const float* block = w.values + (e * b.bh + r0) * b.bw;
-    for (int64_t c = 0; c < width; ++c, ++n)
-      put_entry(words + n * (1 + r), base + (c0 + c) * plan.tile.pitch, block + c, b.bw, r);
+    const int64_t block = (e * b.bh + owner.row) * b.bw;
+    for (int64_t c = 0; c < width; ++c) visitor.entry(c0 + c, block + c);
   }
-  while (s < p.segments) segments[++s] = n;
 }
 
 // One phase of dgrad: the taps that connect input pixels (y0 + i*stride_h, x0 + j*stride_w) to
@@ -182,72 +114,77 @@ int64_t count_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, cons
   return n * b.bh;
 }
 
-// The list of one dgrad chunk: block column j of every tap of the phase. Taps run backwards, so
-// that dy grows.
-void fill_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Product& p,
-                const ProductPlan& plan, const Weights& w, int64_t owner, int64_t c0, int log_r,
-                float* words, int32_t* segments) {
-  const int64_t r = int64_t(1) << log_r;
-  const int64_t group = owner / b.col_blocks, j = owner % b.col_blocks;
-  int32_t n = 0;
-  segments[0] = 0;
+// Block column j of every tap of the phase. Taps run backwards, so that dy grows.
+void walk_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Weights& w,
+                ChunkOwner owner, ListVisitor& visitor) {
+  const int64_t group = owner.block / b.col_blocks, j = owner.block % b.col_blocks;
   for (int64_t s = 0; s < f.count_y; ++s) {
     const int64_t ky = f.ky[0] + (f.count_y - 1 - s) * f.ky[1];
     for (int64_t t = f.count_x - 1; t >= 0; --t) {
       const int64_t kx = f.kx[0] + t * f.kx[1];
-      const int64_t dx = (f.x0 + g.pad_left - kx * g.dil_w) / g.stride_w;
       int32_t lo, hi;
       column_range(g, b, w, (ky * g.kw + kx) * b.col_blocks + j, group, lo, hi);
+      if (lo == hi) continue;
+      visitor.tap(s, (f.x0 + g.pad_left - kx * g.dil_w) / g.stride_w, group);
       for (int32_t e = lo; e < hi; ++e) {
         const int64_t i = w.col[e] - group * b.row_blocks;
         const int64_t height = imin(b.bh, b.seg_rows - i * b.bh);
-        const int64_t offset = tile_offset(p, plan, group * b.seg_rows + i * b.bh, s, dx);
-        const float* block = w.values + int64_t(w.perm[e]) * b.bh * b.bw + c0;
-        for (int64_t h = 0; h < height; ++h, ++n)
-          put_entry(words + n * (1 + r), offset + h * plan.tile.pitch, block + h * b.bw, 1, r);
+        const int64_t block = int64_t(w.perm[e]) * b.bh * b.bw + owner.row;
+        for (int64_t h = 0; h < height; ++h) visitor.entry(i * b.bh + h, block + h * b.bw);
       }
     }
-    segments[s + 1] = n;
   }
-  for (int64_t s = f.count_y; s < p.segments; ++s) segments[s + 1] = n;
 }
 
-void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, Product p, const Weights& w,
-               int threads) {
-  const ProductPlan plan = plan_product(p, g, b.bw);
-  auto entries = [&](int64_t group, int64_t j) { return count_dgrad(g, b, f, w, group, j); };
-  ListScratch need;
-  need.chunks = count_chunks(g.groups, b.col_blocks, b.seg_cols, b.bw, plan.max_log_r);
-  need.words = make_chunks(nullptr, nullptr, g.groups, b.col_blocks, b.seg_cols, b.bw,
-                           plan.max_log_r, entries);
-  need.segments = p.segments;
-  ScratchLease lease(need.bytes() + product_scratch(p, plan, threads));
-  int32_t* owner;
-  const ProductLists lists = take_lists(lease, need, owner);
-  make_chunks(lists.chunks, owner, g.groups, b.col_blocks, b.seg_cols, b.bw, plan.max_log_r,
-              entries);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t k = 0; k < lists.count; ++k)
-    fill_dgrad(g, b, f, p, plan, w, owner[2 * k], owner[2 * k + 1], lists.chunks[k].log_r,
-               lists.words + lists.chunks[k].words, lists.segments + k * (p.segments + 1));
-  run_product(p, plan, lists, lease, threads);
+// `kernel`: 0 forward, else 1 + the phase of dgrad.
+ListKey key_of(const ConvGeometry& g, const Blocks& b, int64_t kernel) {
+  ListKey key;
+  static_assert(sizeof(g) + 4 * 8 <= sizeof(key.fields), "ListKey must hold a geometry");
+  std::memcpy(key.fields, &g, sizeof(g));
+  int64_t* rest = key.fields + sizeof(g) / 8;
+  rest[0] = b.bh;
+  rest[1] = b.bw;
+  rest[2] = kernel;
+  rest[3] = kLanes;  // what tells the instruction sets' plans apart
+  return key;
+}
+
+// Whether lists of this key, and therefore checked indices, are in the cache.
+bool is_known(ListCache* cache, const ListKey& key) {
+  if (!cache) return false;
+  const ListLock lock(*cache);
+  return cache->find(key) != nullptr;
+}
+
+void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, const Product& p,
+               const Weights& w, ListCache* cache, int threads) {
+  const RowBlocks rows{g.groups, b.col_blocks, b.seg_cols, b.bw};
+  run_with_lists(
+      p, rows, g, w.values, 1, cache, key_of(g, b, 1 + f.y0 * g.stride_w + f.x0), threads,
+      [&](int64_t block) {
+        return count_dgrad(g, b, f, w, block / b.col_blocks, block % b.col_blocks);
+      },
+      [&](ChunkOwner owner, ListVisitor& visitor) { walk_dgrad(g, b, f, w, owner, visitor); });
 }
 
 }  // namespace
 
 void conv2d(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
             const int32_t* col, const ConvGeometry& g, int64_t bh, int64_t bw, int64_t capacity,
-            bool relu, int threads) {
+            bool relu, ListCache* cache, int threads) {
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_rows = g.groups * b.row_blocks;
-  check_pattern(
-      {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * b.col_blocks},
-      capacity, threads);
+  if (!is_known(cache, key_of(g, b, 0))) {
+    check_pattern(
+        {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * b.col_blocks},
+        capacity, threads);
+  }
   if (g.batch * g.out_h * g.out_w * g.out_channels <= 0) return;
   const Weights w{values, crow, col, nullptr};
   Product p{};
   p.src = {x, g.in_h, g.in_w, g.batch};
   p.src_channels = g.in_channels;
+  p.seg_channels = b.seg_cols;
   p.rows = g.out_channels;
   p.dst = y;
   p.dst_height = p.out_h = g.out_h;
@@ -264,34 +201,22 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
   p.relu = relu;
   p.per_channel =
       double(crow[block_rows]) * double(bh * bw) / double(imax<int64_t>(1, g.in_channels));
-  const ProductPlan plan = plan_product(p, g, bh);
-  auto entries = [&](int64_t group, int64_t i) {
-    const int64_t row = group * b.row_blocks + i;
-    return int64_t(crow[row + 1] - crow[row]) * bw;
-  };
-  ListScratch need;
-  need.chunks = count_chunks(g.groups, b.row_blocks, b.seg_rows, bh, plan.max_log_r);
-  need.words = make_chunks(nullptr, nullptr, g.groups, b.row_blocks, b.seg_rows, bh, plan.max_log_r,
-                           entries);
-  need.segments = g.kh;
-  ScratchLease lease(need.bytes() + product_scratch(p, plan, threads));
-  int32_t* owner;
-  const ProductLists lists = take_lists(lease, need, owner);
-  make_chunks(lists.chunks, owner, g.groups, b.row_blocks, b.seg_rows, bh, plan.max_log_r, entries);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t k = 0; k < lists.count; ++k)
-    fill_forward(g, b, p, plan, w, owner[2 * k], owner[2 * k + 1], lists.chunks[k].log_r,
-                 lists.words + lists.chunks[k].words, lists.segments + k * (g.kh + 1));
-  run_product(p, plan, lists, lease, threads);
+  const RowBlocks rows{g.groups, b.row_blocks, b.seg_rows, bh};
+  run_with_lists(
+      p, rows, g, values, bw, cache, key_of(g, b, 0), threads,
+      [&](int64_t block) { return int64_t(crow[block + 1] - crow[block]) * bw; },
+      [&](ChunkOwner owner, ListVisitor& visitor) { walk_forward(g, b, w, owner, visitor); });
 }
 
 void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
                   const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& g, int64_t bh,
-                  int64_t bw, int64_t capacity, int threads) {
+                  int64_t bw, int64_t capacity, ListCache* cache, int threads) {
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_cols = g.kh * g.kw * b.col_blocks;
-  check_pattern({"t_crow", "t_row", t_crow, t_row, t_perm, block_cols, g.groups * b.row_blocks},
-                capacity, threads);
+  if (!is_known(cache, key_of(g, b, 1))) {
+    check_pattern({"t_crow", "t_row", t_crow, t_row, t_perm, block_cols, g.groups * b.row_blocks},
+                  capacity, threads);
+  }
   if (g.batch * g.in_h * g.in_w * g.in_channels <= 0) return;
   const double per_channel =
       double(t_crow[block_cols]) * double(bh * bw) / double(imax<int64_t>(1, g.out_channels));
@@ -306,6 +231,7 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
       Product p{};
       p.src = {grad, g.out_h, g.out_w, g.batch};
       p.src_channels = g.out_channels;
+      p.seg_channels = b.seg_rows;
       p.rows = g.in_channels;
       p.dst = dx;
       p.dst_height = g.in_h;
@@ -331,7 +257,7 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
             (x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
         p.dx_last = (x0 + g.pad_left - f.kx[0] * g.dil_w) / g.stride_w;
       }
-      run_phase(g, b, f, p, w, threads);
+      run_phase(g, b, f, p, w, cache, threads);
     }
   }
 }

@@ -9,10 +9,10 @@ namespace SK_ISA {
 
 void conv2d(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
             const int32_t* col, const ConvGeometry& geometry, int64_t bh, int64_t bw,
-            int64_t capacity, bool relu, int threads);
+            int64_t capacity, bool relu, ListCache* cache, int threads);
 void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
                   const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& geometry,
-                  int64_t bh, int64_t bw, int64_t capacity, int threads);
+                  int64_t bh, int64_t bw, int64_t capacity, ListCache* cache, int threads);
 void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32_t* crow,
                   const int32_t* col, const ConvGeometry& geometry, int64_t bh, int64_t bw,
                   int64_t capacity, int threads);

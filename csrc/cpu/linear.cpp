@@ -12,16 +12,17 @@ ConvGeometry one_pixel(int64_t rows, int64_t cols, int64_t batch) {
 
 void linear(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
             const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
-            int64_t capacity, int64_t batch, bool relu, int threads) {
-  conv2d(y, x, values, bias, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity, relu,
+            int64_t capacity, int64_t batch, bool relu, ListCache* cache, int threads) {
+  conv2d(y, x, values, bias, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity, relu, cache,
          threads);
 }
 
 void linear_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
                   const int32_t* t_row, const int32_t* t_perm, int64_t rows, int64_t cols,
-                  int64_t bh, int64_t bw, int64_t capacity, int64_t batch, int threads) {
+                  int64_t bh, int64_t bw, int64_t capacity, int64_t batch, ListCache* cache,
+                  int threads) {
   conv2d_dgrad(dx, grad, values, t_crow, t_row, t_perm, one_pixel(rows, cols, batch), bh, bw,
-               capacity, threads);
+               capacity, cache, threads);
 }
 
 void linear_wgrad(float* dvalues, const float* grad, const float* x, const int32_t* crow,

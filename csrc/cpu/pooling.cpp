@@ -4,15 +4,16 @@
 #include <cstdint>
 
 #include "kernels_dense.h"
+#include "stream.h"
 
 namespace sk {
 namespace SK_ISA {
 namespace {
 
-constexpr int kLanes = 64;  // batch elements whose running maximum is kept at once
+constexpr int kWindowLanes = 64;  // batch elements whose running maximum is kept at once
 
-inline int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+SK_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+SK_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Taps [begin, end) of one axis that fall inside the image.
 struct TapRange {
@@ -29,11 +30,11 @@ inline TapRange TapsInside(int64_t start, int64_t taps, int64_t dilation, int64_
 // One window for `lanes` batch elements: x points at the image of the channel, offset by the batch.
 void MaxWindow(float* y, uint8_t* argmax, const float* x, const PoolDims& d, int64_t start_y,
                int64_t start_x, TapRange rows, TapRange cols, int lanes) {
-  float best[kLanes];
-  int32_t tap_of[kLanes];
+  float best[kWindowLanes];
+  int32_t tap_of[kWindowLanes];
   const bool empty = rows.begin >= rows.end || cols.begin >= cols.end;
   const int32_t first = empty ? kNoTap : static_cast<int32_t>(rows.begin * d.kw + cols.begin);
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < kWindowLanes; ++lane) {
     best[lane] = -__builtin_inff();
     tap_of[lane] = first;
   }
@@ -56,8 +57,49 @@ void MaxWindow(float* y, uint8_t* argmax, const float* x, const PoolDims& d, int
   for (int lane = 0; lane < lanes; ++lane) argmax[lane] = static_cast<uint8_t>(tap_of[lane]);
 }
 
+// A window of 2 x 2 pixels without padding, all lanes: one straight line for the compiler.
+void MaxWindow2x2(float* y, uint8_t* argmax, const float* upper, const float* lower, int64_t step,
+                  int64_t lanes) {
+#pragma omp simd
+  for (int64_t n = 0; n < lanes; ++n) {
+    const float right = upper[n + step], below = lower[n], last = lower[n + step];
+    float best = upper[n];
+    int32_t tap = 0;
+    // As in MaxWindow: a NaN always wins, and a NaN best is beaten by nothing else.
+    const bool second = (right > best) | (right != right);
+    best = second ? right : best;
+    tap = second ? 1 : tap;
+    const bool third = (below > best) | (below != below);
+    best = third ? below : best;
+    tap = third ? 2 : tap;
+    const bool fourth = (last > best) | (last != last);
+    best = fourth ? last : best;
+    tap = fourth ? 3 : tap;
+    y[n] = best;
+    argmax[n] = static_cast<uint8_t>(tap);
+  }
+}
+
+// Windows that lie inside the image, none of whose pixels another one has.
+bool Disjoint(const PoolDims& d) {
+  return d.sh >= d.kh && d.sw >= d.kw && d.ph == 0 && d.pw == 0 && d.dh == 1 && d.dw == 1 &&
+         (d.out_h - 1) * d.sh + d.kh <= d.in_h && (d.out_w - 1) * d.sw + d.kw <= d.in_w;
+}
+
+void MaxRow2x2(const MaxPoolArgs& args, int64_t channel, int64_t oy) {
+  const PoolDims& d = args.dims;
+  const float* upper = args.x + (channel * d.in_h + oy * d.sh) * d.in_w * d.batch;
+  const float* lower = upper + d.in_w * d.batch;
+  const int64_t out = (channel * d.out_h + oy) * d.out_w * d.batch;
+  for (int64_t ox = 0; ox < d.out_w; ++ox) {
+    const int64_t at = ox * d.sw * d.batch, to = out + ox * d.batch;
+    MaxWindow2x2(args.y + to, args.argmax + to, upper + at, lower + at, d.batch, d.batch);
+  }
+}
+
 void MaxRow(const MaxPoolArgs& args, int64_t channel, int64_t oy) {
   const PoolDims& d = args.dims;
+  if (d.kh == 2 && d.kw == 2 && Disjoint(d)) return MaxRow2x2(args, channel, oy);
   const float* image = args.x + channel * d.in_h * d.in_w * d.batch;
   const int64_t start_y = oy * d.sh - d.ph;
   const TapRange rows = TapsInside(start_y, d.kh, d.dh, d.in_h);
@@ -65,9 +107,9 @@ void MaxRow(const MaxPoolArgs& args, int64_t channel, int64_t oy) {
     const int64_t start_x = ox * d.sw - d.pw;
     const TapRange cols = TapsInside(start_x, d.kw, d.dw, d.in_w);
     const int64_t out = ((channel * d.out_h + oy) * d.out_w + ox) * d.batch;
-    for (int64_t n = 0; n < d.batch; n += kLanes) {
+    for (int64_t n = 0; n < d.batch; n += kWindowLanes) {
       MaxWindow(args.y + out + n, args.argmax + out + n, image + n, d, start_y, start_x, rows, cols,
-                static_cast<int>(Min(kLanes, d.batch - n)));
+                static_cast<int>(Min(kWindowLanes, d.batch - n)));
     }
   }
 }
@@ -75,6 +117,46 @@ void MaxRow(const MaxPoolArgs& args, int64_t channel, int64_t oy) {
 inline void Zero(float* values, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) values[i] = 0.0f;
+}
+
+// dx [batch] = grad where the window's maximum was `tap`, else 0.
+template <bool kStream>
+void PlaceGradient(float* dx, const float* grad, const uint8_t* tap_of, int64_t tap,
+                   int64_t lanes) {
+  const float number = static_cast<float>(tap);
+  const Vec taps = vset1(&number);
+  int64_t n = 0;
+  for (; n + kLanes <= lanes; n += kLanes) {
+    Put<kStream>(dx + n, vkeep_equal(vload(grad + n), vload_bytes(tap_of + n), taps));
+  }
+  for (; n < lanes; ++n) dx[n] = tap_of[n] == tap ? grad[n] : 0.0f;
+}
+
+template <bool kStream>
+void PutZeros(float* values, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Put<kStream>(values + i, vzero());
+  for (; i < count; ++i) values[i] = 0.0f;
+}
+
+// Of disjoint windows: every pixel is written once, so nothing has to be cleared or read before.
+template <bool kStream>
+void DisjointBackwardChannel(const MaxPoolBackwardArgs& args, int64_t channel) {
+  const PoolDims& d = args.dims;
+  float* dx = args.dx + channel * d.in_h * d.in_w * d.batch;
+  for (int64_t y = 0; y < d.in_h; ++y) {
+    const int64_t oy = y / d.sh, ky = y % d.sh;
+    const bool row_inside = oy < d.out_h && ky < d.kh;
+    for (int64_t x = 0; x < d.in_w; ++x, dx += d.batch) {
+      const int64_t ox = x / d.sw, kx = x % d.sw;
+      if (!row_inside || ox >= d.out_w || kx >= d.kw) {
+        PutZeros<kStream>(dx, d.batch);
+        continue;
+      }
+      const int64_t out = ((channel * d.out_h + oy) * d.out_w + ox) * d.batch;
+      PlaceGradient<kStream>(dx, args.grad + out, args.argmax + out, ky * d.kw + kx, d.batch);
+    }
+  }
 }
 
 void MaxBackwardChannel(const MaxPoolBackwardArgs& args, int64_t channel) {
@@ -169,9 +251,14 @@ void max_pool2d(const MaxPoolArgs& args) {
 }
 
 void max_pool2d_backward(const MaxPoolBackwardArgs& args) {
+  const PoolDims& d = args.dims;
+  const bool stream = Streams(args.dx, d.channels * d.in_h * d.in_w, d.batch);
+  const auto disjoint = stream ? DisjointBackwardChannel<true> : DisjointBackwardChannel<false>;
+  const auto channel_kernel = Disjoint(d) ? disjoint : MaxBackwardChannel;
 #pragma omp parallel for schedule(static) num_threads(args.threads)
-  for (int64_t channel = 0; channel < args.dims.channels; ++channel) {
-    MaxBackwardChannel(args, channel);
+  for (int64_t channel = 0; channel < d.channels; ++channel) {
+    channel_kernel(args, channel);
+    vfence();
   }
 }
 

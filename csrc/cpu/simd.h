@@ -23,6 +23,14 @@
 
 #define SK_INLINE static inline __attribute__((always_inline))
 
+// Before a loop of a constant, small number of turns: unroll it completely, early enough that
+// arrays of accumulators become registers.
+#if defined(__clang__)
+#define SK_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SK_UNROLL _Pragma("GCC unroll 32")
+#endif
+
 namespace sk {
 namespace SK_ISA {
 
@@ -154,6 +162,70 @@ SK_INLINE int pow2_floor(int64_t a) {
   while (2 * (int64_t)p <= a) p *= 2;
   return p;
 }
+
+// Arithmetic and masks of norm and pooling. vkeep_* return `a` in the lanes where the condition
+// holds, else +0. vkeep_positive keeps a NaN condition too: torch's threshold_backward passes it.
+// vload_bytes widens kLanes unsigned bytes to floats.
+#if defined(SK_EMULATE_AVX512)
+
+SK_INLINE Vec vsub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+SK_INLINE __m256 vkeep_half(__m256 a, __m256 dropped) { return _mm256_andnot_ps(dropped, a); }
+SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
+  const __m256 zero = _mm256_setzero_ps();
+  return {vkeep_half(a.lo, _mm256_cmp_ps(condition.lo, zero, _CMP_LE_OQ)),
+          vkeep_half(a.hi, _mm256_cmp_ps(condition.hi, zero, _CMP_LE_OQ))};
+}
+SK_INLINE Vec vkeep_equal(Vec a, Vec left, Vec right) {
+  return {vkeep_half(a.lo, _mm256_cmp_ps(left.lo, right.lo, _CMP_NEQ_UQ)),
+          vkeep_half(a.hi, _mm256_cmp_ps(left.hi, right.hi, _CMP_NEQ_UQ))};
+}
+SK_INLINE Vec vload_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
+#elif defined(__AVX512F__)
+
+SK_INLINE Vec vsub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
+}
+SK_INLINE Vec vkeep_equal(Vec a, Vec left, Vec right) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(left, right, _CMP_EQ_OQ), a);
+}
+SK_INLINE Vec vload_bytes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+SK_INLINE Vec vsub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
+  return _mm256_andnot_ps(_mm256_cmp_ps(condition, _mm256_setzero_ps(), _CMP_LE_OQ), a);
+}
+SK_INLINE Vec vkeep_equal(Vec a, Vec left, Vec right) {
+  return _mm256_and_ps(_mm256_cmp_ps(left, right, _CMP_EQ_OQ), a);
+}
+SK_INLINE Vec vload_bytes(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+
+#else
+
+typedef int32_t IntVec __attribute__((vector_size(16)));
+SK_INLINE Vec vsub(Vec a, Vec b) { return a - b; }
+SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
+  return (Vec)((IntVec)a & ~(IntVec)(condition <= vzero()));
+}
+SK_INLINE Vec vkeep_equal(Vec a, Vec left, Vec right) {
+  return (Vec)((IntVec)a & (IntVec)(left == right));
+}
+SK_INLINE Vec vload_bytes(const uint8_t* p) {
+  return Vec{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
+}
+
+#endif
 
 }  // namespace SK_ISA
 }  // namespace sk

@@ -1,7 +1,5 @@
 #include "sparse_product.h"
 
-#include "pattern_check.h"
-
 namespace sk {
 namespace SK_ISA {
 namespace {
@@ -34,77 +32,213 @@ RowsKernel pick_p(int p, int v) {
   }
 }
 
-int log2_floor(int64_t a) {
-  int l = 0;
-  while ((int64_t(2) << l) <= a) ++l;
-  return l;
-}
-
-// Half of a 512 KB second-level cache: the other half is for the lists and the output on its way
-// out.
-constexpr int64_t kTileBytes = 288 * 1024;
 // Outputs larger than this do not survive in the caches until their reader comes: write them past
 // the caches.
 constexpr int64_t kStreamBytes = 12 << 20;
-// Beyond kTileBytes: costs relative to a multiply-add from the second-level cache, estimated.
-constexpr double kSpillCost = 1.5;  // at once, and up to 1 more over the next kSpillBytes
-constexpr double kPackCost = 2.0;   // packing one vector
-constexpr int64_t kSpillBytes = 1 << 20;
-constexpr int64_t kLargeTileBytes = 32 << 20;
-constexpr int kLogAccumulators = kAccumulators == 16 ? 4 : 3;
 
-// Output pixels that one kernel call keeps in registers.
-int pixels_at_once(int64_t width, int log_r, int log_v) {
-  return pow2_floor(
-      imin(width, imin<int64_t>(int64_t(1) << kMaxLog, kAccumulators >> (log_r + log_v))));
+size_t slab_scratch(const Product& p, const ProductPlan& plan) {
+  // Vectors never leave a channel's pitch, so the slab needs no slack.
+  return ScratchLease::padded(size_t(p.src_channels) * size_t(plan.slab.pitch) * 4);
+}
+size_t sums_scratch(const Product& p, const ProductPlan& plan) {
+  if (plan.bands() == 1) return 0;
+  return ScratchLease::padded(size_t(p.rows) * kAccumulators * kLanes * 4);
 }
 
-TileShape band_shape(const Product& p, int lanes, int64_t h, int64_t w) {
-  const int64_t rows = imin(p.src.height, (h - 1) * p.step_y + (p.segments - 1) * p.dy_step + 1);
-  const int64_t cols = (w - 1) * p.step_x + p.dx_last - p.dx_first + 1;
-  return tile_shape(lanes, imax<int64_t>(rows, 1), cols);
+// Output rows [i0, i0 + rows) of a strip [j0, j0 + cols) and the image rows [y0, y1) they read.
+struct Slab {
+  int64_t n0, j0, cols, i0, rows, y0, y1;
+};
+
+void locate_rows(const Product& p, Slab& t, int64_t i0, int64_t rows) {
+  t.i0 = i0;
+  t.rows = rows;
+  const int64_t top = i0 * p.step_y + p.dy_first;
+  const int64_t bottom = top + (rows - 1) * p.step_y + (p.segments - 1) * p.dy_step;
+  t.y0 = imin(imax<int64_t>(top, 0), p.src.height);
+  t.y1 = imax(t.y0, imin(bottom + 1, p.src.height));
 }
 
-// A double: shapes that no memory holds are planned, too, before they are refused.
-double tile_bytes(const Product& p, int lanes, int64_t h, int64_t w) {
-  return double(p.src_channels) * double(band_shape(p, lanes, h, w).pitch) * 4;
+// Whether some output row reads image row y: with a vertical step beyond the taps, some do not.
+bool row_is_read(const Product& p, int64_t y) {
+  if (p.step_y == 1) return true;
+  for (int64_t s = 0; s < p.segments; ++s)
+    if ((y - p.dy_first - s * p.dy_step) % p.step_y == 0) return true;
+  return false;
 }
 
-// Most bytes that a band may take whose cost says so: where a row of few pixels is beyond the
-// second-level cache anyway (deep layers, large dilations), packing the same window for every few
-// pixels may cost far more than missing it.
-double most_bytes(double least) {
-  return imax(double(kTileBytes), imin(8 * least, imax(double(kLargeTileBytes), 2 * least)));
-}
-
-// Multiply-adds and packing per output pixel and source channel, in multiply-adds.
-double band_cost(const Product& p, int lanes, int64_t h, int64_t w) {
-  const double over = tile_bytes(p, lanes, h, w) - double(kTileBytes);
-  const double spill = over <= 0 ? 1.0 : kSpillCost + imin(1.0, over / double(kSpillBytes));
-  const TileShape s = band_shape(p, lanes, h, w);
-  return spill * p.per_channel + kPackCost * double(s.height * s.width) / double(h * w);
-}
-
-// The band of the least cost; at least one row of `min_w` pixels.
-void choose_band(const Product& p, int lanes, int64_t min_w, int64_t& band_h, int64_t& band_w) {
-  band_h = 1;
-  band_w = min_w;
-  double best = 1e300;
-  // What fits the cache, and what may be worth missing it.
-  const double limits[] = {double(kTileBytes), most_bytes(tile_bytes(p, lanes, 1, min_w))};
-  for (int64_t w = min_w; w <= p.out_w; w = w == p.out_w ? w + 1 : imin(p.out_w, 2 * w)) {
-    for (const double limit : limits) {
-      int64_t h = 1;
-      while (h < p.out_h && tile_bytes(p, lanes, h + 1, w) <= limit) ++h;
-      if (tile_bytes(p, lanes, h, w) > limit && w > min_w) continue;
-      h = ceil_div(p.out_h, ceil_div(p.out_h, h));  // bands of equal height
-      const double cost = band_cost(p, lanes, h, w);
-      if (cost < best) {
-        best = cost;
-        band_h = h;
-        band_w = w;
-      }
+// Brings the slab from image rows [y0, old.y1) to [t.y0, t.y1); `old.y1` <= t.y0 packs all of it.
+void fill_slab(const Product& p, const ProductPlan& plan, const Slab& old, const Slab& t,
+               float* tile) {
+  const SlabShape& s = plan.slab;
+  const int64_t kept = imax<int64_t>(0, old.y1 - t.y0);
+  const int64_t shift = t.y0 - old.y0;
+  const int64_t valid = imin<int64_t>(s.lanes, p.src.batch - t.n0);
+  const int64_t x0 = t.j0 * p.step_x + p.dx_first;
+  const float* source = p.src.data + t.n0;
+  for (int64_t c = 0; c < p.src_channels; ++c) {
+    float* channel = tile + c * s.pitch;
+    if (kept > 0 && shift > 0)
+      std::memmove(channel, channel + shift * s.row_pitch, size_t(kept * s.row_pitch) * 4);
+    for (int64_t y = t.y0 + kept; y < t.y1; ++y) {
+      if (!row_is_read(p, y)) continue;
+      const float* row = source + (c * p.src.height + y) * p.src.width * p.src.batch;
+      pack_row(channel + (y - t.y0) * s.row_pitch, s, row, p.src.width, p.src.batch, x0, valid);
     }
+  }
+}
+
+// Fetches what the next slab will pack into the second-level cache while this one computes: the
+// packing otherwise waits for memory, one short piece of a line after the other.
+class Ahead {
+ public:
+  Ahead() = default;
+  // Image rows [y0, y1) of the slab's columns and lanes; all of it over `turns` calls of fetch().
+  Ahead(const Product& p, const ProductPlan& plan, const Slab& t, int64_t y0, int64_t turns) {
+    const int64_t x0 = imax<int64_t>(0, t.j0 * p.step_x + p.dx_first);
+    const int64_t x1 = imin(p.src.width, (t.j0 + t.cols - 1) * p.step_x + p.dx_last + 1);
+    if (y0 >= t.y1 || x0 >= x1) return;
+    at_ = p.src.data + (y0 * p.src.width + x0) * p.src.batch + t.n0;
+    pixel_ = p.src.batch;
+    pixels_ = x1 - x0;
+    row_ = p.src.width * p.src.batch;
+    rows_ = t.y1 - y0;
+    channel_ = p.src.height * row_;
+    channels_ = p.src_channels;
+    floats_ = imin<int64_t>(plan.slab.lanes, p.src.batch - t.n0);
+    per_turn_ = ceil_div(channels_ * rows_ * pixels_, imax<int64_t>(1, turns));
+  }
+
+  void fetch() {
+    for (int64_t n = imin(per_turn_, channels_ > c_ ? per_turn_ : 0); n > 0; --n) {
+      const float* line = at_ + c_ * channel_ + y_ * row_ + x_ * pixel_;
+      for (int64_t f = 0; f < floats_; f += 16) __builtin_prefetch(line + f, 0, 2);
+      if (++x_ < pixels_) continue;
+      x_ = 0;
+      if (++y_ < rows_) continue;
+      y_ = 0;
+      if (++c_ == channels_) return;
+    }
+  }
+
+ private:
+  const float* at_ = nullptr;
+  int64_t pixel_ = 0, pixels_ = 0, row_ = 0, rows_ = 0, channel_ = 0, channels_ = 0, floats_ = 0;
+  int64_t per_turn_ = 0, x_ = 0, y_ = 0, c_ = 0;
+};
+
+// Chunks that run between two turns of prefetching.
+constexpr int64_t kTurn = 16;
+
+// One pixel block through all bands that its row of the image can reach.
+void run_bands(const Product& p, const ProductPlan& plan, const ProductLists& lists, RowsKernel run,
+               RowsCall& c, Ahead& ahead, int64_t top, int64_t begin, int64_t end) {
+  const int64_t lo =
+      imin(p.segments, imax<int64_t>(0, ceil_div(imax<int64_t>(0, -top), p.dy_step)));
+  const int64_t below = p.src.height - 1 - top;  // highest dy - dy_first inside the image
+  const int64_t hi = imax(lo, imin(p.segments, floor_div(below, p.dy_step) + 1));
+  const int64_t first = lo / plan.band_segs;
+  const int64_t last = lo == hi ? first : (hi - 1) / plan.band_segs;
+  c.first = true;
+  for (int64_t by = first; by <= last; ++by) {
+    const int64_t seg0 = by * plan.band_segs;
+    c.seg_lo = imin(plan.band_segs, imax(lo - seg0, int64_t(0)));
+    c.seg_hi = imax(c.seg_lo, imin(plan.band_segs, hi - seg0));
+    for (int64_t bc = 0; bc < plan.channel_bands; ++bc) {
+      const int64_t band = by * plan.channel_bands + bc;
+      c.starts = lists.starts + band * lists.count * plan.band_segs;
+      c.last = by == last && bc + 1 == plan.channel_bands;
+      for (int64_t k = begin; k < end; k += kTurn) {
+        run(c, lists.chunks, k, imin(end, k + kTurn));
+        ahead.fetch();
+      }
+      c.first = false;
+    }
+  }
+}
+
+// Chunks [begin, end), all of one height, over every pixel of the slab. The last block of a row
+// overlaps the one before it.
+void run_chunks(const Product& p, const ProductPlan& plan, const ProductLists& lists, const Slab& t,
+                const float* tile, RowsCall& c, Ahead& ahead, int64_t begin, int64_t end) {
+  const int log_r = lists.chunks[begin].log_r;
+  const int64_t width = pixels_at_once(t.cols, log_r, plan.log_v);
+  int log_p = 0;
+  while ((int64_t(1) << log_p) < width) ++log_p;
+  const RowsKernel run = rows_kernel_for(log_r, log_p, plan.log_v);
+  for (int64_t i = t.i0; i < t.i0 + t.rows; ++i) {
+    const int64_t top = i * p.step_y + p.dy_first;
+    for (int64_t j = 0; j < t.cols; j += width) {
+      const int64_t at = imin(j, t.cols - width);
+      c.x = tile + (top - t.y0) * plan.slab.row_pitch + at * plan.slab.lanes;
+      const int64_t pixel =
+          (p.first_y + i * p.every_y) * p.dst_width + p.first_x + (t.j0 + at) * p.every_x;
+      c.out = p.dst + pixel * p.src.batch + t.n0;
+      run_bands(p, plan, lists, run, c, ahead, top, begin, end);
+    }
+  }
+}
+
+// Work items: (lane group, strip, range of slabs, range of chunks).
+struct Items {
+  int64_t slabs, parts, splits;
+  int64_t count(const ProductPlan& plan) const {
+    return plan.lane_groups * plan.strips * parts * splits;
+  }
+};
+
+Items cut(const Product& p, const ProductPlan& plan, const ProductLists& lists, int threads) {
+  Items items;
+  items.slabs = ceil_div(p.out_h, plan.rows_h);
+  const int64_t columns = plan.lane_groups * plan.strips;
+  items.parts = imin(items.slabs, ceil_div(4 * threads, columns));
+  if (threads == 1) items.parts = 1;
+  // Too few slabs for the threads: cut the rows too, at the price of packing more than once.
+  const int64_t tiles = columns * items.parts;
+  items.splits = 1;
+  while (items.splits < lists.count && tiles * items.splits < 4 * threads &&
+         (tiles * items.splits) % threads != 0)
+    ++items.splits;
+  return items;
+}
+
+void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lists,
+              const Items& items, int64_t index, float* tile, RowsCall& c, bool stream) {
+  const int64_t split = index % items.splits;
+  index /= items.splits;
+  const int64_t group = index % plan.lane_groups;
+  index /= plan.lane_groups;
+  const int64_t strip = index % plan.strips, part = index / plan.strips;
+  Slab t{}, old{};
+  t.n0 = group * plan.slab.lanes;
+  t.j0 = plan.strip_begin(p, strip);
+  t.cols = plan.strip_begin(p, strip + 1) - t.j0;
+  c.valid = imin<int64_t>(plan.slab.lanes, p.src.batch - t.n0);
+  c.stream = stream && c.valid == plan.slab.lanes;
+  const int64_t first = lists.count * split / items.splits;
+  const int64_t last = lists.count * (split + 1) / items.splits;
+  const int64_t end_slab = items.slabs * (part + 1) / items.parts;
+  for (int64_t slab = items.slabs * part / items.parts; slab < end_slab; ++slab) {
+    const int64_t i0 = slab * plan.rows_h;
+    locate_rows(p, t, i0, imin(plan.rows_h, p.out_h - i0));
+    fill_slab(p, plan, old, t, tile);
+    Ahead ahead;
+    if (slab + 1 < end_slab) {
+      Slab next = t;
+      locate_rows(p, next, i0 + plan.rows_h, imin(plan.rows_h, p.out_h - i0 - plan.rows_h));
+      const int64_t blocks = t.rows * ceil_div(t.cols, pixels_at_once(t.cols, 0, plan.log_v));
+      ahead = Ahead(p, plan, next, imax(t.y1, next.y0),
+                    blocks * plan.bands() * ceil_div(last - first, kTurn));
+    }
+    // Runs of chunks of one height: a single run where the block height is a power of two and
+    // divides the rows.
+    for (int64_t k = first; k < last;) {
+      int64_t end = k + 1;
+      while (end < last && lists.chunks[end].log_r == lists.chunks[k].log_r) ++end;
+      run_chunks(p, plan, lists, t, tile, c, ahead, k, end);
+      k = end;
+    }
+    old = t;
   }
 }
 
@@ -123,150 +257,15 @@ RowsKernel rows_kernel_for(int log_r, int log_p, int log_v) {
   }
 }
 
-ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_rows_at_once) {
-  check_tile(tile_bytes(p, kLanes, 1, 1) / 4, g);  // what no candidate can go below
-  ProductPlan plan;
-  // Full cache lines per pixel where the batch has them: half lines are poor to stream and to pack.
-  const int line_log = kLanes == 4 ? 2 : (kLanes == 8 ? 1 : 0);
-  int log_v = imin(line_log, log2_floor(ceil_div(p.src.batch, kLanes)));
-  if (log_v < line_log && (kLanes << log_v) < p.src.batch) ++log_v;
-  plan.max_log_r = imin(imin(kMaxLog, log2_floor(block_rows_at_once)), kLogAccumulators - log_v);
-  // Narrow images cannot fill the registers with pixels; take more of the batch, as long as the
-  // tile stays in cache.
-  while (log_v < kMaxLog && plan.max_log_r + log_v + 1 <= kLogAccumulators &&
-         (p.out_w << (log_v + plan.max_log_r)) < kAccumulators &&
-         (int64_t(kLanes) << log_v) < p.src.batch &&
-         tile_bytes(p, kLanes << (log_v + 1), 1, p.out_w) <= kTileBytes)
-    ++log_v;
-  plan.log_v = log_v;
-  const int lanes = kLanes << log_v;
-  const int64_t min_w = pixels_at_once(p.out_w, 0, log_v);
-  choose_band(p, lanes, min_w, plan.band_h, plan.band_w);
-  plan.tile = band_shape(p, lanes, plan.band_h, plan.band_w);
-  // Offsets reach below a tile that the image's edge cut short.
-  check_tile(double(p.src_channels) * double(plan.tile.pitch) +
-                 double((p.segments - 1) * p.dy_step) * double(plan.tile.row_pitch),
-             g);
-  plan.lane_groups = ceil_div(p.src.batch, lanes);
-  plan.bands_y = ceil_div(p.out_h, plan.band_h);
-  plan.bands_x = ceil_div(p.out_w, plan.band_w);
-  return plan;
-}
-
-namespace {
-
-size_t tile_scratch(const Product& p, const ProductPlan& plan) {
-  // 64 bytes of slack: a tile's base is 64-byte aligned, and vectors never leave a channel's pitch.
-  return ScratchLease::padded(size_t(p.src_channels) * size_t(plan.tile.pitch) * 4);
-}
-size_t block_scratch(const ProductPlan& plan) {
-  return ScratchLease::padded(size_t(plan.band_h * plan.band_w) * sizeof(PixelBlock));
-}
-
-// Where the tile of one work item lies.
-struct Item {
-  int64_t n0, i0, rows, j0, cols, y0, y1;
-};
-
-Item locate(const Product& p, const ProductPlan& plan, int64_t group, int64_t band_y,
-            int64_t band_x) {
-  Item t;
-  t.n0 = group * plan.tile.lanes;
-  t.i0 = band_y * plan.band_h;
-  t.rows = imin(plan.band_h, p.out_h - t.i0);
-  // The last band is as wide as the others and overlaps its neighbour: every pixel is computed by a
-  // kernel of the same shape, so that its sum does not depend on how the image was cut.
-  t.j0 = imin(band_x * plan.band_w, p.out_w - plan.band_w);
-  t.cols = plan.band_w;
-  const int64_t top = t.i0 * p.step_y + p.dy_first;
-  const int64_t bottom = (t.i0 + t.rows - 1) * p.step_y + p.dy_first + (p.segments - 1) * p.dy_step;
-  t.y0 = imin(imax<int64_t>(top, 0), p.src.height);
-  t.y1 = imax(t.y0, imin(bottom + 1, p.src.height));
-  return t;
-}
-
-// Blocks of `width` pixels that cover the item; the last of a row overlaps the one before it.
-int64_t list_blocks(const Product& p, const ProductPlan& plan, const Item& t, int64_t width,
-                    PixelBlock* blocks) {
-  int64_t n = 0;
-  for (int64_t i = t.i0; i < t.i0 + t.rows; ++i) {
-    const int64_t top = i * p.step_y + p.dy_first;
-    const int64_t lo =
-        imin(p.segments, imax<int64_t>(0, ceil_div(imax<int64_t>(0, -top), p.dy_step)));
-    const int64_t below = p.src.height - 1 - top;  // highest dy - dy_first inside the image
-    const int64_t hi = imax(lo, imin(p.segments, floor_div(below, p.dy_step) + 1));
-    for (int64_t j = 0; j < t.cols; j += width) {
-      const int64_t at = imin(j, t.cols - width);
-      PixelBlock& b = blocks[n++];
-      b.tile = (top - t.y0) * plan.tile.row_pitch + at * p.step_x * plan.tile.lanes;
-      b.out = ((p.first_y + i * p.every_y) * p.dst_width + p.first_x + (t.j0 + at) * p.every_x) *
-                  p.src.batch +
-              t.n0;
-      b.seg_lo = int32_t(lo);
-      b.seg_hi = int32_t(hi);
-    }
-  }
-  return n;
-}
-
-void run_tile(const Product& p, const ProductPlan& plan, const ProductLists& lists, const Item& t,
-              int64_t split, int64_t splits, float* tile, PixelBlock* blocks, bool stream) {
-  pack_tile(tile, plan.tile, p.src, 0, p.src_channels, t.y0, t.y1 - t.y0,
-            t.j0 * p.step_x + p.dx_first, t.n0);
-  RowsContext c;
-  c.tile = tile;
-  c.pixel_step = p.step_x * plan.tile.lanes;
-  c.words = lists.words;
-  c.segments = lists.segments;
-  c.seg_stride = p.segments + 1;
-  c.out = p.dst;
-  c.row_stride = p.dst_height * p.dst_width * p.src.batch;
-  c.out_step = p.every_x * p.src.batch;
-  c.bias = p.bias;
-  c.relu = p.relu;
-  c.valid = imin<int64_t>(plan.tile.lanes, p.src.batch - t.n0);
-  c.stream = stream && c.valid == plan.tile.lanes;
-  const int64_t first = lists.count * split / splits;
-  const int64_t last = lists.count * (split + 1) / splits;
-  // Runs of chunks of one height: a single run where the block height is a power of two and divides
-  // the rows.
-  for (int64_t k = first; k < last;) {
-    int64_t end = k + 1;
-    while (end < last && lists.chunks[end].log_r == lists.chunks[k].log_r) ++end;
-    const int log_r = lists.chunks[k].log_r;
-    const int64_t width = pixels_at_once(t.cols, log_r, plan.log_v);
-    const int64_t n = list_blocks(p, plan, t, width, blocks);
-    const RowsKernel kernel = rows_kernel_for(log_r, log2_floor(width), plan.log_v);
-    kernel(c, lists.chunks, k, end, blocks, 0, n);
-    k = end;
-  }
-}
-
-void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lists, int64_t index,
-              int64_t split, int64_t splits, float* tile, PixelBlock* blocks, bool stream) {
-  const int64_t group = index % plan.lane_groups, band = index / plan.lane_groups;
-  const int64_t y = band / plan.items_x(p), x = band % plan.items_x(p);
-  run_tile(p, plan, lists, locate(p, plan, group, y, x), split, splits, tile, blocks, stream);
-  // The overlap is written twice, by one thread: two would race.
-  if (x + 2 == plan.bands_x && plan.overlaps(p))
-    run_tile(p, plan, lists, locate(p, plan, group, y, x + 1), split, splits, tile, blocks, stream);
-}
-
-}  // namespace
-
 size_t product_scratch(const Product& p, const ProductPlan& plan, int threads) {
-  return size_t(threads) * (tile_scratch(p, plan) + block_scratch(plan));
+  return size_t(threads) * (slab_scratch(p, plan) + sums_scratch(p, plan));
 }
 
 void run_product(const Product& p, const ProductPlan& plan, const ProductLists& lists,
-                 ScratchLease& lease, int threads) {
-  const size_t per_thread = tile_scratch(p, plan) + block_scratch(plan);
+                 const float* weights, ScratchLease& lease, int threads) {
+  const size_t per_thread = slab_scratch(p, plan) + sums_scratch(p, plan);
   char* scratch = static_cast<char*>(lease.take(size_t(threads) * per_thread));
-  const int64_t tiles = plan.lane_groups * plan.bands_y * plan.items_x(p);
-  // Too few tiles for the threads: cut the rows too, at the price of packing a tile more than once.
-  int64_t splits = 1;
-  while (splits < lists.count && tiles * splits < 4 * threads && (tiles * splits) % threads != 0)
-    ++splits;
+  const Items items = cut(p, plan, lists, threads);
   const bool stream = p.rows * p.dst_height * p.dst_width * p.src.batch * 4 > kStreamBytes &&
                       p.src.batch % kLanes == 0 &&
                       reinterpret_cast<uintptr_t>(p.dst) % kVecBytes == 0;
@@ -277,11 +276,19 @@ void run_product(const Product& p, const ProductPlan& plan, const ProductLists& 
 #pragma omp atomic capture
     thread = next++;
     float* tile = reinterpret_cast<float*>(scratch + size_t(thread) * per_thread);
-    PixelBlock* blocks =
-        reinterpret_cast<PixelBlock*>(reinterpret_cast<char*>(tile) + tile_scratch(p, plan));
+    RowsCall c{};
+    c.offsets = lists.offsets;
+    c.weights = weights;
+    c.weight_stride = int64_t(1) << plan.max_log_r;
+    c.segments = plan.band_segs;
+    c.sums = reinterpret_cast<float*>(reinterpret_cast<char*>(tile) + slab_scratch(p, plan));
+    c.row_stride = p.dst_height * p.dst_width * p.src.batch;
+    c.out_step = p.every_x * p.src.batch;
+    c.bias = p.bias;
+    c.relu = p.relu;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < tiles * splits; ++item)
-      run_item(p, plan, lists, item / splits, item % splits, splits, tile, blocks, stream);
+    for (int64_t item = 0; item < items.count(plan); ++item)
+      run_item(p, plan, lists, items, item, tile, c, stream);
     if (stream) vfence();
   }
 }

@@ -9,8 +9,8 @@
 
 #include "../kernels.h"
 #include "scratch.h"
+#include "slab.h"
 #include "sparse_rows.h"
-#include "tile.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -18,8 +18,9 @@ namespace SK_ISA {
 struct Product {
   TileSource src;
   int64_t src_channels;
-  int64_t rows;  // output rows (channels)
-  float* dst;    // [rows][dst_height][dst_width][batch]
+  int64_t seg_channels;  // those of one group
+  int64_t rows;          // output rows (channels)
+  float* dst;            // [rows][dst_height][dst_width][batch]
   int64_t dst_height, dst_width;
   int64_t first_y, first_x;   // first output pixel computed
   int64_t every_y, every_x;   // distance between the output pixels computed
@@ -33,45 +34,45 @@ struct Product {
   double per_channel;  // mean number of stored elements per source channel
 };
 
-// How a product is cut into tiles. Chosen from shapes alone, never from the number of threads,
-// wherever it can influence the order of a sum.
+// How a product is cut. Chosen from shapes alone, never from the number of threads, wherever it can
+// influence the order of a sum.
 struct ProductPlan {
-  TileShape tile;
-  int log_v;               // vectors per pixel
-  int max_log_r;           // highest chunk
-  int64_t band_h, band_w;  // output pixels per tile
-  int64_t lane_groups, bands_y, bands_x;
+  SlabShape slab;
+  int log_v;        // vectors per pixel
+  int max_log_r;    // highest chunk
+  int64_t rows_h;   // output rows of a slab
+  int64_t strips;   // the image's width in so many parts, see strip_begin
+  int64_t strip_w;  // output pixels of the widest
+  int64_t lane_groups;
+  // Bands: channels of a group in `channel_bands` ranges, vertical taps in `seg_bands` ranges.
+  int64_t band_channels, channel_bands, band_segs, seg_bands;
 
-  // The last band of a row overlaps its neighbour (see locate): one work item does both.
-  bool overlaps(const Product& p) const { return p.out_w % band_w != 0; }
-  int64_t items_x(const Product& p) const { return bands_x - (overlaps(p) ? 1 : 0); }
+  int64_t bands() const { return channel_bands * seg_bands; }
+  int64_t strip_begin(const Product& p, int64_t strip) const { return p.out_w * strip / strips; }
 };
 
-// Throws std::invalid_argument if the tile is beyond 32-bit offsets; `g` is for its message.
+// Output pixels that one kernel call keeps in registers.
+int64_t pixels_at_once(int64_t width, int log_r, int log_v);
+
+// Throws std::invalid_argument if the slab is beyond 32-bit offsets; `g` is for its message.
 ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_rows_at_once);
 
-// Offset of (channel, dy of segment s, dx) in a tile, relative to the output pixel's (dy_first,
-// dx_first).
-SK_INLINE int64_t tile_offset(const Product& p, const ProductPlan& plan, int64_t channel, int64_t s,
-                              int64_t dx) {
-  return channel * plan.tile.pitch + s * p.dy_step * plan.tile.row_pitch +
-         (dx - p.dx_first) * plan.tile.lanes;
+// Offset of (dy of segment s, dx) in a slab, relative to the output pixel's (dy_first, dx_first).
+SK_INLINE int64_t tap_offset(const Product& p, const ProductPlan& plan, int64_t s, int64_t dx) {
+  return s * p.dy_step * plan.slab.row_pitch + slab_column(plan.slab, dx - p.dx_first);
 }
 
 // The non-zeros, ready for rows_kernel. Chunks cover every output row once.
 struct ProductLists {
   Chunk* chunks;
-  int32_t* segments;
-  float* words;
-  int64_t count;
+  uint32_t* starts;  // [band][chunk][segment of the band], and the end of the last
+  int32_t* offsets;  // [entry]: into the slab
+  int32_t* sources;  // [entry]: index of its first weight in the pattern's values
+  int64_t count;     // of chunks
 };
 
-// Number of chunks that `height` rows decompose into, each a power of two up to 1 << max_log_r.
-SK_INLINE int64_t chunks_in(int64_t height, int max_log_r) {
-  int64_t n = height >> max_log_r;
-  for (int l = 0; l < max_log_r; ++l) n += (height >> l) & 1;
-  return n;
-}
+// log2 of the height of the next chunk where `rest` rows are left: a power of two up to
+// 1 << max_log_r.
 SK_INLINE int chunk_log(int64_t rest, int max_log_r) {
   int l = max_log_r;
   while ((int64_t(1) << l) > rest) --l;
@@ -79,8 +80,9 @@ SK_INLINE int chunk_log(int64_t rest, int max_log_r) {
 }
 
 size_t product_scratch(const Product& p, const ProductPlan& plan, int threads);
+// `weights`: [entry][1 << plan.max_log_r].
 void run_product(const Product& p, const ProductPlan& plan, const ProductLists& lists,
-                 ScratchLease& lease, int threads);
+                 const float* weights, ScratchLease& lease, int threads);
 
 }  // namespace SK_ISA
 }  // namespace sk

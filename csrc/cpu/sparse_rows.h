@@ -2,10 +2,14 @@
 // batch in registers.
 //
 // A chunk is R neighbouring output rows that share their non-zeros (a block's height, decomposed in
-// powers of two). Its list holds, in the order of use, one entry per non-zero column: [offset into
-// the packed tile, R weights], 1 + R words. Entries are grouped in segments by the vertical tap, so
-// that output rows at the image's edge skip the taps that fall outside by starting later or ending
-// earlier.
+// powers of two). Its list holds, in the order of use, one entry per non-zero column: an offset
+// into the packed tile and R weights. The P pixels of a block lie side by side in the tile,
+// whatever the stride (see slab.h), so that every load has a constant distance from the first.
+//
+// The lists are cut in bands (ranges of source channels and vertical taps) so that the part of the
+// tile that one band reads for one pixel block stays in the first-level cache while all rows run
+// over it. Between bands the sums wait in `sums`. Within a band entries are grouped in segments by
+// the vertical tap: output rows at the image's edge skip the taps that fall outside.
 #pragma once
 
 #include "simd.h"
@@ -14,26 +18,22 @@ namespace sk {
 namespace SK_ISA {
 
 struct Chunk {
-  int64_t words;  // where its entries start in the word array
   int32_t row;    // first output row (channel)
   int32_t log_r;  // R = 1 << log_r
 };
 
-// P neighbouring output pixels of one tile.
-struct PixelBlock {
-  int64_t tile;            // floats from the tile's start to the first pixel, for a tap at offset 0
-  int64_t out;             // floats from an output row's start to the first pixel, first lane
-  int32_t seg_lo, seg_hi;  // vertical taps inside the image
-};
-
-struct RowsContext {
-  const float* tile;
-  int64_t pixel_step;  // floats between neighbouring output pixels' inputs in the tile
-  const float* words;
-  const int32_t*
-      segments;  // [chunk][seg_stride]: entry index where each segment starts, and the end
-  int64_t seg_stride;
-  float* out;
+// One band of one block of P pixels.
+struct RowsCall {
+  const float* x;          // the tile at the first pixel, for a tap at offset 0
+  const uint32_t* starts;  // [chunk][segments]: entry where each segment starts; the next ends it
+  int64_t segments;        // vertical taps of a band
+  int64_t seg_lo, seg_hi;  // those of them that are inside the image
+  const int32_t* offsets;  // [entry]
+  const float* weights;    // [entry][weight_stride], the first R of which are used
+  int64_t weight_stride;
+  float* sums;                   // [row][P * V * kLanes]: what earlier bands added up
+  bool first, last;              // band of this pixel block: starts from zero, writes the output
+  float* out;                    // output row 0 at the first pixel, first lane
   int64_t row_stride, out_step;  // floats between output rows, between neighbouring output pixels
   const float* bias;
   bool relu;
@@ -41,92 +41,108 @@ struct RowsContext {
   int64_t valid;  // batch entries of the tile that exist
 };
 
-using RowsKernel = void (*)(const RowsContext&, const Chunk* chunks, int64_t chunk_begin,
-                            int64_t chunk_end, const PixelBlock* blocks, int64_t block_begin,
-                            int64_t block_end);
+using RowsKernel = void (*)(const RowsCall&, const Chunk* chunks, int64_t begin, int64_t end);
 
-// Entries worked on at once, each with own accumulators, where R*P*V alone would not hide the
-// latency of the FMA.
+// Entries worked on at once, each with own accumulators, where A alone would not hide the latency
+// of the FMA (4 cycles, 2 a cycle).
 template <int A>
 struct Unroll {
-  static constexpr int value = kAccumulators / A >= 4 ? 4 : (kAccumulators / A >= 2 ? 2 : 1);
+  static constexpr int value = A >= 8 ? 1 : (A >= 4 ? 2 : 4);
 };
 
-template <int R, int P, int V>
-SK_INLINE void accumulate_entry(Vec (&acc)[R][P][V], const float* base, const float* entry,
-                                int64_t step) {
-  int32_t offset;
-  std::memcpy(&offset, entry, sizeof(offset));
-  const float* x = base + offset;
+// All loops over accumulators are unrolled by hand of the pragma: an array that is once indexed by
+// a variable lives in memory, and every multiply-add then stores its result.
+template <int R, int A>
+SK_INLINE void accumulate_entry(Vec (&acc)[R][A], const float* x, const float* weights) {
   if constexpr (R == 1) {
-    const Vec w = vset1(entry + 1);
-    for (int p = 0; p < P; ++p)
-      for (int v = 0; v < V; ++v)
-        acc[0][p][v] = vfma(w, vload(x + p * step + v * kLanes), acc[0][p][v]);
+    const Vec w = vset1(weights);
+    SK_UNROLL for (int a = 0; a < A; ++a) acc[0][a] = vfma(w, vload(x + a * kLanes), acc[0][a]);
   } else {
-    Vec xs[P][V];
-    for (int p = 0; p < P; ++p)
-      for (int v = 0; v < V; ++v) xs[p][v] = vload(x + p * step + v * kLanes);
-    for (int r = 0; r < R; ++r) {
-      const Vec w = vset1(entry + 1 + r);
-      for (int p = 0; p < P; ++p)
-        for (int v = 0; v < V; ++v) acc[r][p][v] = vfma(w, xs[p][v], acc[r][p][v]);
+    Vec xs[A];
+    SK_UNROLL for (int a = 0; a < A; ++a) xs[a] = vload(x + a * kLanes);
+    SK_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec w = vset1(weights + r);
+      SK_UNROLL for (int a = 0; a < A; ++a) acc[r][a] = vfma(w, xs[a], acc[r][a]);
     }
   }
 }
 
 // Bias, ReLU and the store of one output row's P x V vectors.
 template <int P, int V>
-SK_INLINE void store_row(const RowsContext& c, const Vec (&acc)[P][V], float* out, int64_t row) {
-  Vec bias = vzero();
-  if (c.bias) bias = vset1(c.bias + row);
-  for (int p = 0; p < P; ++p) {
-    alignas(64) float tail[V * kLanes];
-    float* to = c.valid == V * kLanes ? out + p * c.out_step : tail;
-    for (int v = 0; v < V; ++v) {
-      Vec y = c.bias ? vadd(acc[p][v], bias) : acc[p][v];
-      if (c.relu) y = vrelu(y);
-      if (c.stream) {
-        vstream(to + v * kLanes, y);
-      } else {
-        vstore(to + v * kLanes, y);
-      }
+SK_INLINE void store_row(const RowsCall& c, Vec (&acc)[P * V], float* out, int64_t row) {
+  if (c.bias) {
+    const Vec bias = vset1(c.bias + row);
+    SK_UNROLL for (int a = 0; a < P * V; ++a) acc[a] = vadd(acc[a], bias);
+  }
+  if (c.relu) {
+    SK_UNROLL for (int a = 0; a < P * V; ++a) acc[a] = vrelu(acc[a]);
+  }
+  if (c.stream) {
+    SK_UNROLL for (int p = 0; p < P; ++p) {
+      SK_UNROLL for (int v = 0; v < V; ++v)
+          vstream(out + p * c.out_step + v * kLanes, acc[p * V + v]);
     }
-    if (to == tail) std::memcpy(out + p * c.out_step, tail, size_t(c.valid) * sizeof(float));
+  } else if (c.valid == V * kLanes) {
+    SK_UNROLL for (int p = 0; p < P; ++p) {
+      SK_UNROLL for (int v = 0; v < V; ++v)
+          vstore(out + p * c.out_step + v * kLanes, acc[p * V + v]);
+    }
+  } else {
+    alignas(64) float all[P * V * kLanes];
+    SK_UNROLL for (int a = 0; a < P * V; ++a) vstore(all + a * kLanes, acc[a]);
+    for (int p = 0; p < P; ++p)
+      std::memcpy(out + p * c.out_step, all + p * V * kLanes, size_t(c.valid) * sizeof(float));
   }
 }
 
 template <int R, int P, int V>
-void rows_kernel(const RowsContext& c, const Chunk* chunks, int64_t chunk_begin, int64_t chunk_end,
-                 const PixelBlock* blocks, int64_t block_begin, int64_t block_end) {
-  constexpr int U = Unroll<R * P * V>::value;
-  constexpr int kWords = 1 + R;
-  const int64_t step = c.pixel_step;
-  for (int64_t k = chunk_begin; k < chunk_end; ++k) {
-    const int32_t* segments = c.segments + k * c.seg_stride;
-    const float* list = c.words + chunks[k].words;
-    float* out = c.out + chunks[k].row * c.row_stride;
-    for (int64_t b = block_begin; b < block_end; ++b) {
-      const float* base = c.tile + blocks[b].tile;
-      const float* entry = list + int64_t(segments[blocks[b].seg_lo]) * kWords;
-      const float* end = list + int64_t(segments[blocks[b].seg_hi]) * kWords;
-      Vec acc[U][R][P][V];
-      for (int u = 0; u < U; ++u)
-        for (int r = 0; r < R; ++r)
-          for (int p = 0; p < P; ++p)
-            for (int v = 0; v < V; ++v) acc[u][r][p][v] = vzero();
-      for (; end - entry >= U * kWords; entry += U * kWords)
-        for (int u = 0; u < U; ++u)
-          accumulate_entry<R, P, V>(acc[u], base, entry + u * kWords, step);
-      if constexpr (U > 1) {
-        for (; entry < end; entry += kWords) accumulate_entry<R, P, V>(acc[0], base, entry, step);
-        for (int u = 1; u < U; ++u)
-          for (int r = 0; r < R; ++r)
-            for (int p = 0; p < P; ++p)
-              for (int v = 0; v < V; ++v) acc[0][r][p][v] = vadd(acc[0][r][p][v], acc[u][r][p][v]);
+void rows_kernel(const RowsCall& c, const Chunk* chunks, int64_t begin, int64_t end) {
+  constexpr int A = P * V;
+  constexpr int U = Unroll<R * A>::value;
+  // Local copies: a vector store may alias anything, so that fields of `c` would be read again.
+  const float* const x = c.x;
+  const int32_t* const offsets = c.offsets;
+  const int64_t stride = c.weight_stride;
+  const uint32_t *const lo = c.starts + c.seg_lo, *const hi = c.starts + c.seg_hi;
+  const int64_t segments = c.segments;
+  const bool first = c.first, last = c.last;
+  for (int64_t k = begin; k < end; ++k) {
+    const int32_t* entry = offsets + lo[k * segments];
+    const int32_t* const stop = offsets + hi[k * segments];
+    if (entry == stop && !first && !last) continue;
+    const float* w = c.weights + lo[k * segments] * stride;
+    const int64_t row = chunks[k].row;
+    float* sums = c.sums + row * (A * kLanes);
+    Vec acc[U][R][A];
+    SK_UNROLL for (int u = 0; u < U; ++u) {
+      SK_UNROLL for (int r = 0; r < R; ++r) {
+        SK_UNROLL for (int a = 0; a < A; ++a) acc[u][r][a] = vzero();
       }
-      for (int r = 0; r < R; ++r)
-        store_row<P, V>(c, acc[0][r], out + r * c.row_stride + blocks[b].out, chunks[k].row + r);
+    }
+    if (!first) {
+      SK_UNROLL for (int r = 0; r < R; ++r) {
+        SK_UNROLL for (int a = 0; a < A; ++a) acc[0][r][a] = vload(sums + (r * A + a) * kLanes);
+      }
+    }
+    for (; stop - entry >= U; entry += U, w += U * stride) {
+      SK_UNROLL for (int u = 0; u < U; ++u)
+          accumulate_entry<R, A>(acc[u], x + entry[u], w + u * stride);
+    }
+    if constexpr (U > 1) {
+      for (; entry < stop; ++entry, w += stride) accumulate_entry<R, A>(acc[0], x + *entry, w);
+      SK_UNROLL for (int u = 1; u < U; ++u) {
+        SK_UNROLL for (int r = 0; r < R; ++r) {
+          SK_UNROLL for (int a = 0; a < A; ++a) acc[0][r][a] = vadd(acc[0][r][a], acc[u][r][a]);
+        }
+      }
+    }
+    if (last) {
+      SK_UNROLL for (int r = 0; r < R; ++r)
+          store_row<P, V>(c, acc[0][r], c.out + (row + r) * c.row_stride, row + r);
+    } else {
+      SK_UNROLL for (int r = 0; r < R; ++r) {
+        SK_UNROLL for (int a = 0; a < A; ++a) vstore(sums + (r * A + a) * kLanes, acc[0][r][a]);
+      }
     }
   }
 }

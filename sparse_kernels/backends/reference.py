@@ -267,6 +267,18 @@ def _per_channel(statistic: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return statistic.to(dtype).view(1, -1, *([1] * (x.ndim - 2)))
 
 
+def _normalised(
+    x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, offset: Tensor, eps: float
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + offset, in the dtype of the statistics."""
+    dtype = mean.dtype
+    y = x.to(dtype) - _per_channel(mean, x, dtype)
+    y = y * (_per_channel(var, x, dtype) + eps).rsqrt()
+    if weight is not None:
+        y = y * _per_channel(weight, x, dtype)
+    return y + _per_channel(offset, x, dtype)
+
+
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -277,40 +289,38 @@ def batch_norm(
     eps: float,
     relu: bool,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean [C], var [C]) with y = relu?((x - mean) / sqrt(var + eps) * weight + bias [+
-    residual]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean [C], var [C], offset [C]) with y = relu?((x - mean) / sqrt(var + eps) * weight +
+    offset [+ residual]).
 
     x is [N, C] or [N, C, H, W]. Training: mean and biased variance of the batch (of an empty
-    batch: NaN); otherwise the given ones are used and returned. Method: Ioffe & Szegedy, arXiv
-    1502.03167.
+    batch: NaN); otherwise the given ones are used and returned. The offset is the bias; the native
+    backend corrects it for the rounding of the mean. Method: Ioffe & Szegedy, arXiv 1502.03167.
     """
     dtype = compute_dtype(x)
-    wide = x.to(dtype)
     if training:
-        var, mean = torch.var_mean(wide, dim=_all_but_channels(x), correction=0)
+        var, mean = torch.var_mean(x.to(dtype), dim=_all_but_channels(x), correction=0)
     elif mean is None or var is None:
         raise ValueError(
             "batch_norm: expected mean and var outside of training, got None; pass them"
         )
-    y = (wide - _per_channel(mean, x, dtype)) * (_per_channel(var, x, dtype) + eps).rsqrt()
-    if weight is not None:
-        y = y * _per_channel(weight, x, dtype)
-    if bias is not None:
-        y = y + _per_channel(bias, x, dtype)
+    # Copies, because the outputs of an operator must not alias its inputs.
+    mean, var = mean.to(dtype, copy=True), var.to(dtype, copy=True)
+    offset = torch.zeros_like(mean) if bias is None else bias.to(dtype, copy=True)
+    y = _normalised(x, weight, mean, var, offset, eps)
     if residual is not None:
         y = y + residual.to(dtype)
-    # Copies, because the outputs of an operator must not alias its inputs.
-    return finish(y, x.dtype, relu), mean.to(dtype, copy=True), var.to(dtype, copy=True)
+    return finish(y, x.dtype, relu), mean, var, offset
 
 
 def batch_norm_backward(
     grad: Tensor,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     weight: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    offset: Tensor | None,
     training: bool,
     eps: float,
     relu: bool,
@@ -318,11 +328,18 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight [C], dbias [C], dresidual) of batch_norm; dresidual is empty without a residual.
 
-    mean and var are those that the forward pass returned; y, its output, is read only if `relu`.
+    mean, var and offset are those that the forward pass returned. With `relu` the mask is taken
+    from y, its output, or without y from x and offset (right only where there was no residual).
     """
     dtype = compute_dtype(x)
     wide = grad.to(dtype)
     if relu:
+        if y is None:
+            if offset is None:
+                raise ValueError(
+                    "batch_norm_backward: with relu, expected y or offset, got neither; pass one"
+                )
+            y = _normalised(x, weight, mean, var, offset, eps)
         wide = torch.where(y <= 0, wide.new_zeros(()), wide)
     rstd = (_per_channel(var, x, dtype) + eps).rsqrt()
     normed = (x.to(dtype) - _per_channel(mean, x, dtype)) * rstd

@@ -9,6 +9,7 @@ from sparse_kernels.nn.norm import BatchNorm1d, BatchNorm2d
 from sparse_kernels.nn.pooling import AvgPool2d, MaxPool2d
 from sparse_kernels.nn.report import SparsifyReport, SparsifyRow
 from sparse_kernels.nn.sparsify import densify, sparsify
+from sparse_kernels.nn.tune_report import TuneReport, TuneRow
 
 __all__ = [
     "COMPRESSED",
@@ -23,6 +24,8 @@ __all__ = [
     "SparseLinear",
     "SparsifyReport",
     "SparsifyRow",
+    "TuneReport",
+    "TuneRow",
     "densify",
     "sparsify",
 ]

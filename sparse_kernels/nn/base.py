@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import ops
-from sparse_kernels.nn import _checkpoint
+from sparse_kernels.nn import _checkpoint, _masked
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
 from sparse_kernels.nn._parameter import replace_data
 from sparse_kernels.nn._weight_view import read_only
@@ -45,6 +44,8 @@ class SparseLayer(nn.Module, abc.ABC):
         bias: ``nn.Parameter`` [rows] or None.
         probe: None, or a never-read leaf [rows, cols] whose ``.grad`` gathers the dense gradient.
         capacity_growths: how often the pattern outgrew its buffers and pointers changed.
+        dense_above: density above which the layer is better dense-masked; ``tune`` measures it.
+        image_format: how a dense-masked convolution computes, "channels_last" or "contiguous".
     """
 
     values: nn.Parameter
@@ -81,6 +82,8 @@ class SparseLayer(nn.Module, abc.ABC):
         self.row_parts, self.col_parts = row_parts, col_parts
         self.storage = COMPRESSED
         self.capacity_growths = 0
+        # Facts about this machine, not about the weights: not part of the state_dict.
+        self.dense_above, self.image_format = DENSE_MASKED_ABOVE, "channels_last"
         self.probe = None
         self._pattern: SparsityPattern | None = None
         self._pattern_source: tuple[int, int] | None = None
@@ -146,6 +149,7 @@ class SparseLayer(nn.Module, abc.ABC):
         self._buffers["mask"] = None
         self.storage = COMPRESSED
         self._pattern = pattern
+        _masked.remove_hook(self)
 
     def _register_mask(self, mask: Tensor) -> None:
         for name in _INDEX_NAMES:
@@ -308,32 +312,6 @@ class SparseLayer(nn.Module, abc.ABC):
                 "`from_dense(module)`, or get a dense module with `to_dense()`"
             )
         super().__setattr__(name, value)
-
-    def _check_operand(self, x: Tensor) -> None:
-        """``x`` must be on the layer's device, in its dtype or 16-bit beside float32 values."""
-        values = self.values
-        if x.device != values.device:
-            raise ValueError(
-                f"{type(self).__name__} expected an input on {values.device}, got {x.device}; move "
-                "the input or the model with .to()"
-            )
-        half = x.dtype in (torch.float16, torch.bfloat16) and values.dtype == torch.float32
-        if x.dtype != values.dtype and not half:
-            raise TypeError(
-                f"{type(self).__name__} expected an input of {values.dtype}, got {x.dtype}; "
-                f"convert it with x.to({values.dtype})"
-            )
-
-    def _dense_operands(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight in torch's shape (no copy, masked gradient) and bias for dense-masked storage.
-
-        16-bit activations beside float32 weights work as in compressed storage: by a cast.
-        """
-        weight = self.matrix_to_weight(ops.masked_weight(self.values, self.mask, self.probe))
-        half = x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == torch.float32
-        if not half:
-            return weight, self.bias
-        return weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
 
     def _take_dense(
         self, module: nn.Linear | nn.Conv2d, pattern: SparsityPattern, matrix: Tensor

@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from sparse_kernels import ops
 from sparse_kernels.geometry import Conv2dGeometry
+from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
+from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
 from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
 from sparse_kernels.pattern import SparsityPattern
@@ -137,34 +139,12 @@ class SparseConv2d(SparseLayer):
                 f"[{self.in_channels}, H, W], got shape {tuple(x.shape)}; permute it to channels "
                 "first or build the layer with its number of channels"
             )
-        self._check_operand(x)
+        check_operand(self, x)
         if self.padding_mode != "zeros":
             x = functional.pad(x, self._image_pads, mode=self.padding_mode)
         if self.storage == DENSE_MASKED:
-            return self._dense_forward(x)
-        return ops.conv2d(
-            x,
-            self.values,
-            self.crow_indices,
-            self.col_indices,
-            self.t_crow,
-            self.t_row,
-            self.t_perm,
-            self.bias,
-            self.probe,
-            geometry=self.geometry,
-        )
-
-    def _dense_forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._dense_operands(x)
-        _, _, _, _, _, _, top, left, bottom, right, *_ = self.geometry
-        if (top, left) != (bottom, right):
-            # "same" with an even kernel, where torch's convolution pads both sides alike.
-            x = functional.pad(x, (left, right, top, bottom))
-            top = left = 0
-        return functional.conv2d(
-            x, weight, bias, self.stride, (top, left), self.dilation, self.groups
-        )
+            return _masked.conv2d(self, x)
+        return ops.conv2d(x, *operands(self), geometry=self.geometry)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

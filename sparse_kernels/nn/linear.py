@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sparse_kernels import ops
+from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
+from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
 from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
 from sparse_kernels.pattern import SparsityPattern
@@ -70,22 +71,10 @@ class SparseLinear(SparseLayer):
                 f"{tuple(x.shape)}; reshape it or build the layer with in_features="
                 f"{x.shape[-1] if x.dim() else 1}"
             )
-        self._check_operand(x)
+        check_operand(self, x)
         if self.storage == DENSE_MASKED:
-            weight, bias = self._dense_operands(x)
-            return functional.linear(x, weight, bias)
-        return ops.linear(
-            x,
-            self.values,
-            self.crow_indices,
-            self.col_indices,
-            self.t_crow,
-            self.t_row,
-            self.t_perm,
-            self.bias,
-            self.probe,
-            out_features=self.out_features,
-        )
+            return _masked.linear(self, x)
+        return ops.linear(x, *operands(self), out_features=self.out_features)
 
     def matrix_to_weight(self, matrix: Tensor) -> Tensor:
         """[out_features, in_features] itself: matrix and torch weight are the same."""

@@ -20,7 +20,7 @@ from sparse_kernels.nn._eligible import (
 )
 from sparse_kernels.nn._initial import check_block, check_density
 from sparse_kernels.nn._select import Keep, check_keep
-from sparse_kernels.nn.base import DENSE_MASKED, DENSE_MASKED_ABOVE, SparseLayer
+from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
 from sparse_kernels.nn.conv import SparseConv2d
 from sparse_kernels.nn.distribution import LayerSize, erk_counts, uniform_counts
 from sparse_kernels.nn.linear import SparseLinear
@@ -65,7 +65,8 @@ def sparsify(
     Returns:
         A ``SparsifyReport``: one row per layer, with the reason where one was skipped: tied
         weights, weights that torch's attention reads, hooks, parametrizations, subclasses, layers
-        smaller than the block.  Layers denser than ``DENSE_MASKED_ABOVE`` are stored dense-masked.
+        smaller than the block.  Layers denser than ``DENSE_MASKED_ABOVE`` are stored dense-masked
+        (``tune`` then measures where that begins to pay).
 
     Raises:
         ValueError, TypeError: arguments out of range, unknown names, a model that is one layer.
@@ -213,7 +214,7 @@ def _make_sparse(
     if module.bias is not None:
         # The very object, which a training loop may hold already.
         layer.register_parameter("bias", module._parameters["bias"])
-    return layer.to_storage_(DENSE_MASKED) if layer.density > DENSE_MASKED_ABOVE else layer
+    return layer.to_storage_(DENSE_MASKED) if layer.density > layer.dense_above else layer
 
 
 def _account(model: nn.Module, new: set[int], reasons: dict[str, str]) -> list[SparsifyRow]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from sparse_kernels.ops._library import OPERATORS
 from sparse_kernels.ops.conv2d import SparseConv2dFunction, conv2d
 from sparse_kernels.ops.linear import SparseLinearFunction, linear
-from sparse_kernels.ops.masked import MaskedWeightFunction, masked_weight
+from sparse_kernels.ops.masked import (
+    MaskedWeightFunction,
+    clear_outside,
+    masked_linear,
+    masked_weight,
+)
+from sparse_kernels.ops.masked_conv2d import masked_conv2d
 from sparse_kernels.ops.norm import batch_norm
 from sparse_kernels.ops.pooling import avg_pool2d, max_pool2d
 
@@ -16,8 +22,11 @@ __all__ = [
     "SparseLinearFunction",
     "avg_pool2d",
     "batch_norm",
+    "clear_outside",
     "conv2d",
     "linear",
+    "masked_conv2d",
+    "masked_linear",
     "masked_weight",
     "max_pool2d",
 ]

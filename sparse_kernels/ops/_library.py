@@ -10,9 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from sparse_kernels import plan
+from sparse_kernels.layout import holds_its_numbers
 
 NAMESPACE = "sparse_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -23,6 +26,11 @@ OPERATORS: list[str] = []
 #: How the sparse weight appears in every schema.
 WEIGHT = "Tensor values, Tensor crow, Tensor col, Tensor t_crow, Tensor t_row, Tensor t_perm"
 INDEX = "Tensor crow, Tensor col, Tensor t_crow, Tensor t_row, Tensor t_perm"
+
+
+#: The real kernel of each operator, and the kernel recorded by autograd.
+_KERNELS: dict[str, Callable[..., Any]] = {}
+_RECORDED: dict[str, Callable[..., Any]] = {}
 
 
 def define(
@@ -48,13 +56,13 @@ def define(
         if probe_at is not None:
             args = args[:probe_at] + args[probe_at + 1 :]
         compute = getattr(plan.choose(name, args[0], values), name)
-        kind = args[0].device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if not autocast_enabled(args[0]):
             return compute(*args)
         # The dtype was settled before the operator; torch's own calls inside must keep it.
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(args[0].device.type, enabled=False):
             return compute(*args)
 
+    _KERNELS[name] = kernel
     LIBRARY.define(schema)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -76,10 +84,90 @@ def with_check(check: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
 
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Register the derivative of an operator."""
+    """Register the derivative of an operator, for the dispatcher and for ``call``."""
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        # torch inspects the signature of a separate setup_context on every call: 40 us.
+        output = _compute(name, *args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    recorded = type(f"{NAMESPACE}_{name}", (torch.autograd.Function,), methods)
+    # Function.apply without what it does for torch.func, which ``seen`` has excluded: 5 us.
+    _RECORDED[name] = super(torch.autograd.Function, recorded).apply  # type: ignore[misc]
+
+
+def call(name: str, *args: Any) -> Any:
+    """Operator ``name`` on ``args``, by the shortest way on which everyone who looks still sees it.
+
+    The dispatcher takes about 45 us to reach a kernel written in Python and to come back, more than
+    a small layer computes.  Where nobody looks, this calls the kernel itself, or the operator's
+    derivative around it where autograd records.  Whoever looks (``seen``) gets the operator.
+    """
+    if seen(*args):
+        return getattr(torch.ops.sparse_kernels, name)(*args)
+    return call_unseen(name, *args)
+
+
+def call_unseen(name: str, *args: Any) -> Any:
+    """``call`` where ``seen`` is known to be False."""
+    if torch.is_grad_enabled() and _C._any_requires_grad(*args):
+        return _RECORDED[name](*args)
+    return _compute(name, *args)
+
+
+def caller(*tensors: Tensor) -> Callable[..., Any]:
+    """``call`` or ``call_unseen`` for several operators on these tensors and on those made of them.
+
+    It looks once instead of at every operator.
+    """
+    return call if seen(*tensors) else call_unseen
+
+
+def _compute(name: str, *args: Any) -> Any:
+    if not torch.autograd._profiler_enabled():
+        return _KERNELS[name](*args)
+    with torch.profiler.record_function(f"{NAMESPACE}::{name}"):
+        return _KERNELS[name](*args)
+
+
+def seen(*args: Any) -> bool:
+    """Whether somebody between this call and the kernel must see the operator or its tensors.
+
+    That is: torch.compile, export and jit tracing, modes (TorchDispatchMode with fake tensors,
+    functionalisation and FLOP counters; TorchFunctionMode), torch.func transforms, forward-mode
+    derivatives, and tensors that only the dispatcher can resolve (``holds_its_numbers``).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._are_functorch_transforms_active()
+        or _C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    for arg in args:  # a plain loop: this runs at every operator call
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            # What only the dispatcher can resolve comes from floating-point operators: not indices.
+            if arg.dtype is not torch.int32 and not holds_its_numbers(arg):
+                return True
+        elif isinstance(arg, Tensor):
+            return True
+    return False
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether an autocast is on for the device of ``x``."""
+    if not _C._is_any_autocast_enabled():  # nearly always, and quickly asked
+        return False
+    kind = x.device.type  # some know no autocast: meta, for one
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def no_double_backward(name: str, forward: str) -> None:

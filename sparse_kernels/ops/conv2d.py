@@ -7,6 +7,7 @@ integers of ``Conv2dGeometry``.  Like linear's, the products are derivatives of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from sparse_kernels.ops._library import (
     WEIGHT,
     autograd,
     blocks,
+    call,
+    call_unseen,
+    caller,
     check_activation,
     check_device,
     check_dtypes,
@@ -27,11 +31,11 @@ from sparse_kernels.ops._library import (
     check_values,
     define,
     masked_grad,
+    seen,
     with_check,
 )
 from sparse_kernels.ops.linear import autocast, convert_once, weight_dtype
 
-_ops: Any = torch.ops.sparse_kernels
 Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -41,7 +45,20 @@ def _geometry(op: str, geometry: Sequence[int]) -> Conv2dGeometry:
             f"{op}: geometry must hold {len(Conv2dGeometry._fields)} integers "
             f"({', '.join(Conv2dGeometry._fields)}), got {len(geometry)}"
         )
+    return _validated(tuple(geometry))
+
+
+# A net has a few geometries and asks for each at every step; to examine one takes 6 us.
+@functools.lru_cache(maxsize=1024)
+def _validated(geometry: tuple[int, ...]) -> Conv2dGeometry:
     return Conv2dGeometry(*geometry).validate()
+
+
+@functools.lru_cache(maxsize=1024)
+def _grid(g: Conv2dGeometry, bh: int, bw: int) -> tuple[int, int]:
+    """Rows and columns of blocks."""
+    rows, cols = g.matrix_shape
+    return blocks(rows, g.groups, bh), blocks(cols, g.taps, bw)
 
 
 def _check_matrix(
@@ -50,10 +67,7 @@ def _check_matrix(
     bh, bw = block
     if bh < 1 or bw < 1:
         raise ValueError(f"{op}: both sides of the block must be at least 1, got {block}")
-    rows, cols = g.matrix_shape
-    check_index(
-        op, x, index, blocks(rows, g.groups, bh), blocks(cols, g.taps, bw), index[1].shape[0]
-    )
+    check_index(op, x, index, *_grid(g, bh, bw), index[1].shape[0])
 
 
 def _check_images(op: str, g: Conv2dGeometry, x_shape: Sequence[int], grad: Tensor | None) -> None:
@@ -71,7 +85,7 @@ def _check_images(op: str, g: Conv2dGeometry, x_shape: Sequence[int], grad: Tens
         )
     if grad is not None:
         expected = (x_shape[0], g.out_channels, *out)
-        if tuple(grad.shape) != expected:
+        if grad.shape != expected:
             raise ValueError(f"{op}: grad must have shape {expected}, got {tuple(grad.shape)}")
 
 
@@ -90,7 +104,8 @@ def _check_forward(
 ) -> None:
     check_activation("conv2d", "input", x, 4)
     check_values("conv2d", x, values)
-    check_device("conv2d", x, bias=bias, probe=probe)
+    if (bias is not None and bias.device != x.device) or probe is not None:
+        check_device("conv2d", x, bias=bias, probe=probe)
     g = _geometry("conv2d", geometry)
     _check_images("conv2d", g, x.shape, None)
     if values.shape[0] != col.shape[0]:
@@ -100,7 +115,7 @@ def _check_forward(
         )
     block = (values.shape[1], values.shape[2])
     _check_matrix("conv2d", x, block, (crow, col, t_crow, t_row, t_perm), g)
-    if bias is not None and tuple(bias.shape) != (g.out_channels,):
+    if bias is not None and bias.shape != (g.out_channels,):
         raise ValueError(
             f"conv2d: bias must have shape ({g.out_channels},), got {tuple(bias.shape)}"
         )
@@ -150,7 +165,8 @@ def _check_pair(op: str, grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Co
     check_activation(op, "grad", grad, 4)
     check_activation(op, "input", x, 4)
     check_dtypes(op, grad, x)
-    check_device(op, x, grad=grad)
+    if grad.device != x.device:
+        check_device(op, x, grad=grad)
     g = _geometry(op, geometry)
     _check_images(op, g, x.shape, grad)
     return g
@@ -214,7 +230,7 @@ class SparseConv2dFunction(torch.autograd.Function):
         # torch inspects the signature of a separate setup_context on every call: 40 us.
         if not args[0].requires_grad:  # else a second derivative must find x itself
             args = (convert_once(args[0], args[1]), *args[1:])
-        output = _ops.conv2d(*args)
+        output = call("conv2d", *args)
         SparseConv2dFunction.save(ctx, args, output)
         return output
 
@@ -230,13 +246,15 @@ class SparseConv2dFunction(torch.autograd.Function):
         x, values, *index, y = ctx.saved_tensors
         needs, geometry = ctx.needs_input_grad, ctx.geometry
         grad = convert_once(grads[0] if y is None else masked_grad(grads[0], y), values)
+        product = caller(grad, x, values, *index)
         dx = dv = None
         if needs[0]:
-            dx = _ops.conv2d_dgrad(grad, values, *index, x.shape[2], x.shape[3], geometry)
+            dx = product("conv2d_dgrad", grad, values, *index, x.shape[2], x.shape[3], geometry)
         if needs[1]:
-            dv = _ops.conv2d_wgrad(grad, x, *index, values.shape[1], values.shape[2], geometry)
+            block = values.shape[1:]
+            dv = product("conv2d_wgrad", grad, x, *index, *block, geometry)
         db = grad.sum((0, 2, 3)) if needs[7] else None
-        dp = _ops.conv2d_wgrad_dense(grad, x, geometry) if needs[8] else None
+        dp = product("conv2d_wgrad_dense", grad, x, geometry) if needs[8] else None
         return dx, dv, None, None, None, None, None, db, dp, None, None
 
 
@@ -249,10 +267,10 @@ def _dgrad_backward(ctx: Any, ggx: Tensor) -> tuple[Any, ...]:
     grad, values, *index = ctx.saved_tensors
     dgrad = dv = None
     if ctx.needs_input_grad[0]:
-        dgrad = _ops.conv2d(ggx, values, *index, None, None, ctx.geometry, False)
+        dgrad = call("conv2d", ggx, values, *index, None, None, ctx.geometry, False)
     if ctx.needs_input_grad[1]:
         bh, bw = values.shape[1:]
-        dv = _ops.conv2d_wgrad(grad, ggx, *index, bh, bw, ctx.geometry)
+        dv = call("conv2d_wgrad", grad, ggx, *index, bh, bw, ctx.geometry)
     return (dgrad, dv, *([None] * 8))
 
 
@@ -265,9 +283,9 @@ def _wgrad_backward(ctx: Any, ggv: Tensor) -> tuple[Any, ...]:
     grad, x, *index = ctx.saved_tensors
     dgrad = dx = None
     if ctx.needs_input_grad[0]:
-        dgrad = _ops.conv2d(x, ggv, *index, None, None, ctx.geometry, False)
+        dgrad = call("conv2d", x, ggv, *index, None, None, ctx.geometry, False)
     if ctx.needs_input_grad[1]:
-        dx = _ops.conv2d_dgrad(grad, ggv, *index, x.shape[2], x.shape[3], ctx.geometry)
+        dx = call("conv2d_dgrad", grad, ggv, *index, x.shape[2], x.shape[3], ctx.geometry)
     return (dgrad, dx, *([None] * 8))
 
 
@@ -325,7 +343,11 @@ def conv2d(
         )
     x = autocast(x)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    y = SparseConv2dFunction.apply(
-        batched, values, crow, col, t_crow, t_row, t_perm, bias, probe, list(geometry), relu
-    )
+    rest = (values, crow, col, t_crow, t_row, t_perm, bias, probe, list(geometry), relu)
+    if seen(batched, *rest):
+        y = SparseConv2dFunction.apply(batched, *rest)
+    else:
+        if not batched.requires_grad:
+            batched = convert_once(batched, values)
+        y = call_unseen("conv2d", batched, *rest)
     return y if x.dim() == 4 else y.squeeze(0)

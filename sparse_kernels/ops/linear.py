@@ -15,8 +15,12 @@ from sparse_kernels.layout import empty_feature_major, is_plain, to_feature_majo
 from sparse_kernels.ops._library import (
     INDEX,
     WEIGHT,
+    autocast_enabled,
     autograd,
     blocks,
+    call,
+    call_unseen,
+    caller,
     check_activation,
     check_device,
     check_dtypes,
@@ -24,10 +28,10 @@ from sparse_kernels.ops._library import (
     check_values,
     define,
     masked_grad,
+    seen,
     with_check,
 )
 
-_ops: Any = torch.ops.sparse_kernels
 Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -55,7 +59,8 @@ def _check_forward(
 ) -> None:
     check_activation("linear", "input", x, 2)
     check_values("linear", x, values)
-    check_device("linear", x, bias=bias, probe=probe)
+    if (bias is not None and bias.device != x.device) or probe is not None:
+        check_device("linear", x, bias=bias, probe=probe)
     if values.shape[0] != col.shape[0]:
         raise ValueError(
             f"linear: values and col must have one capacity, got {values.shape[0]} and "
@@ -63,7 +68,7 @@ def _check_forward(
         )
     block = (values.shape[1], values.shape[2])
     _check_matrix("linear", x, block, (crow, col, t_crow, t_row, t_perm), out_features, x.shape[1])
-    if bias is not None and tuple(bias.shape) != (out_features,):
+    if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"linear: bias must have shape ({out_features},), got {tuple(bias.shape)}")
     if probe is not None and tuple(probe.shape) != (out_features, x.shape[1]):
         raise ValueError(
@@ -107,7 +112,8 @@ def _check_pair(op: str, grad: Tensor, x: Tensor, dims: int) -> None:
             f"{op}: grad and input must have one batch size, got {grad.shape[0]} and {x.shape[0]}"
         )
     check_dtypes(op, grad, x)
-    check_device(op, x, grad=grad)
+    if grad.device != x.device:
+        check_device(op, x, grad=grad)
 
 
 def _check_wgrad(
@@ -166,7 +172,7 @@ class SparseLinearFunction(torch.autograd.Function):
         # torch inspects the signature of a separate setup_context on every call: 40 us.
         if not args[0].requires_grad:  # else a second derivative must find x itself
             args = (convert_once(args[0], args[1]), *args[1:])
-        output = _ops.linear(*args)
+        output = call("linear", *args)
         SparseLinearFunction.save(ctx, args, output)
         return output
 
@@ -182,12 +188,13 @@ class SparseLinearFunction(torch.autograd.Function):
         x, values, *index, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad = convert_once(grads[0] if y is None else masked_grad(grads[0], y), values)
-        dx = _ops.linear_dgrad(grad, values, *index, x.shape[1]) if needs[0] else None
+        product = caller(grad, x, values, *index)
+        dx = product("linear_dgrad", grad, values, *index, x.shape[1]) if needs[0] else None
         dv = None
         if needs[1]:
-            dv = _ops.linear_wgrad(grad, x, *index, values.shape[1], values.shape[2])
+            dv = product("linear_wgrad", grad, x, *index, values.shape[1], values.shape[2])
         db = grad.sum(0) if needs[7] else None
-        dp = _ops.linear_wgrad_dense(grad, x) if needs[8] else None
+        dp = product("linear_wgrad_dense", grad, x) if needs[8] else None
         return dx, dv, None, None, None, None, None, db, dp, None, None
 
 
@@ -199,9 +206,9 @@ def _dgrad_backward(ctx: Any, ggx: Tensor) -> tuple[Any, ...]:
     grad, values, *index = ctx.saved_tensors
     dgrad = dv = None
     if ctx.needs_input_grad[0]:
-        dgrad = _ops.linear(ggx, values, *index, None, None, grad.shape[1], False)
+        dgrad = call("linear", ggx, values, *index, None, None, grad.shape[1], False)
     if ctx.needs_input_grad[1]:
-        dv = _ops.linear_wgrad(grad, ggx, *index, values.shape[1], values.shape[2])
+        dv = call("linear_wgrad", grad, ggx, *index, values.shape[1], values.shape[2])
     return dgrad, dv, None, None, None, None, None, None
 
 
@@ -213,9 +220,9 @@ def _wgrad_backward(ctx: Any, ggv: Tensor) -> tuple[Any, ...]:
     grad, x, *index = ctx.saved_tensors
     dgrad = dx = None
     if ctx.needs_input_grad[0]:
-        dgrad = _ops.linear(x, ggv, *index, None, None, grad.shape[1], False)
+        dgrad = call("linear", x, ggv, *index, None, None, grad.shape[1], False)
     if ctx.needs_input_grad[1]:
-        dx = _ops.linear_dgrad(grad, ggv, *index, x.shape[1])
+        dx = call("linear_dgrad", grad, ggv, *index, x.shape[1])
     return dgrad, dx, None, None, None, None, None, None, None
 
 
@@ -246,11 +253,8 @@ def convert_once(x: Tensor, values: Tensor) -> Tensor:
 
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that an enabled autocast wants for products; values stay float32."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):  # meta, for one
-        return x
-    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
-        return x.to(torch.get_autocast_dtype(kind))
+    if autocast_enabled(x) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
@@ -289,9 +293,13 @@ def linear(
         raise ValueError("linear: input must have at least 1 dimension, got a scalar")
     x = autocast(x)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = SparseLinearFunction.apply(
-        flat, values, crow, col, t_crow, t_row, t_perm, bias, probe, out_features, relu
-    )
+    rest = (values, crow, col, t_crow, t_row, t_perm, bias, probe, out_features, relu)
+    if seen(flat, *rest):
+        y = SparseLinearFunction.apply(flat, *rest)
+    else:
+        if not flat.requires_grad:
+            flat = convert_once(flat, values)
+        y = call_unseen("linear", flat, *rest)
     if x.dim() == 2:
         return y
     return y.squeeze(0) if x.dim() == 1 else y.unflatten(0, x.shape[:-1])

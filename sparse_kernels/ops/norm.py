@@ -53,30 +53,48 @@ def _check_forward(
 
 
 @with_check(_check_forward)
-def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = empty_feature_major(x.shape, x.dtype, x.device)
-    stats = [x.new_empty(x.shape[1], dtype=weight_dtype(x)) for _ in range(2)]
-    return y, stats[0], stats[1]
+    stats = [x.new_empty(x.shape[1], dtype=weight_dtype(x)) for _ in range(3)]
+    return y, stats[0], stats[1], stats[2]
 
 
-def _check_backward(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> None:
-    if grad.shape != x.shape or (rest[-2] and y.shape != x.shape):
+def _check_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    offset: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    has_residual: bool,
+) -> None:
+    if grad.shape != x.shape or (y is not None and y.shape != x.shape):
         raise ValueError(
             f"batch_norm_backward: grad and output must have the input's shape {tuple(x.shape)}, "
-            f"got {tuple(grad.shape)} and {tuple(y.shape)}"
+            f"got {tuple(grad.shape)} and {None if y is None else tuple(y.shape)}"
         )
-    weight, mean, var = rest[:3]
-    check_device("batch_norm_backward", x, grad=grad, weight=weight, mean=mean, var=var)
-    for tensor in (weight, mean, var):
+    if relu and y is None and (has_residual or offset is None):
+        raise ValueError(
+            "batch_norm_backward: the ReLU's mask needs the output y, or, without a residual, the "
+            f"forward pass's offset, got y=None, offset={'None' if offset is None else 'given'}, "
+            f"has_residual={has_residual}"
+        )
+    named = {"weight": weight, "mean": mean, "var": var, "offset": offset}
+    check_device("batch_norm_backward", x, grad=grad, y=y, **named)
+    for name, tensor in named.items():
         if tensor is not None and tuple(tensor.shape) != (x.shape[1],):
             raise ValueError(
-                f"batch_norm_backward: weight, mean and var must have shape ({x.shape[1]},), got "
+                f"batch_norm_backward: {name} must have shape ({x.shape[1]},), got "
                 f"{tuple(tensor.shape)}"
             )
 
 
 @with_check(_check_backward)
-def _fake_backward(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dx = empty_feature_major(x.shape, x.dtype, x.device)
     stats = [x.new_empty(x.shape[1], dtype=weight_dtype(x)) for _ in range(2)]
     left = empty_feature_major(x.shape, x.dtype, x.device) if rest[-1] else x.new_empty(0)
@@ -85,12 +103,12 @@ def _fake_backward(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tens
 
 define(
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, bool training,"
-    " float eps, bool relu, Tensor? residual) -> (Tensor, Tensor, Tensor)",
+    " float eps, bool relu, Tensor? residual) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
 )
 define(
-    "batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor mean, Tensor var,"
-    " bool training, float eps, bool relu, bool has_residual)"
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var,"
+    " Tensor? offset, bool training, float eps, bool relu, bool has_residual)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
@@ -98,18 +116,20 @@ define(
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _, _, training, eps, relu, residual = inputs
-    y, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
+    y, mean, var, offset = output
+    ctx.mark_non_differentiable(mean, var, offset)
     ctx.mode = (training, eps, relu, residual is not None)
-    ctx.save_for_backward(x, weight, mean, var, y if relu else None)
+    # The ReLU's mask is recomputed from x, so that y need not live until then; a residual is not
+    # kept for that, and a 16-bit y may have been rounded to 0.
+    needs_y = relu and (residual is not None or x.element_size() < 4)
+    ctx.save_for_backward(x, weight, mean, var, offset, y if needs_y else None)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    x, weight, mean, var, y = ctx.saved_tensors
+    x, weight, mean, var, offset, y = ctx.saved_tensors
     training, eps, relu, has_residual = ctx.mode
-    y = x.new_empty(0) if y is None else y
     dx, dweight, dbias, dresidual = _ops.batch_norm_backward(
-        grad, x, y, weight, mean, var, training, eps, relu, has_residual
+        grad, x, y, weight, mean, var, offset, training, eps, relu, has_residual
     )
     needs = ctx.needs_input_grad
     return (
@@ -159,7 +179,7 @@ def batch_norm(
         # As `norm(x) + residual` promotes under autocast.
         wide = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wide), residual.to(wide)
-    y, mean, var = _ops.batch_norm(
+    y, mean, var, _ = _ops.batch_norm(
         x,
         weight,
         bias,

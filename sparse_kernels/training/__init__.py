@@ -5,6 +5,7 @@ from .rewrite import rewrite
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 from .schedule import UpdateSchedule, window_length
 from .sparse_momentum import SparseMomentum
+from .tuning import tune
 from .update import UpdateRecord
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "UpdateRecord",
     "UpdateSchedule",
     "rewrite",
+    "tune",
     "window_length",
 ]

@@ -42,6 +42,13 @@ class BlockGrid(index.BlockGrid):
             return matrix.reshape(-1, 1, 1)
         return index.to_blocks(matrix, self).transpose(1, 2).reshape(-1, self.bh, self.bw)
 
+    def stored(self, matrix: Tensor, pattern: Any) -> Tensor:
+        """[rows, cols] -> [nnzb, bh, bw] at the stored blocks of `pattern`."""
+        if (self.bh, self.bw) == (1, 1):  # keys are places in the matrix: one gather
+            return matrix.reshape(-1).index_select(0, pattern.keys()).view(-1, 1, 1)
+        blocks: Tensor = pattern.compress(matrix)
+        return blocks[: pattern.nnzb]
+
     def means(self, blocks: Tensor) -> Tensor:
         """Mean |.| per block over its elements inside the matrix: [blocks, bh, bw] -> [blocks]."""
         if (self.bh, self.bw) == (1, 1):

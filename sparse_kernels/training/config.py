@@ -33,11 +33,13 @@ class SparseMomentumConfig:
     redistribution: str | RedistributionRule = "momentum"
     signal: str = "exact"
     window_tolerance: float = 0.1
-    dense_above: float = 0.5
+    dense_above: float | None = None
 
     def __post_init__(self) -> None:
         UpdateSchedule(self.total_steps, self.update_every)
         for name in ("prune_rate", "final_prune_rate", "dense_above"):
+            if name == "dense_above" and self.dense_above is None:
+                continue
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         if not 0.0 < self.window_tolerance < 1.0:

@@ -118,17 +118,19 @@ class OptimizerView:
         """One step of the optimizer's momentum recursion on `buffers` (made when missing), in
         place.
 
-        grad: any shape, as the optimizer sees it (before its own maximize). first: torch's SGD
-            takes the very first gradient without dampening.
+        grad: any shape, as the optimizer sees it (before its own maximize); given away: it may
+            become a buffer or be written to. first: torch's SGD takes the very first gradient
+            without dampening.
         """
-        grad = -grad if self.group.get("maximize") else grad
+        grad = grad.neg_() if self.group.get("maximize") else grad
+        if self.family == "sgd":
+            weight = 1.0 if first else 1.0 - self.group["dampening"]
+            self._add_momentum(buffers, "momentum_buffer", grad, weight)
+            return
         for name in self.state_names:
             if name not in buffers:
                 buffers[name] = torch.zeros_like(grad, memory_format=torch.contiguous_format)
-        if self.family == "sgd":
-            weight = 1.0 if first else 1.0 - self.group["dampening"]
-            buffers["momentum_buffer"].mul_(self.beta).add_(grad, alpha=weight)
-        elif self.family == "lion":
+        if self.family == "lion":
             buffers["exp_avg"].lerp_(grad, 1.0 - self.beta)
         elif self.family == "adam":
             second = float(self.group["betas"][1])
@@ -138,6 +140,18 @@ class OptimizerView:
                 torch.maximum(
                     buffers["max_exp_avg_sq"], buffers["exp_avg_sq"], out=buffers["max_exp_avg_sq"]
                 )
+
+    def _add_momentum(
+        self, buffers: dict[str, Tensor], name: str, grad: Tensor, weight: float
+    ) -> None:
+        """buffer = beta * buffer + weight * grad in as few passes over the matrix as torch has."""
+        buffer = buffers.get(name)
+        if buffer is None:  # momentum of zero: the gradient itself, without a pass or a copy
+            buffers[name] = grad if weight == 1.0 else grad.mul_(weight)
+        elif weight == 1.0:
+            torch.add(grad, buffer, alpha=self.beta, out=buffer)
+        else:
+            buffer.mul_(self.beta).add_(grad, alpha=weight)
 
     def window_correction(self, gathered: int) -> float:
         """Factor for a second moment that was gathered from zero over the last `gathered` steps.

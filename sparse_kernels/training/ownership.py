@@ -27,6 +27,12 @@ def check_free(signals: Sequence[LayerSignal]) -> None:
             )
 
 
+def owner_of(layer: nn.Module) -> Any:
+    """The SparseMomentum that drives `layer`, or None."""
+    owner = _owners.get(layer)
+    return None if owner is None else owner()
+
+
 def claim(owner: Any, signals: Sequence[LayerSignal], hooks: Sequence[Any]) -> weakref.finalize:
     """Make `owner` the owner of the layers; the finalizer that is returned gives them back.
 

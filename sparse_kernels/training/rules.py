@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .selection import largest_indices, select_smallest
+
 FREE_SHARE = 0.99
 """A layer regrows at most this share of its free places (official code)."""
 NEARLY_DENSE = 0.2
@@ -128,50 +130,6 @@ def prune_counts(
     return counts
 
 
-def _fill_ties(sure: Tensor, tied: Tensor, count: int) -> Tensor:
-    """`sure` and the first of `tied`, so that exactly `count` are set."""
-    if (
-        sure.device.type == "cpu"
-    ):  # nearly always one tie: far cheaper to list than to count through
-        places = tied.nonzero().reshape(-1)[: count - int(torch.count_nonzero(sure))]
-        return sure.index_fill_(0, places, True)
-    missing = count - sure.sum()  # elsewhere no host synchronisation
-    return sure | (tied & (tied.cumsum(0) <= missing))
-
-
-def select_smallest(scores: Tensor, count: int) -> Tensor:
-    """Bool [n] with exactly `count` of the smallest `scores` ([n], no NaN); ties to the lowest
-    index.
-
-    Raises ValueError unless 0 <= count <= n.
-    """
-    _check_count(scores, count)
-    if count in (0, scores.numel()):
-        return torch.full_like(scores, bool(count), dtype=torch.bool)
-    threshold = torch.kthvalue(scores, count).values
-    return _fill_ties(scores < threshold, scores == threshold, count)
-
-
-def select_largest(scores: Tensor, count: int) -> Tensor:
-    """Bool [n] with exactly `count` of the largest `scores` ([n], no NaN); ties to the lowest
-    index.
-
-    Raises ValueError unless 0 <= count <= n.
-    """
-    _check_count(scores, count)
-    if count in (0, scores.numel()):
-        return torch.full_like(scores, bool(count), dtype=torch.bool)
-    threshold = torch.kthvalue(scores, scores.numel() - count + 1).values
-    return _fill_ties(scores > threshold, scores == threshold, count)
-
-
-def _check_count(scores: Tensor, count: int) -> None:
-    if not 0 <= count <= scores.numel():
-        raise ValueError(
-            f"cannot select {count} of {scores.numel()} scores; count must be in [0, n]"
-        )
-
-
 def redistribute(
     total: int, shares: Sequence[float], free: Sequence[int], cap: float = FREE_SHARE
 ) -> list[int]:
@@ -269,7 +227,7 @@ def grow_largest(candidates: Candidates, count: int) -> Tensor:
             f"layer {candidates.name}: growth by signal needs a dense signal (exact, window or "
             "gradient), but the signal is 'random'; pass growth='random' or another signal"
         )
-    return select_largest(candidates.scores, count).nonzero().reshape(-1)
+    return largest_indices(candidates.scores, count)
 
 
 def grow_random(candidates: Candidates, count: int) -> Tensor:

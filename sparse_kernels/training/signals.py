@@ -159,19 +159,22 @@ class LayerSignal:
         """
         dense, grad = self.layer.probe.grad, self.layer.values.grad
         pattern = self.layer.pattern
-        raw = pattern.compress(dense)[: pattern.nnzb].double()
-        seen = self._compact(grad, pattern).double()
-        return torch.stack([(raw * raw).sum(), (raw * seen).sum(), (seen * seen).sum()])
+        raw = BlockGrid.of(self.layer).stored(dense, pattern).reshape(-1).double()
+        seen = self._compact(grad, pattern).reshape(-1).double()
+        return torch.stack([torch.dot(raw, raw), torch.dot(raw, seen), torch.dot(seen, seen)])
 
     def observe(self, factor: float) -> None:
-        """Take the waiting dense gradient times `factor` (see gradient_scale.py), and free it."""
+        """Take the waiting dense gradient times `factor` (see gradient_scale.py) from the probe.
+
+        It is the signal's from then on: scaled in place, and kept as the first momentum.
+        """
         dense = self.pending()
         if dense is None:
             return
-        blocks = BlockGrid.of(self.layer).to_blocks(dense)
+        blocks = BlockGrid.of(self.layer).to_blocks(dense.detach())
         self.layer.probe.grad = None
         if factor != 1.0:
-            blocks = blocks * factor
+            blocks = blocks.mul_(factor)
         if self.gathers_momentum:
             fresh = not self.view.has_state() and self.gathered == 0
             self.view.accumulate(self.buffers, blocks, first=fresh)

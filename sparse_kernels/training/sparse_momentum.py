@@ -70,7 +70,8 @@ class SparseMomentum:
             that "exact" and "window" are "gradient".
         window_tolerance: share of the momentum that "window" may miss; sets its length.
         dense_above: layers denser than this are stored dense with a mask, and compressed again
-            below 0.8 of it; 1 keeps every layer compressed.
+            below 0.8 of it; 1 keeps every layer compressed, None goes by each layer's own
+            `dense_above`, which `tune` measures (0.5 before).
         generator: for random growth; None makes one on the CPU with seed 0.
         grad_scale: factor from the loss gradient to the gradient that the optimizer uses; None
             finds loss scaling and clipping by norm from values.grad.
@@ -113,7 +114,7 @@ class SparseMomentum:
         redistribution: str | RedistributionRule = "momentum",
         signal: str = "exact",
         window_tolerance: float = 0.1,
-        dense_above: float = 0.5,
+        dense_above: float | None = None,
         generator: torch.Generator | None = None,
         grad_scale: float | None = None,
         on_update: Callable[[UpdateRecord], None] | None = None,
@@ -325,9 +326,11 @@ class SparseMomentum:
     def _storage_for(self, layer: SparseLayer, keys: Tensor) -> str:
         grid = BlockGrid.of(layer)
         density = int(grid.counts(keys).sum()) / (grid.rows * grid.cols)
-        if density > self.config.dense_above:
+        above = self.config.dense_above
+        above = layer.dense_above if above is None else above
+        if density > above:
             return DENSE_MASKED
-        if density < STORAGE_HYSTERESIS * self.config.dense_above:
+        if density < STORAGE_HYSTERESIS * above:
             return COMPRESSED
         return layer.storage
 

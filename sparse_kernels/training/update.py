@@ -140,7 +140,8 @@ def _grow(
     kept = state.keys[~pruned]
     scores = scores_of()
     if scores is not None:
-        if not math.isfinite(float(scores.sum(dtype=torch.float64))):
+        # Scores are >= 0, and a maximum hands NaN on: one pass, no sum that could overflow.
+        if scores.numel() and not math.isfinite(float(scores.max())):
             raise FloatingPointError(_not_finite("growth signal", state.name, step))
         scores[kept] = -1.0
     grown = growth(Candidates(state.name, kept, state.blocks, scores, generator), count)

@@ -21,12 +21,11 @@ from sparse_kernels.backends.cpu.products import (
     conv2d,
     conv2d_dgrad,
     conv2d_wgrad,
-    conv2d_wgrad_dense,
     linear,
     linear_dgrad,
     linear_wgrad,
-    linear_wgrad_dense,
 )
+from sparse_kernels.backends.cpu.wgrad_dense import conv2d_wgrad_dense, linear_wgrad_dense
 
 __all__ = [
     "avg_pool2d",

@@ -26,8 +26,12 @@ def batch_norm(
     eps: float,
     relu: bool,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm (+ residual, ReLU) of [N, C] or [N, C, H, W]: y, mean and biased variance."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch norm (+ residual, ReLU) of [N, C] or [N, C, H, W]: y, mean, biased variance, offset.
+
+    y = relu?((x - mean) * scale + offset [+ residual]) with scale = weight / sqrt(var + eps): the
+    offset is the bias, corrected for the rounding of the mean.
+    """
     xs = activation(x)
     ws, bs = optional(weight), optional(bias)
     rs = None if residual is None else activation(residual)
@@ -38,6 +42,7 @@ def batch_norm(
     else:  # copies: an operator's outputs must not alias its inputs
         mean = mean.detach().to(torch.float32, copy=True)
         var = var.detach().to(torch.float32, copy=True)
+    offset = torch.empty_like(mean)
     y = empty_float(x.shape, x)
     native().batch_norm_forward(
         y.data_ptr(),
@@ -46,6 +51,7 @@ def batch_norm(
         pointer(bs),
         mean.data_ptr(),
         var.data_ptr(),
+        offset.data_ptr(),
         pointer(rs),
         x.shape[0],
         channels,
@@ -55,25 +61,29 @@ def batch_norm(
         relu,
         torch.get_num_threads(),
     )
-    return result(y, x.dtype), mean, var
+    return result(y, x.dtype), mean, var, offset
 
 
 def batch_norm_backward(
     grad: Tensor,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     weight: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    offset: Tensor | None,
     training: bool,
     eps: float,
     relu: bool,
     has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and residual (empty without one)."""
+    """Gradients of x, weight, bias and residual (empty without one).
+
+    The ReLU's mask is that of y, or, without y, recomputed from x by the forward pass's expression.
+    """
     gs, xs = activation(grad), activation(x)
-    ys = activation(y) if relu else None
-    ws = optional(weight)
+    ys = activation(y) if relu and y is not None else None
+    ws, offsets = optional(weight), optional(offset)
     means, vars_ = dense(mean), dense(var)
     dx = empty_float(x.shape, x)
     dweight, dbias = torch.empty_like(means), torch.empty_like(means)
@@ -89,6 +99,7 @@ def batch_norm_backward(
         pointer(ws),
         means.data_ptr(),
         vars_.data_ptr(),
+        pointer(offsets),
         x.shape[0],
         x.shape[1],
         x.shape[2:].numel(),

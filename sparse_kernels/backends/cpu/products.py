@@ -12,10 +12,13 @@ from sparse_kernels.backends.cpu.convert import (
     activation,
     dense,
     empty_float,
+    empty_matrix,
+    empty_values,
     optional,
     pointer,
     result,
 )
+from sparse_kernels.backends.cpu.lists import lists_of
 from sparse_kernels.geometry import Conv2dGeometry
 
 
@@ -33,8 +36,9 @@ def linear(
 ) -> Tensor:
     """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major."""
     batch, in_features = x.shape
+    capacity, bh, bw = values.shape
     xs, vs, bs = activation(x), dense(values), optional(bias)
-    y = empty_float((batch, out_features), x)
+    y = empty_matrix(batch, out_features, xs)
     native().linear(
         y.data_ptr(),
         xs.data_ptr(),
@@ -44,12 +48,13 @@ def linear(
         col.data_ptr(),
         out_features,
         in_features,
-        values.shape[1],
-        values.shape[2],
-        values.shape[0],
+        bh,
+        bw,
+        capacity,
         batch,
         relu,
         torch.get_num_threads(),
+        lists_of(col, crow),
     )
     return result(y, x.dtype)
 
@@ -66,8 +71,9 @@ def linear_dgrad(
 ) -> Tensor:
     """dX = dY S; grad [N, out] -> dx [N, in], feature-major."""
     batch, out_features = grad.shape
+    capacity, bh, bw = values.shape
     gs, vs = activation(grad), dense(values)
-    dx = empty_float((batch, in_features), grad)
+    dx = empty_matrix(batch, in_features, gs)
     native().linear_dgrad(
         dx.data_ptr(),
         gs.data_ptr(),
@@ -77,11 +83,12 @@ def linear_dgrad(
         t_perm.data_ptr(),
         out_features,
         in_features,
-        values.shape[1],
-        values.shape[2],
-        values.shape[0],
+        bh,
+        bw,
+        capacity,
         batch,
         torch.get_num_threads(),
+        lists_of(t_row, t_crow, t_perm),
     )
     return result(dx, grad.dtype)
 
@@ -101,7 +108,7 @@ def linear_wgrad(
     batch, out_features = grad.shape
     gs, xs = activation(grad), activation(x)
     capacity = col.shape[0]
-    dv = torch.empty((capacity, bh, bw), dtype=torch.float32, device=grad.device)
+    dv = empty_values(capacity, bh, bw, gs)
     native().linear_wgrad(
         dv.data_ptr(),
         gs.data_ptr(),
@@ -117,11 +124,6 @@ def linear_wgrad(
         torch.get_num_threads(),
     )
     return dv
-
-
-def linear_wgrad_dense(grad: Tensor, x: Tensor) -> Tensor:
-    """dW = dY^T X, dense [out, in]: asked for by the growth signal only."""
-    return grad.to(torch.float32).t() @ x.to(torch.float32)
 
 
 def _geometry(x_shape: Sequence[int], out_hw: Sequence[int], geometry: Sequence[int]) -> list[int]:
@@ -141,6 +143,7 @@ def conv2d(
     relu: bool,
 ) -> Tensor:
     """Sparse convolution; x [N, C, H, W] -> y [N, C_out, H_out, W_out], feature-major."""
+    capacity, bh, bw = values.shape
     xs, vs, bs = activation(x), dense(values), optional(bias)
     out_hw = Conv2dGeometry(*geometry).output_size(x.shape[2], x.shape[3])
     y = empty_float((x.shape[0], geometry[0], *out_hw), x)
@@ -152,11 +155,12 @@ def conv2d(
         crow.data_ptr(),
         col.data_ptr(),
         _geometry(x.shape, out_hw, geometry),
-        values.shape[1],
-        values.shape[2],
-        values.shape[0],
+        bh,
+        bw,
+        capacity,
         relu,
         torch.get_num_threads(),
+        lists_of(col, crow),
     )
     return result(y, x.dtype)
 
@@ -174,6 +178,7 @@ def conv2d_dgrad(
     geometry: Sequence[int],
 ) -> Tensor:
     """Gradient of the input, [N, C_in, H, W], feature-major."""
+    capacity, bh, bw = values.shape
     gs, vs = activation(grad), dense(values)
     shape = (grad.shape[0], geometry[1], in_height, in_width)
     dx = empty_float(shape, grad)
@@ -185,10 +190,11 @@ def conv2d_dgrad(
         t_row.data_ptr(),
         t_perm.data_ptr(),
         _geometry(shape, grad.shape[2:], geometry),
-        values.shape[1],
-        values.shape[2],
-        values.shape[0],
+        bh,
+        bw,
+        capacity,
         torch.get_num_threads(),
+        lists_of(t_row, t_crow, t_perm),
     )
     return result(dx, grad.dtype)
 
@@ -208,7 +214,7 @@ def conv2d_wgrad(
     """Gradient of the values, float32 [capacity, bh, bw] with a zero tail."""
     gs, xs = activation(grad), activation(x)
     capacity = col.shape[0]
-    dv = torch.empty((capacity, bh, bw), dtype=torch.float32, device=grad.device)
+    dv = empty_values(capacity, bh, bw, gs)
     native().conv2d_wgrad(
         dv.data_ptr(),
         gs.data_ptr(),
@@ -222,30 +228,3 @@ def conv2d_wgrad(
         torch.get_num_threads(),
     )
     return dv
-
-
-def conv2d_wgrad_dense(grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Tensor:
-    """Dense weight gradient [C_out, kh*kw*C_in/groups], float32, for the growth signal only."""
-    g = Conv2dGeometry(*geometry)
-    channels = g.in_channels // g.groups
-    if x.shape[0] == 0:
-        return torch.zeros(g.matrix_shape, dtype=torch.float32, device=x.device)
-    # torch pads both sides alike: what one side has more is padded before.
-    pad_h, pad_w = min(g.pad_top, g.pad_bottom), min(g.pad_left, g.pad_right)
-    extra = (g.pad_left - pad_w, g.pad_right - pad_w, g.pad_top - pad_h, g.pad_bottom - pad_h)
-    xs = torch.nn.functional.pad(x.to(torch.float32), extra)
-    # channels_last is what oneDNN likes best, and one transposition away from feature-major.
-    gradient = torch.ops.aten.convolution_backward(
-        grad.to(torch.float32).contiguous(memory_format=torch.channels_last),
-        xs.contiguous(memory_format=torch.channels_last),
-        xs.new_empty(1).expand(g.out_channels, channels, g.kernel_height, g.kernel_width),
-        None,
-        [g.stride_h, g.stride_w],
-        [pad_h, pad_w],
-        [g.dilation_h, g.dilation_w],
-        False,
-        [0, 0],
-        g.groups,
-        [False, True, False],
-    )[1]
-    return gradient.permute(0, 2, 3, 1).reshape(g.matrix_shape)

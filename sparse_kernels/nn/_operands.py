@@ -1,0 +1,54 @@
+"""What a sparse layer hands to its operator, and whether an input fits it: at every forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparse_kernels.nn.base import SparseLayer
+
+
+def operands(layer: SparseLayer) -> tuple[Any, ...]:
+    """values, the five index tensors, bias and probe: what an operator takes after the input."""
+    parameters, buffers = layer._parameters, layer._buffers
+    usual = "values" in parameters and "bias" in parameters
+    if not usual or torch.compiler.is_compiling():
+        # A parameter can be parametrized, or be handed over as a plain attribute (FSDP).
+        index = (layer.crow_indices, layer.col_indices, layer.t_crow, layer.t_row, layer.t_perm)
+        return layer.values, *index, layer.bias, layer.probe
+    # The dictionaries themselves: nn.Module finds an attribute there in 0.8 us each.
+    return (
+        parameters["values"],
+        buffers["crow_indices"],
+        buffers["col_indices"],
+        buffers["t_crow"],
+        buffers["t_row"],
+        buffers["t_perm"],
+        parameters["bias"],
+        layer.probe,
+    )
+
+
+def check_operand(layer: SparseLayer, x: Tensor) -> None:
+    """``x`` must be on the layer's device, in its dtype or 16-bit beside float32 values.
+
+    Raises ValueError or TypeError that names both sides.
+    """
+    values = layer.values
+    if x.dtype == values.dtype and x.device == values.device:
+        return
+    name = type(layer).__name__
+    if x.device != values.device:
+        raise ValueError(
+            f"{name} expected an input on {values.device}, got {x.device}; move the input or the "
+            "model with .to()"
+        )
+    half = x.dtype in (torch.float16, torch.bfloat16) and values.dtype == torch.float32
+    if not half:
+        raise TypeError(
+            f"{name} expected an input of {values.dtype}, got {x.dtype}; convert it with "
+            f"x.to({values.dtype})"
+        )
