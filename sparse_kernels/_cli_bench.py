@@ -174,7 +174,7 @@ def ops_command(**options: Any) -> None:
 
 
 @bench.command("layers")
-@_options(_layers, _common, _rounds(9), _seconds(4.0, "layer"), _compile)
+@_options(_layers, _common, _rounds(9), _seconds(3.0, "layer"), _compile)
 @one_line_errors
 def layers_command(**options: Any) -> None:
     """Layers of VGG16-D, WRN-16-8, ResNet-50 and linear ones: forward + backward, with roofline."""

@@ -212,7 +212,8 @@ def test_a_peer_that_computes_something_else_is_missing(monkeypatch: pytest.Monk
 def test_installed_peers_agree_with_masked_dense(name: str, shape: shapes.LayerShape) -> None:
     package = name.split(",")[0].split(".")[0]
     pytest.importorskip(package, reason=f"the optional extra `peers` ({package}) is not installed")
-    race = contest.set_up(shape, 0.2, (1, 1), 5)
+    # 32, not the 33 of these shapes: sparseprop 0.1.14 leaves out what is beyond a multiple of 8.
+    race = contest.set_up(dataclasses.replace(shape, batch=32), 0.2, (1, 1), 32)
     try:
         entry = peer_entries.make(name, race)
     except peer_entries.Unsupported as error:

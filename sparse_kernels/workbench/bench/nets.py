@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..contenders import Contender
 from ..datasets import BatchLoader, Dataset, Split, hold_out, load
 from ..errors import WorkbenchError
-from .contest import channels_last, relative_error, results_of, weight_gradient
+from .contest import relative_error, results_of, weight_gradient
 
 EXAMPLES = {"mnist": 54_000, "cifar10": 45_000}  # a tenth of the training set is held out
 FAR = 1_000_000  # steps to the first mask update: no window is entered
@@ -27,7 +27,7 @@ SEED = 0
 # Of each layer inside the net, on its own input and gradient: float32 against float32.
 _LAYER_TOLERANCE = 1e-4
 # Of the whole net rounding is amplified, and a ReLU or a maximum near a tie goes the other way.
-_LOGITS_TOLERANCE, _GRADIENT_FLOOR, _TIMES_ROUNDING = 1e-3, 0.02, 20.0
+_LOGITS_TOLERANCE, _GRADIENT_FLOOR, _TIMES_ROUNDING = 1e-3, 0.05, 20.0
 
 
 def random_batch(config: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -134,9 +134,10 @@ def check_net(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float
 
     Returns the largest relative errors: of any layer's output, dx and dvalues on the input and
     gradient that it meets in the net; of logits, input gradient and weight gradients of the net;
-    and "rounding", the largest of the latter between the dense net in two layouts. Dropout is off.
-    Raises WorkbenchError if a layer is off by more than 1e-4, the logits by 1e-3 or a gradient of
-    the net by 2 % and 20 times the rounding.
+    and "rounding", the largest of the latter when the dense net's images change by their last bit:
+    a ReLU near zero then goes the other way. Dropout is off. Raises WorkbenchError if a layer is
+    off by more than 1e-4, the logits by 1e-3 or a gradient of the net by 5 % and 20 times the
+    rounding (50 % at most).
     """
     images, labels = batch
     sparse = copy.deepcopy(model)
@@ -146,13 +147,18 @@ def check_net(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float
     met.clear()
     dense = densify(copy.deepcopy(model))
     reference = _gradients(dense, images.clone(), labels, model)
-    dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    again = _gradients(dense, channels_last(images).clone(), labels, model)
+    # Not dense in channels_last: torch's batch norm there loses digits where the variance is small.
+    ulp = torch.finfo(images.dtype).eps * torch.randn(images.shape, generator=_noise())
+    again = _gradients(dense, images * (1 + ulp), labels, model)
     own, rounding = _worst(ours, reference), max(_worst(again, reference).values())
     for what, error in own.items():
-        limit = max(_GRADIENT_FLOOR, _TIMES_ROUNDING * rounding)
+        limit = min(0.5, max(_GRADIENT_FLOOR, _TIMES_ROUNDING * rounding))
         _expect(error, _LOGITS_TOLERANCE if what == "logits" else limit, f"the net's {what}")
     return {**errors, **own, "rounding": rounding}
+
+
+def _noise() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
 
 
 def _expect(error: float, limit: float, what: str) -> None:

@@ -65,8 +65,8 @@ def _error_line(errors: dict[str, float]) -> str:
         f"{kind} {error:.0e}" for kind, error in errors.items() if kind != "rounding"
     )
     return (
-        f"Against the masked dense net, relative: {listed}; dense against itself in another "
-        f"layout: {errors['rounding']:.0e}."
+        f"Against the masked dense net, relative: {listed}; dense against itself after a change "
+        f"of its images' last bit: {errors['rounding']:.0e}."
     )
 
 

@@ -90,11 +90,11 @@ def _sparselab(contest: Contest) -> Entry:
     from sparselab import layout as padded
 
     rows, columns = contest.sparse.matrix_shape
-    dense = contest.dense
-    module = sparselab.SparseLinear(columns, rows, bias=contest.sparse.bias is not None)
-    weight, bias = dense.get_parameter("weight").detach(), contest.sparse.bias
+    bias = contest.sparse.bias
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's CSR is "beta", once per process
+        module = sparselab.SparseLinear(columns, rows, bias=bias is not None)
+        weight = contest.dense.get_parameter("weight").detach()
         module._csr = padded.from_dense(weight, padding_ratio=0.2)
     import numpy as np
 
