@@ -3,49 +3,55 @@
 
 #include "../kernels.h"
 #include "sparse_dots.h"
-#include "tile.h"
 
 namespace sk {
 namespace SK_ISA {
 
-// One tile: output pixels [i0, i0+rows) x [j0, j0+cols), batch entries from n0; input rows [y0,
-// y1), columns from x0.
+// Output pixels [i0, i0+rows) x [j0, j0+cols), all of the batch.
 struct WgradTile {
-  int64_t n0, i0, rows, j0, cols, y0, y1, x0;
+  int64_t i0, rows, j0, cols;
 };
 
-// Two ways to meet the image's border:
-//   padded   the tile holds the border as zeros, and all columns of a row are worked off together
-//   whatever their tap; clipped  the tile holds the image only, and each tap has its own rectangle
-//   of pixels: no product with zeros
-//            (on a 2x2 image more than half of a padded 3x3 product), but needs many non-zeros per
-//            tap.
+// The pixels of keys [begin, end) in one tile, and where they start in a gradient row and, for a
+// tap that shifts by nothing, in an input channel.
+struct KeyRegion {
+  int64_t begin, end;
+  DotRegion dots;
+  int64_t grad_at, x_at;
+};
+
+// Nothing is packed: a dot product runs along image rows as they lie in memory, [width][batch], in
+// runs that the hardware prefetches; a shift by a tap moves the start of a run. Tiles bound what is
+// read again and again (the input rows of a band of channels) to what the caches hold.
+//
+// Nothing is multiplied with the zeros around an image either: each tap has its own rectangle of
+// output pixels, and taps whose rectangles are equal (away from the border) are worked off
+// together.
 struct WgradPlan {
-  bool clipped;
-  TileShape tile;
-  int64_t band_channels, bands;  // channels packed at a time
-  int64_t band_h, band_w;        // output pixels per tile
-  int64_t lane_groups, bands_y, bands_x, tiles;
-  int64_t keys_per_band, keys;  // taps if clipped, else 1; times bands
-  int64_t parts;                // separate partial sums
+  int64_t pixel, x_row, x_channel, grad_row, grad_channel;  // strides of the tensors, in floats
+  int64_t band_channels, bands;                             // input channels at a time
+  int64_t tile_h, tile_w, tiles_y, tiles_x, tiles;          // output pixels at a time
+  int64_t taps, keys;  // keys: the taps, or 1 if all rectangles are always equal
+  int64_t parts;       // separate partial sums
 
-  // How far a tap shifts a stored column's input relative to its channel in the tile (clipped: the
-  // region does that).
-  int64_t tap_offset(const ConvGeometry& g, int64_t tap) const {
-    if (clipped) return 0;
-    return tap / g.kw * g.dil_h * tile.row_pitch + tap % g.kw * g.dil_w * tile.lanes;
+  // Taps of one image column are neighbours: away from the upper and lower border their rectangles
+  // are equal.
+  int64_t key(const ConvGeometry& g, int64_t tap) const {
+    return keys == 1 ? 0 : tap % g.kw * g.kh + tap / g.kw;
   }
-  TileShape grad_shape(const WgradTile& t) const { return tile_shape(tile.lanes, t.rows, t.cols); }
-  int64_t grad_floats() const { return 4 * tile_shape(tile.lanes, band_h, band_w).pitch; }
+  // Pixels by which a tap shifts the input of an output pixel.
+  int64_t tap_shift(const ConvGeometry& g, int64_t tap) const {
+    return (tap / g.kw * g.dil_h - g.pad_top) * g.in_w + tap % g.kw * g.dil_w - g.pad_left;
+  }
   WgradTile locate(const ConvGeometry& g, int64_t index) const;
-  // The rectangle of pixels of one key (a tap, if clipped) in a tile; false where it is empty.
-  bool region(const ConvGeometry& g, const WgradTile& t, int64_t tap, DotRegion& d,
-              int64_t& grad_at, int64_t& x_at) const;
+  // Fills `regions` [keys] with the rectangles of a tile; returns how many there are.
+  int64_t list_regions(const ConvGeometry& g, const WgradTile& t, KeyRegion* regions) const;
+  KeyRegion region(const ConvGeometry& g, const WgradTile& t, int64_t key) const;
 };
 
-// `per_row`: mean number of stored elements per row of the matrix. Throws std::invalid_argument if
-// the tile is beyond 32-bit offsets.
-WgradPlan plan_wgrad(const ConvGeometry& g, double per_row);
+// `bh`: rows of a block; `per_row`: mean number of stored elements per row of the matrix. Throws
+// std::invalid_argument if a band of channels is beyond 32-bit offsets.
+WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, double per_row);
 
 }  // namespace SK_ISA
 }  // namespace sk
