@@ -19,12 +19,12 @@
 //   threads    >= 1, how many OpenMP threads to use; results do not depend on it, to the last bit
 //   capacity   of values and of the index arrays that the launcher takes; nothing is read past it
 //   scratch    one lease of scratch.h per call. Products: per stored element at most 8 bytes, per
-//              output row 24 + 4 * (kh + 1). Plus per thread one packed tile of at most 288 KB; where
-//              the channels of the fewest pixels and batch entries that a kernel takes at once are
-//              more than 36 KB, at most max(288 KB, that, min(8 times that, 32 MB or twice that)). A
-//              product adds 24 bytes per output pixel of a tile. wgrad packs nothing: 40 bytes per
-//              stored element (lists and up to 8 partial sums; stored elements of partial blocks
-//              count in full), 128 * taps + 4 per block row, and 96 * taps per thread. Never
+//              output row 24 + 4 * (kh + 1). Plus per thread one packed tile of at most 288 KB;
+//              where the channels of the fewest pixels and batch entries that a kernel takes at
+//              once are more than 36 KB, at most max(288 KB, that, min(8 times that, 32 MB or twice
+//              that)). A product adds 24 bytes per output pixel of a tile. wgrad packs nothing: 40
+//              bytes per stored element (lists and up to 8 partial sums; stored elements of partial
+//              blocks count in full), 128 * taps + 4 per block row, and 96 * taps per thread. Never
 //              rows x cols, never an im2col matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
