@@ -19,7 +19,7 @@ constexpr double kGroupCost = 25;       // starting one group of elements in one
 constexpr double kRowCost = 40;         // starting one block row in one tile
 constexpr double kLoadCost = 1.5;       // the first load of one vector in a tile, from memory
 constexpr double kSecondLevelBytes = 288 * 1024, kThirdLevelBytes = 4 << 20;
-constexpr double kThirdLevelCost = 1.6, kMemoryCost = 2.5;  // times kFmaCost, beyond those sizes
+constexpr double kThirdLevelCost = 1.6, kMemoryCost = 5;  // times kFmaCost, beyond those sizes
 
 struct Candidate {
   int64_t bands, h, w;
