@@ -28,14 +28,14 @@
 //              row; and one slab: at most 320 KB, or, where the channels of the fewest pixels and
 //              batch entries that a kernel takes at once (`least`) are more than 80 KB, at most
 //              min(4 * least, max(32 MB, 2 * least)).
-//              wgrad: 40 bytes per stored element (lists and up to 8 partial sums; stored elements
-//              of partial blocks count in full), 128 * taps + 4 per block row; per thread one packed
-//              tile of at most 288 KB, or, where the fewest are more than that, at most
-//              max(288 KB, that, min(8 times that, 32 MB or twice that)).
+//              wgrad packs nothing: 40 bytes per stored element (lists and up to 8 partial sums;
+//              stored elements of partial blocks count in full), 128 * taps + 4 per block row, and
+//              96 * taps per thread.
 //              Never rows x cols, never an im2col matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
-//              range or not increasing within a line) or if a tile is beyond 32-bit offsets
+//              range or not increasing within a line) or if a tile (wgrad: the pixels of a band of
+//              channels) is beyond 32-bit offsets
 //              (conv2d_dgrad with a stride: some phases may be written before). That t_* describes
 //              the same pattern as crow and col is not checked. std::bad_alloc; the output may then
 //              be partly written. Shapes and array lengths are the caller's to check.

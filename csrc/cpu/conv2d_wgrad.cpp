@@ -1,4 +1,5 @@
-// conv2d_wgrad: the weight gradient at the pattern (a sampled product), tile by tile of the input.
+// conv2d_wgrad: the weight gradient at the pattern (a sampled product), tile by tile of the tensors
+// as they are.
 //
 // Work is cut in at most kMaxParts parts of tiles, a number that depends on the shape alone; each
 // part sums into its own partial values, and the parts are added in order: the result is the same
@@ -6,6 +7,7 @@
 #include "conv2d.h"
 #include "pattern_check.h"
 #include "scratch.h"
+#include "tile.h"
 #include "wgrad_lists.h"
 
 namespace sk {
@@ -49,16 +51,9 @@ SK_INLINE void run_columns(const DotRegion& d, const float* grad, const float* x
   dot_kernel_for(r, count)(d, grad, x, offset, scale, partial, bh);
 }
 
-// One thread's buffers.
-struct Buffers {
-  float *tile, *grad;
-  KeyRegion* regions;
-};
-
 struct BandVisit {
-  const WgradTile& t;
   int64_t band;
-  const float* tile;  // the input of the band's first channel
+  const float* x;  // the band's first channel
   const KeyRegion *regions, *regions_end;
 };
 
@@ -73,22 +68,18 @@ SK_INLINE BlockRow block_row(const PatternView& p, int64_t index) {
 }
 
 // All stored columns of one block row in one band of one tile.
-void run_block_row(const Job& j, const BandVisit& v, const BlockRow& row, float* packed,
-                   float* partial) {
+void run_block_row(const Job& j, const BandVisit& v, const BlockRow& row, float* partial) {
   const WgradPlan& plan = j.plan;
   const PatternView& p = j.pattern;
   const int32_t* bounds = j.lists.bounds + j.lists.at(row.index, v.band);
-  const float* x = v.tile;
-  if (!j.lists.value) x += (row.group * p.seg_cols - v.band * plan.band_channels) * plan.tile.pitch;
+  const float* x = v.x;
+  // Column indices count from the group's first channel, and shift by no tap.
+  if (!j.lists.value)
+    x += (row.group * p.seg_cols - v.band * plan.band_channels) * plan.x_channel +
+         plan.tap_shift(j.g, 0) * plan.pixel;
   for (int64_t r0 = 0; r0 < row.height;) {
     const int r = pow2_floor(imin<int64_t>(row.height - r0, kMaxGradRows));
-    const float* grad = packed;
-    if (plan.direct) {
-      grad = j.grad + (row.channel + r0) * j.g.out_h * j.g.out_w * j.g.batch;
-    } else {
-      pack_tile(packed, plan.grad_shape(v.t), {j.grad, j.g.out_h, j.g.out_w, j.g.batch},
-                row.channel + r0, r, v.t.i0, v.t.rows, v.t.j0, v.t.n0);
-    }
+    const float* grad = j.grad + (row.channel + r0) * plan.grad_channel;
     for (const KeyRegion* k = v.regions; k != v.regions_end; ++k) {
       const int64_t at = bounds[k->begin], count = bounds[k->end] - at;
       if (count == 0) continue;
@@ -99,35 +90,20 @@ void run_block_row(const Job& j, const BandVisit& v, const BlockRow& row, float*
   }
 }
 
-void run_band(const Job& j, const BandVisit& v, int64_t row_begin, int64_t row_end, float* packed,
+void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, KeyRegion* regions,
               float* partial) {
-  for (int64_t i = row_begin; i < row_end; ++i) {
-    const int32_t* bounds = j.lists.bounds + j.lists.at(i, v.band);
-    if (bounds[0] != bounds[j.plan.keys_per_band])
-      run_block_row(j, v, block_row(j.pattern, i), packed, partial);
-  }
-}
-
-void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end,
-              const Buffers& buffers, float* partial) {
   const WgradPlan& plan = j.plan;
-  const int64_t begin = plan.tiles * part / plan.parts * plan.bands;
-  const int64_t end = plan.tiles * (part + 1) / plan.parts * plan.bands;
-  int64_t regions = 0;
-  for (int64_t index = begin; index < end && row_begin < row_end; ++index) {
-    const int64_t band = index % plan.bands;
-    const WgradTile t = plan.locate(j.g, index / plan.bands);
-    if (band == 0) regions = plan.list_regions(j.g, t, buffers.regions);
-    const int64_t c0 = band * plan.band_channels;
-    const float* first = buffers.tile;
-    if (plan.direct) {
-      first = j.x + c0 * plan.tile.pitch;
-    } else {
-      pack_tile(buffers.tile, plan.tile, {j.x, j.g.in_h, j.g.in_w, j.g.batch}, c0,
-                imin(plan.tile_channels, j.g.in_channels - c0), t.y0, t.y1 - t.y0, t.x0, t.n0);
+  const int64_t end = plan.tiles * (part + 1) / plan.parts;
+  for (int64_t index = plan.tiles * part / plan.parts; index < end; ++index) {
+    const int64_t count = plan.list_regions(j.g, plan.locate(j.g, index), regions);
+    for (int64_t band = 0; band < plan.bands; ++band) {
+      const BandVisit v{band, j.x + band * plan.band_channels * plan.x_channel, regions,
+                        regions + count};
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        const int32_t* bounds = j.lists.bounds + j.lists.at(row, band);
+        if (bounds[0] != bounds[plan.keys]) run_block_row(j, v, block_row(j.pattern, row), partial);
+      }
     }
-    run_band(j, {t, band, first, buffers.regions, buffers.regions + regions}, row_begin, row_end,
-             buffers.grad, partial);
   }
 }
 
@@ -162,7 +138,7 @@ void add_parts(const Job& j, float* dvalues, const float* partial, int64_t store
   if (p.bw > 1) zero_floats(dvalues + first, end - first);
   for (int64_t band = 0; band < j.plan.bands; ++band) {
     const int32_t* bounds = j.lists.bounds + j.lists.at(row, band);
-    for (int64_t at = bounds[0]; at < bounds[j.plan.keys_per_band]; ++at) {
+    for (int64_t at = bounds[0]; at < bounds[j.plan.keys]; ++at) {
       float* to = dvalues + first + j.lists.value[at];
       for (int64_t h = 0; h < p.bh; ++h) {
         const float* from = partial + at * p.bh + h;
@@ -181,33 +157,25 @@ void clear_rows(const Job& j, float* partial, int64_t begin, int64_t end) {
     const int64_t rows = j.lists.value ? end - begin : 1;  // neighbours, or each row by itself
     for (int64_t row = begin; row < end; row += rows) {
       const int32_t from = j.lists.bounds[j.lists.at(row, band)];
-      const int32_t to = j.lists.bounds[j.lists.at(row + rows - 1, band) + j.plan.keys_per_band];
+      const int32_t to = j.lists.bounds[j.lists.at(row + rows - 1, band) + j.plan.keys];
       zero_floats(partial + from * bh, (to - from) * bh);
     }
   }
 }
 
-// Scratch of one call, and where its pieces lie.
+// Scratch of one call.
 struct Layout {
-  size_t list, bounds, partial, tile, grad, regions;
+  size_t list, bounds, partial, regions;
   Layout(const WgradPlan& plan, const PatternView& p, int64_t stored) {
     const auto padded = [](int64_t words) { return ScratchLease::padded(size_t(words) * 4); };
     const bool in_place = lists_are_pattern(plan, p) && plan.parts == 1;
     list = padded(list_count(plan, p));
     bounds = padded(bounds_count(plan, p));
     partial = in_place ? 0 : padded(plan.parts * stored);
-    tile = padded(plan.tile_floats());
-    grad = padded(plan.grad_floats());
-    regions = ScratchLease::padded(size_t(plan.keys_per_band) * sizeof(KeyRegion));
+    regions = ScratchLease::padded(size_t(plan.keys) * sizeof(KeyRegion));
   }
-  size_t thread() const { return tile + grad + regions; }
   size_t bytes(int threads) const {
-    return 2 * list + bounds + partial + size_t(threads) * thread();
-  }
-  Buffers buffers(char* scratch, int64_t thread_index) const {
-    char* at = scratch + size_t(thread_index) * thread();
-    return {reinterpret_cast<float*>(at), reinterpret_cast<float*>(at + tile),
-            reinterpret_cast<KeyRegion*>(at + tile + grad)};
+    return 2 * list + bounds + partial + size_t(threads) * regions;
   }
 };
 
@@ -219,11 +187,10 @@ void run_job(const ConvGeometry& g, const WgradPlan& plan, const PatternView& p,
   int32_t* value = static_cast<int32_t*>(lease.take(layout.list));
   int32_t* bounds = static_cast<int32_t*>(lease.take(layout.bounds));
   float* partial = layout.partial ? static_cast<float*>(lease.take(layout.partial)) : dvalues;
-  char* scratch = static_cast<char*>(lease.take(size_t(threads) * layout.thread()));
+  char* scratch = static_cast<char*>(lease.take(size_t(threads) * layout.regions));
   const ColumnLists lists = make_lists(plan, p, g, bounds, offset, value, threads);
   const Job j{g, plan, p, lists, grad, x};
-  // Rows are independent: cut them when there are fewer parts than threads, packing the same tiles
-  // more than once.
+  // Rows are independent: cut them when there are fewer parts than threads.
   int64_t splits = 1;
   while (splits < p.block_rows && plan.parts * splits < 4 * threads &&
          (plan.parts * splits) % threads != 0)
@@ -234,14 +201,14 @@ void run_job(const ConvGeometry& g, const WgradPlan& plan, const PatternView& p,
     int64_t thread;
 #pragma omp atomic capture
     thread = next++;
-    const Buffers buffers = layout.buffers(scratch, thread);
+    auto* regions = reinterpret_cast<KeyRegion*>(scratch + size_t(thread) * layout.regions);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < plan.parts * splits; ++item) {
       const int64_t part = item / splits, split = item % splits;
       const int64_t begin = split_row(p, split, splits), end = split_row(p, split + 1, splits);
       if (begin == end) continue;
       clear_rows(j, partial + part * stored, begin, end);
-      run_part(j, part, begin, end, buffers, partial + part * stored);
+      run_part(j, part, begin, end, regions, partial + part * stored);
     }
   }
   if (partial == dvalues) return;
@@ -267,7 +234,7 @@ void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32
     zero_floats(dvalues, stored);
     return;
   }
-  const WgradPlan plan = plan_wgrad(g, bh, bw, double(stored) / double(g.out_channels));
+  const WgradPlan plan = plan_wgrad(g, bh, double(stored) / double(g.out_channels));
   const PatternView p{crow, col, bh, bw, seg_rows, seg_cols, row_blocks, col_blocks, block_rows};
   run_job(g, plan, p, grad, x, dvalues, stored, threads);
 }

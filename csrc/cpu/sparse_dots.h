@@ -19,13 +19,13 @@ constexpr int max_columns(int rows) {
   return kDotAccumulators / rows < kMaxColumns ? kDotAccumulators / rows : kMaxColumns;
 }
 
-// A rectangle of pixels of one tile, in floats. The pixels of one gradient row lie without gaps.
+// A rectangle of pixels, in floats. The pixels of one line of gradients lie without gaps.
 struct DotRegion {
   int64_t lines;              // image rows
   int64_t steps, run;         // pieces without gaps per image row, and their length (any)
   int64_t grad_line, x_line;  // from image row to image row
   int64_t x_step;             // from piece to piece of the input
-  int64_t grad_row;           // from gradient row (output channel) to gradient row
+  int64_t grad_channel;       // from gradient row (output channel) to gradient row
 };
 
 // to[k * to_step + r] += dot(grad row r, x + columns[k] * scale) over the region.
@@ -79,7 +79,7 @@ void dot_kernel(const DotRegion& d, const float* grad, const float* x, const int
   do {
     const float* gs[R];
     SK_UNROLL
-    for (int r = 0; r < R; ++r) gs[r] = grad + r * d.grad_row + line * d.grad_line;
+    for (int r = 0; r < R; ++r) gs[r] = grad + r * d.grad_channel + line * d.grad_line;
     const float* xs[K];
     SK_UNROLL
     for (int k = 0; k < K; ++k) xs[k] = x + columns[k] * scale + line * d.x_line;

@@ -56,19 +56,19 @@ void count_columns(const WgradPlan& plan, const PatternView& p, const ConvGeomet
 // Fills the lists of one block row; bounds[at + 1] holds the start of `at` before, the end after.
 void fill_columns(const WgradPlan& plan, const PatternView& p, const ConvGeometry& g, int64_t row,
                   const ColumnLists& lists, int32_t* bounds, int32_t* offset, int32_t* value) {
-  const int64_t pitch = plan.tile.pitch, first = row / p.row_blocks * p.seg_cols;
+  const int64_t image = g.in_h * g.in_w, first = row / p.row_blocks * p.seg_cols;
   walk_segments(
       plan, p, plan.taps, row, [&](int64_t tap, int64_t band, int64_t begin, int64_t end) {
         int32_t* bound = bounds + lists.at(row, band) + plan.key(g, tap) + 1;
         int32_t at = *bound;
         const int64_t tap_column = tap * p.col_blocks * p.bw;
         const int64_t shift =
-            plan.tap_offset(g, tap) + (first - band * plan.band_channels - tap_column) * pitch;
+            plan.tap_shift(g, tap) + (first - band * plan.band_channels - tap_column) * image;
         for (int64_t e = begin; e < end; ++e) {
           const int64_t column = p.col[e] * p.bw;
           const int64_t width = imin(p.bw, tap_column + p.seg_cols - column);
           for (int64_t c = 0; c < width; ++c, ++at) {
-            offset[at] = int32_t(shift + (column + c) * pitch);
+            offset[at] = int32_t(shift + (column + c) * image);
             value[at] = int32_t((e - p.crow[row]) * p.bh * p.bw + c);
           }
         }
@@ -83,7 +83,7 @@ bool lists_are_pattern(const WgradPlan& plan, const PatternView& p) {
 }
 
 int64_t bounds_count(const WgradPlan& plan, const PatternView& p) {
-  return p.block_rows * (plan.bands * plan.keys_per_band + 1) + 1;
+  return p.block_rows * (plan.bands * plan.keys + 1) + 1;
 }
 
 int64_t list_count(const WgradPlan& plan, const PatternView& p) {
@@ -101,10 +101,10 @@ ColumnLists make_lists(const WgradPlan& plan, const PatternView& p, const ConvGe
         for (int64_t b = band + 1; b < step; ++b) bounds[row * step + b] = int32_t(end);
       });
     }
-    return {p.col, nullptr, bounds, plan.tile.pitch, step, 1};
+    return {p.col, nullptr, bounds, plan.x_channel, step, 1};
   }
-  const int64_t keys = plan.keys_per_band, all = p.block_rows * plan.bands * keys;
-  const ColumnLists lists{offset, value, bounds, 1, keys, p.block_rows * keys};
+  const int64_t keys = plan.keys, all = p.block_rows * plan.bands * keys;
+  const ColumnLists lists{offset, value, bounds, plan.pixel, keys, p.block_rows * keys};
   std::memset(bounds, 0, size_t(all + 1) * 4);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < p.block_rows; ++row) count_columns(plan, p, g, row, lists, bounds);

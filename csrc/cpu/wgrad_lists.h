@@ -22,7 +22,7 @@ struct PatternView {
 // With one tap and bw = 1 no list is made: `offset` is col_indices, `value` is null, and the order
 // is that of the pattern: (block row, band).
 struct ColumnLists {
-  const int32_t* offset;  // input of a column in the tile: offset * scale
+  const int32_t* offset;  // input of a column: offset * scale floats from its band's first channel
   const int32_t* value;   // index of the column's first value, relative to the block row's first
   const int32_t* bounds;  // columns of (row, band, key): [bounds[at], bounds[at + 1])
   int64_t scale;
