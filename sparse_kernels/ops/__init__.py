@@ -7,6 +7,7 @@ from sparse_kernels.ops.conv2d import SparseConv2dFunction, conv2d
 from sparse_kernels.ops.linear import SparseLinearFunction, linear
 from sparse_kernels.ops.masked import MaskedWeightFunction, masked_weight
 from sparse_kernels.ops.norm import batch_norm
+from sparse_kernels.ops.norm_pool import batch_norm_pool
 from sparse_kernels.ops.pooling import avg_pool2d, max_pool2d
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "SparseLinearFunction",
     "avg_pool2d",
     "batch_norm",
+    "batch_norm_pool",
     "conv2d",
     "linear",
     "masked_weight",
