@@ -62,6 +62,58 @@ void BatchNormBackward(Address dx, Address dweight, Address dbias, Address dresi
        eps, relu, static_cast<int>(threads)});
 }
 
+int64_t CheckNormPool(const char* kernel, const std::vector<int64_t>& sizes, double eps,
+                      int64_t threads) {
+  static const char* const names[4] = {"batch", "channels", "height", "width"};
+  Require(sizes.size() == 4, std::string(kernel) +
+                                 ": sizes must be the 4 integers batch, channels, height, width, "
+                                 "got " +
+                                 std::to_string(sizes.size()));
+  for (size_t i = 0; i < sizes.size(); ++i) RequireSize(kernel, names[i], sizes[i], i < 2 ? 0 : 2);
+  Require(eps >= 0, std::string(kernel) + ": eps must be at least 0, got " + std::to_string(eps));
+  RequireThreads(kernel, threads);
+  return sizes[0] * sizes[1] * sizes[2] * sizes[3];
+}
+
+void BatchNormPool(Address y, Address argmax, Address x, Address weight, Address bias, Address mean,
+                   Address var, Address rounding, const std::vector<int64_t>& sizes, bool training,
+                   double eps, int64_t threads) {
+  const char* kernel = "batch_norm_pool";
+  const int64_t elements = CheckNormPool(kernel, sizes, eps, threads);
+  RequirePointer(kernel, "y", y, elements / 4);
+  RequirePointer(kernel, "argmax", argmax, elements / 4);
+  RequirePointer(kernel, "x", x, elements);
+  RequirePointer(kernel, "mean", mean, sizes[1]);
+  RequirePointer(kernel, "var", var, sizes[1]);
+  RequirePointer(kernel, "rounding", rounding, sizes[1]);
+  dense_kernels().batch_norm_pool(
+      {Pointer<float>(y), Pointer<uint8_t>(argmax), Pointer<const float>(x),
+       Pointer<const float>(weight), Pointer<const float>(bias), Pointer<float>(mean),
+       Pointer<float>(var), Pointer<float>(rounding), sizes[1], sizes[2], sizes[3], sizes[0],
+       training, eps, static_cast<int>(threads)});
+}
+
+void BatchNormPoolBackward(Address dx, Address dweight, Address dbias, Address grad, Address argmax,
+                           Address x, Address weight, Address mean, Address var, Address rounding,
+                           const std::vector<int64_t>& sizes, bool training, double eps,
+                           int64_t threads) {
+  const char* kernel = "batch_norm_pool_backward";
+  const int64_t elements = CheckNormPool(kernel, sizes, eps, threads);
+  RequirePointer(kernel, "dx", dx, elements);
+  RequirePointer(kernel, "grad", grad, elements / 4);
+  RequirePointer(kernel, "argmax", argmax, elements / 4);
+  RequirePointer(kernel, "x", x, elements);
+  RequirePointer(kernel, "mean", mean, sizes[1]);
+  RequirePointer(kernel, "var", var, sizes[1]);
+  RequirePointer(kernel, "rounding", rounding, sizes[1]);
+  dense_kernels().batch_norm_pool_backward(
+      {Pointer<float>(dx), Pointer<float>(dweight), Pointer<float>(dbias),
+       Pointer<const float>(grad), Pointer<const uint8_t>(argmax), Pointer<const float>(x),
+       Pointer<const float>(weight), Pointer<const float>(mean), Pointer<const float>(var),
+       Pointer<const float>(rounding), sizes[1], sizes[2], sizes[3], sizes[0], training, eps,
+       static_cast<int>(threads)});
+}
+
 PoolDims ParsePoolDims(const char* kernel, const std::vector<int64_t>& dims) {
   static const char* const names[14] = {"batch", "channels", "in_h", "in_w", "out_h",
                                         "out_w", "kh",       "kw",   "sh",   "sw",
@@ -157,6 +209,14 @@ void bind_dense(py::module_& m) {
         py::arg("weight"), py::arg("mean"), py::arg("var"), py::arg("offset"), py::arg("batch"),
         py::arg("channels"), py::arg("pixels"), py::arg("training"), py::arg("eps"),
         py::arg("relu"), py::arg("threads"), Release(), "See BatchNormBackwardArgs.");
+  m.def("batch_norm_pool", &BatchNormPool, py::arg("y"), py::arg("argmax"), py::arg("x"),
+        py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("var"), py::arg("rounding"),
+        py::arg("sizes"), py::arg("training"), py::arg("eps"), py::arg("threads"), Release(),
+        "See BatchNormPoolArgs.");
+  m.def("batch_norm_pool_backward", &BatchNormPoolBackward, py::arg("dx"), py::arg("dweight"),
+        py::arg("dbias"), py::arg("grad"), py::arg("argmax"), py::arg("x"), py::arg("weight"),
+        py::arg("mean"), py::arg("var"), py::arg("rounding"), py::arg("sizes"), py::arg("training"),
+        py::arg("eps"), py::arg("threads"), Release(), "See BatchNormPoolBackwardArgs.");
   m.def("max_pool2d", &MaxPool, py::arg("y"), py::arg("argmax"), py::arg("x"), py::arg("dims"),
         py::arg("threads"), Release(), "See MaxPoolArgs.");
   m.def("max_pool2d_backward", &MaxPoolBackward, py::arg("dx"), py::arg("grad"), py::arg("argmax"),

@@ -79,6 +79,41 @@ struct BatchNormBackwardArgs {
   int threads;
 };
 
+// y = the maximum of relu((x - mean) / sqrt(var + eps) * weight + bias) over windows of 2 x 2
+// pixels (stride 2, no padding), for which the normalised image is never written.
+struct BatchNormPoolArgs {
+  float* y;             // [channels][height / 2][width / 2][batch], written
+  uint8_t* argmax;      // same shape, written: 2 * ky + kx of the maximum as in MaxPoolArgs, or
+                        // kNoTap where y is 0: the ReLU passes no gradient there
+  const float* x;       // [channels][height][width][batch]
+  const float* weight;  // [channels] or null (ones)
+  const float* bias;    // [channels] or null (zeros)
+  float* mean;          // [channels], written when training, else read
+  float* var;           // [channels], biased variance, written when training, else read
+  float* rounding;      // [channels], written: mean before its rounding to float, minus mean
+  int64_t channels, height, width, batch;
+  bool training;
+  double eps;
+  int threads;
+};
+
+struct BatchNormPoolBackwardArgs {
+  float* dx;              // [channels][height][width][batch], written
+  float* dweight;         // [channels] or null
+  float* dbias;           // [channels] or null
+  const float* grad;      // [channels][height / 2][width / 2][batch]
+  const uint8_t* argmax;  // this and the following as the forward pass left or read them
+  const float* x;
+  const float* weight;
+  const float* mean;
+  const float* var;
+  const float* rounding;
+  int64_t channels, height, width, batch;
+  bool training;
+  double eps;
+  int threads;
+};
+
 // Sizes of a pooling, in pixels. Window (oy, ox) has its first tap at (oy * sh - ph, ox * sw - pw).
 struct PoolDims {
   int64_t batch, channels;
@@ -132,6 +167,8 @@ struct DenseKernels {
   void (*transpose)(const TransposeArgs&);
   void (*batch_norm_forward)(const BatchNormForwardArgs&);
   void (*batch_norm_backward)(const BatchNormBackwardArgs&);
+  void (*batch_norm_pool)(const BatchNormPoolArgs&);
+  void (*batch_norm_pool_backward)(const BatchNormPoolBackwardArgs&);
   void (*max_pool2d)(const MaxPoolArgs&);
   void (*max_pool2d_backward)(const MaxPoolBackwardArgs&);
   void (*avg_pool2d)(const AvgPoolArgs&);
@@ -143,6 +180,8 @@ namespace SK_ISA {
 void transpose(const TransposeArgs&);
 void batch_norm_forward(const BatchNormForwardArgs&);
 void batch_norm_backward(const BatchNormBackwardArgs&);
+void batch_norm_pool(const BatchNormPoolArgs&);
+void batch_norm_pool_backward(const BatchNormPoolBackwardArgs&);
 void max_pool2d(const MaxPoolArgs&);
 void max_pool2d_backward(const MaxPoolBackwardArgs&);
 void avg_pool2d(const AvgPoolArgs&);

@@ -96,6 +96,39 @@ def test_residual_is_added_before_relu(layout) -> None:
     )
 
 
+@pytest.mark.parametrize("layout", ["feature-major", "contiguous_format", "channels_last"])
+@pytest.mark.parametrize("options", NORMS)
+def test_norm_with_relu_and_pooling_equals_the_three_of_torch(options, layout) -> None:
+    ours = BatchNorm2d(3, **options)
+    ours.relu = ours.pool = True
+    norm = nn.BatchNorm2d(3, **options)
+    theirs = nn.Sequential(norm, nn.ReLU(), nn.MaxPool2d(2))
+    if norm.affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    ours.load_state_dict(norm.state_dict())
+    for mode in (True, True, False):
+        ours.train(mode).zero_grad()
+        theirs.train(mode).zero_grad()
+        y = check_equal(ours, theirs, image(layout))
+        assert y.shape == (4, 3, 4, 5)
+        assert is_feature_major(y) == (layout == "feature-major")
+
+
+def test_pooling_norm_takes_residuals_other_dtypes_and_flat_images() -> None:
+    norm, plain = BatchNorm2d(3), nn.BatchNorm2d(3)
+    norm.relu = norm.pool = True
+    x, residual = image("feature-major"), image("feature-major")
+    want = nn.functional.max_pool2d((plain(x) + residual).relu(), 2)
+    torch.testing.assert_close(norm(x, residual), want, check_stride=False, rtol=1e-4, atol=1e-5)
+    wide = image("feature-major", torch.float64)
+    want = nn.functional.max_pool2d(plain.double()(wide).relu(), 2)
+    torch.testing.assert_close(norm.double()(wide), want, check_stride=False)
+    flat = empty_feature_major((4, 3, 1, 6)).normal_()
+    with pytest.raises(ValueError, match="smaller than the window"):
+        norm.float()(flat)
+
+
 def test_norm_falls_back_on_other_dtypes() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         ours, theirs = BatchNorm2d(3, dtype=dtype), nn.BatchNorm2d(3, dtype=dtype)
@@ -133,3 +166,7 @@ def test_reference_backend_serves_them_too() -> None:
     plain = nn.Sequential(nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.AvgPool2d(2))
     with plan.use_backend("reference"):
         check_equal(copy.deepcopy(block), plain, image("feature-major"))
+        norm = BatchNorm2d(3)
+        norm.relu = norm.pool = True
+        plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2))
+        check_equal(norm, plain, image("feature-major"))

@@ -72,6 +72,8 @@ def _backward_args(name: str, dtype: torch.dtype) -> tuple:
     return {
         "batch_norm": (x, weight, bias, None, None, True, 1e-5, False, y),
         "batch_norm_backward": (*(y, x, y, weight, mean, var, None), True, 1e-5, True, True),
+        "batch_norm_pool": (x, weight, bias, None, None, True, 1e-5),
+        "batch_norm_pool_backward": (*(grad, taps, x, weight, mean, var, mean), True, 1e-5),
         "max_pool2d": (x, *window, [1, 1], False),
         "max_pool2d_backward": (grad, taps, 5, 4, *window, [1, 1]),
         "avg_pool2d": (x, *window, False, True, None),
@@ -289,6 +291,58 @@ def test_evaluating_batch_norm_returns_fresh_statistics() -> None:
     assert not LIB.batch_norm(x.requires_grad_(), *[None] * 4, True, 1e-5, False, None)[
         1
     ].requires_grad
+
+
+def test_batch_norm_keeps_its_output_only_where_the_mask_needs_it() -> None:
+    x, residual = torch.randn(2, 6, 3, 4, 5).unbind()
+    kept: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    def images(x: torch.Tensor, residual: torch.Tensor | None) -> int:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            ops.batch_norm(x, None, None, training=True, relu=True, residual=residual)
+        return sum(t.dim() == 4 for t in kept)
+
+    leaf = x.requires_grad_()
+    assert images(leaf, None) == 1 and images(leaf, residual) == 2
+    # 16-bit outputs may have been rounded to 0, where torch passes no gradient.
+    assert images(leaf.bfloat16(), None) == 2
+
+
+def test_batch_norm_backward_refuses_a_missing_mask() -> None:
+    x, v = torch.randn(4, 3), torch.ones(3)
+    for y, offset, has_residual in ((None, None, False), (None, v, True)):
+        with pytest.raises(ValueError, match="the ReLU's mask needs the output y"):
+            LIB.batch_norm_backward(*(x, x, y, None, v, v, offset), True, 1e-5, True, has_residual)
+    with pytest.raises(ValueError, match=r"offset must have shape \(3,\), got \(2,\)"):
+        LIB.batch_norm_backward(*(x, x, None, None, v, v, v[:2]), True, 1e-5, True, False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_pool_equals_its_parts_and_refuses_what_they_refuse(training) -> None:
+    x = torch.randn(5, 3, 7, 6, requires_grad=True)
+    w, b = torch.randn(2, 3).unbind()
+    running = [(torch.zeros(3), torch.ones(3)) for _ in range(2)]
+    y = ops.batch_norm_pool(x, *running[0], w, b, training=training)
+    normed = ops.batch_norm(x, *running[1], w, b, training=training, relu=True)
+    want = ops.max_pool2d(normed, 2)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(running[0], running[1])
+    grad = torch.randn_like(y)
+    first, second = (torch.autograd.grad(out, x, grad)[0] for out in (y, want))
+    torch.testing.assert_close(first, second)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ops.batch_norm_pool(x[:1, :, :1, :1], None, None, training=True)
+    with pytest.raises(ValueError, match="1 x 6 pixels is smaller than the window"):
+        ops.batch_norm_pool(x[:, :, :1], None, None, training=True)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        ops.batch_norm_pool(x, None, None, w[:2], training=True)
+    with pytest.raises(ValueError, match="grad and argmax .* must have shape"):
+        LIB.batch_norm_pool_backward(grad, grad, x, w, b, b, b, True, 1e-5)
 
 
 def test_second_derivatives_in_float32_are_those_of_float64() -> None:

@@ -17,12 +17,6 @@ namespace {
 constexpr int kSums = 4;          // accumulators per sum: hide the latency of the additions
 constexpr int64_t kSample = 256;  // elements that give the first chunk of a part its shift
 
-struct Moments {
-  double count;
-  double mean;
-  double squares;  // sum of squared deviations from the mean
-};
-
 Moments Merged(const Moments& a, const Moments& b) {
   if (a.count == 0) return b;
   const double count = a.count + b.count, delta = b.mean - a.mean;
@@ -63,6 +57,20 @@ Moments PartMoments(const float* x, int64_t n) {
   }
   return total;
 }
+
+}  // namespace
+
+Moments ChannelMoments(const float* x, int64_t count) {
+  const Parts parts = PartsOf(count);
+  Moments total = {0, 0, 0};
+  for (int64_t part = 0; part < parts.number; ++part) {
+    const int64_t begin = part * parts.length;
+    total = Merged(total, PartMoments(x + begin, imin(parts.length, count - begin)));
+  }
+  return total;
+}
+
+namespace {
 
 template <bool kResidual, bool kRelu>
 SK_INLINE Vec Output(const Affine& affine, Vec x, Vec residual) {
@@ -123,14 +131,9 @@ void Normalize(const BatchNormForwardArgs& args, int64_t at, int64_t n, const Af
 
 void ForwardChannel(const BatchNormForwardArgs& args, int64_t channel, bool stream) {
   const int64_t base = channel * args.count;
-  const Parts parts = PartsOf(args.count);
-  Moments total = {0, 0, 0};
-  for (int64_t part = 0; args.training && part < parts.number; ++part) {
-    const int64_t begin = part * parts.length;
-    total =
-        Merged(total, PartMoments(args.x + base + begin, imin(parts.length, args.count - begin)));
-  }
-  Normalize(args, base, args.count, Settle(args, channel, total), stream);
+  const Moments moments =
+      args.training ? ChannelMoments(args.x + base, args.count) : Moments{0, 0, 0};
+  Normalize(args, base, args.count, Settle(args, channel, moments), stream);
 }
 
 // The same with all threads on one channel.

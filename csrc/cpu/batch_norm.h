@@ -59,6 +59,38 @@ SK_INLINE double ScaleOf(const float* weight, float var, double eps, int64_t cha
   return w / __builtin_sqrt(static_cast<double>(var) + eps);
 }
 
+struct Moments {
+  double count;
+  double mean;
+  double squares;  // sum of squared deviations from the mean
+};
+
+// Moments of a whole channel of `count` elements (of none: zeros).
+Moments ChannelMoments(const float* x, int64_t count);
+
+struct GradientSums {
+  double grad;           // sum of g, the gradient behind the ReLU
+  double grad_centered;  // sum of g * (x - mean)
+  double centered;       // sum of x - mean: not 0, since mean was rounded to float
+};
+
+// dx = g * scale + ((x - mean) * slope + offset).
+struct Slope {
+  float scale, slope, offset;
+};
+
+// What dx of a channel is made of; writes its dweight and dbias where those are not null.
+struct GradientTarget {
+  float* dweight;
+  float* dbias;
+  const float* weight;  // or null (one)
+  float var;
+  double eps;
+  int64_t count;
+  bool training;
+};
+Slope SettleGradient(const GradientTarget& target, const GradientSums& sums);
+
 // Parts of a channel: what one thread sums or writes. A function of the channel's length alone.
 constexpr int64_t kMaxParts = 64;
 constexpr int64_t kMinPart = 32768;

@@ -9,6 +9,22 @@
 
 namespace sk {
 namespace SK_ISA {
+Slope SettleGradient(const GradientTarget& t, const GradientSums& sums) {
+  const double inverse = 1.0 / __builtin_sqrt(static_cast<double>(t.var) + t.eps);
+  const double count = static_cast<double>(t.count);
+  // Eval uses the given mean as a constant; in training the exact mean is mean + rounding.
+  const bool moves = t.training && t.count > 0;
+  const double rounding = moves ? sums.centered / count : 0.0;
+  const double dweight = (sums.grad_centered - rounding * sums.grad) * inverse;
+  if (t.dweight != nullptr) *t.dweight = static_cast<float>(dweight);
+  if (t.dbias != nullptr) *t.dbias = static_cast<float>(sums.grad);
+  const double scale = (t.weight != nullptr ? *t.weight : 1.0) * inverse;
+  if (!moves) return {static_cast<float>(scale), 0.0f, 0.0f};
+  const double slope = -scale * inverse * dweight / count;
+  const double offset = -scale * sums.grad / count - slope * rounding;
+  return {static_cast<float>(scale), static_cast<float>(slope), static_cast<float>(offset)};
+}
+
 namespace {
 
 constexpr int kSums = 2;  // accumulators of each of the three sums
@@ -30,12 +46,6 @@ SK_INLINE Vec Masked(const Stretch& s, Vec grad, Vec x, Vec y) {
   if (kMask == kMaskFromY) return vkeep_positive(grad, y);
   return grad;
 }
-
-struct GradientSums {
-  double grad;           // sum of g, the gradient behind the ReLU
-  double grad_centered;  // sum of g * (x - mean)
-  double centered;       // sum of x - mean: not 0, since mean was rounded to float
-};
 
 void Add(GradientSums& a, const GradientSums& b) {
   a.grad += b.grad;
@@ -83,11 +93,6 @@ GradientSums PartSums(const Stretch& s, int64_t n, float mean) {
   }
   return total;
 }
-
-// dx = g * scale + ((x - mean) * slope + offset).
-struct Slope {
-  float scale, slope, offset;
-};
 
 // Either of dx and dresidual (= g) may be null.
 template <Mask kMask, bool kStream>
@@ -152,22 +157,13 @@ void WritePart(const Backward& b, int64_t channel, int64_t part, const Slope& sl
                   slope);
 }
 
-// Writes dweight and dbias of a channel and returns what its dx is made of.
 Slope Settle(const BatchNormBackwardArgs& args, int64_t channel, const GradientSums& sums) {
-  const double inverse = 1.0 / __builtin_sqrt(static_cast<double>(args.var[channel]) + args.eps);
-  const double weight = args.weight != nullptr ? args.weight[channel] : 1.0;
-  const double count = static_cast<double>(args.count);
-  // Eval uses the given mean as a constant; in training the exact mean is mean + rounding.
-  const bool moves = args.training && args.count > 0;
-  const double rounding = moves ? sums.centered / count : 0.0;
-  const double dweight = (sums.grad_centered - rounding * sums.grad) * inverse;
-  if (args.dweight != nullptr) args.dweight[channel] = static_cast<float>(dweight);
-  if (args.dbias != nullptr) args.dbias[channel] = static_cast<float>(sums.grad);
-  const double scale = weight * inverse;
-  if (!moves) return {static_cast<float>(scale), 0.0f, 0.0f};
-  const double slope = -scale * inverse * dweight / count;
-  const double offset = -scale * sums.grad / count - slope * rounding;
-  return {static_cast<float>(scale), static_cast<float>(slope), static_cast<float>(offset)};
+  const auto at = [channel](auto* pointer) {
+    return pointer != nullptr ? pointer + channel : pointer;
+  };
+  return SettleGradient({at(args.dweight), at(args.dbias), at(args.weight), args.var[channel],
+                         args.eps, args.count, args.training},
+                        sums);
 }
 
 void BackwardChannel(const Backward& b, int64_t channel) {

@@ -165,7 +165,8 @@ SK_INLINE int pow2_floor(int64_t a) {
 
 // Arithmetic and masks of norm and pooling. vkeep_* return `a` in the lanes where the condition
 // holds, else +0. vkeep_positive keeps a NaN condition too: torch's threshold_backward passes it.
-// vload_bytes widens kLanes unsigned bytes to floats.
+// vwinner is a where the number is greater than `than` or NaN, else b: a maximum that lets NaN win.
+// vload_bytes and vstore_bytes convert kLanes unsigned bytes to floats and back.
 #if defined(SK_EMULATE_AVX512)
 
 SK_INLINE Vec vsub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
@@ -178,6 +179,21 @@ SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
 SK_INLINE Vec vkeep_equal(Vec a, Vec left, Vec right) {
   return {vkeep_half(a.lo, _mm256_cmp_ps(left.lo, right.lo, _CMP_NEQ_UQ)),
           vkeep_half(a.hi, _mm256_cmp_ps(left.hi, right.hi, _CMP_NEQ_UQ))};
+}
+SK_INLINE __m256 vselect_half(__m256 number, __m256 than, __m256 a, __m256 b) {
+  const __m256 wins = _mm256_or_ps(_mm256_cmp_ps(number, than, _CMP_GT_OQ),
+                                   _mm256_cmp_ps(number, number, _CMP_UNORD_Q));
+  return _mm256_blendv_ps(b, a, wins);
+}
+SK_INLINE Vec vwinner(Vec number, Vec than, Vec a, Vec b) {
+  return {vselect_half(number.lo, than.lo, a.lo, b.lo),
+          vselect_half(number.hi, than.hi, a.hi, b.hi)};
+}
+SK_INLINE void vstore_bytes(uint8_t* p, Vec a) {
+  const __m256i words = _mm256_packus_epi32(_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi));
+  const __m256i sorted = _mm256_permute4x64_epi64(words, 0xD8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(sorted),
+                                                 _mm256_extracti128_si256(sorted, 1)));
 }
 SK_INLINE Vec vload_bytes(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
@@ -194,6 +210,14 @@ SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
 SK_INLINE Vec vkeep_equal(Vec a, Vec left, Vec right) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(left, right, _CMP_EQ_OQ), a);
 }
+SK_INLINE Vec vwinner(Vec number, Vec than, Vec a, Vec b) {
+  const __mmask16 wins = _mm512_cmp_ps_mask(number, than, _CMP_GT_OQ) |
+                         _mm512_cmp_ps_mask(number, number, _CMP_UNORD_Q);
+  return _mm512_mask_mov_ps(b, wins, a);
+}
+SK_INLINE void vstore_bytes(uint8_t* p, Vec a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(_mm512_cvttps_epi32(a)));
+}
 SK_INLINE Vec vload_bytes(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
@@ -206,6 +230,17 @@ SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
 }
 SK_INLINE Vec vkeep_equal(Vec a, Vec left, Vec right) {
   return _mm256_and_ps(_mm256_cmp_ps(left, right, _CMP_EQ_OQ), a);
+}
+SK_INLINE Vec vwinner(Vec number, Vec than, Vec a, Vec b) {
+  const __m256 wins = _mm256_or_ps(_mm256_cmp_ps(number, than, _CMP_GT_OQ),
+                                   _mm256_cmp_ps(number, number, _CMP_UNORD_Q));
+  return _mm256_blendv_ps(b, a, wins);
+}
+SK_INLINE void vstore_bytes(uint8_t* p, Vec a) {
+  const __m256i numbers = _mm256_cvttps_epi32(a);
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
 }
 SK_INLINE Vec vload_bytes(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
@@ -220,6 +255,13 @@ SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
 }
 SK_INLINE Vec vkeep_equal(Vec a, Vec left, Vec right) {
   return (Vec)((IntVec)a & (IntVec)(left == right));
+}
+SK_INLINE Vec vwinner(Vec number, Vec than, Vec a, Vec b) {
+  const IntVec wins = (IntVec)(number > than) | (IntVec)(number != number);
+  return (Vec)(((IntVec)a & wins) | ((IntVec)b & ~wins));
+}
+SK_INLINE void vstore_bytes(uint8_t* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = (uint8_t)a[i];
 }
 SK_INLINE Vec vload_bytes(const uint8_t* p) {
   return Vec{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};

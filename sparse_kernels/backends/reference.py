@@ -21,6 +21,12 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from .. import _pattern_index as index
 from ..geometry import Conv2dGeometry
 from ..layout import empty_feature_major
+from ._reference_norm import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_pool,
+    batch_norm_pool_backward,
+)
 from ._reference_pool import (
     avg_pool2d,
     avg_pool2d_backward,
@@ -35,6 +41,8 @@ __all__ = [
     "avg_pool2d_backward",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_pool",
+    "batch_norm_pool_backward",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
@@ -257,104 +265,3 @@ def conv2d_wgrad_dense(grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Tens
         **_conv_arguments(g),
     )
     return weight.permute(0, 2, 3, 1).reshape(g.matrix_shape)
-
-
-# -- batch norm ------------------------------------------------------------------------------------
-
-
-def _per_channel(statistic: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Vector [C] shaped to broadcast against x [N, C, ...]."""
-    return statistic.to(dtype).view(1, -1, *([1] * (x.ndim - 2)))
-
-
-def _normalised(
-    x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, offset: Tensor, eps: float
-) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + offset, in the dtype of the statistics."""
-    dtype = mean.dtype
-    y = x.to(dtype) - _per_channel(mean, x, dtype)
-    y = y * (_per_channel(var, x, dtype) + eps).rsqrt()
-    if weight is not None:
-        y = y * _per_channel(weight, x, dtype)
-    return y + _per_channel(offset, x, dtype)
-
-
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    eps: float,
-    relu: bool,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, mean [C], var [C], offset [C]) with y = relu?((x - mean) / sqrt(var + eps) * weight +
-    offset [+ residual]).
-
-    x is [N, C] or [N, C, H, W]. Training: mean and biased variance of the batch (of an empty
-    batch: NaN); otherwise the given ones are used and returned. The offset is the bias; the native
-    backend corrects it for the rounding of the mean. Method: Ioffe & Szegedy, arXiv 1502.03167.
-    """
-    dtype = compute_dtype(x)
-    if training:
-        var, mean = torch.var_mean(x.to(dtype), dim=_all_but_channels(x), correction=0)
-    elif mean is None or var is None:
-        raise ValueError(
-            "batch_norm: expected mean and var outside of training, got None; pass them"
-        )
-    # Copies, because the outputs of an operator must not alias its inputs.
-    mean, var = mean.to(dtype, copy=True), var.to(dtype, copy=True)
-    offset = torch.zeros_like(mean) if bias is None else bias.to(dtype, copy=True)
-    y = _normalised(x, weight, mean, var, offset, eps)
-    if residual is not None:
-        y = y + residual.to(dtype)
-    return finish(y, x.dtype, relu), mean, var, offset
-
-
-def batch_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    offset: Tensor | None,
-    training: bool,
-    eps: float,
-    relu: bool,
-    has_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight [C], dbias [C], dresidual) of batch_norm; dresidual is empty without a residual.
-
-    mean, var and offset are those that the forward pass returned. With `relu` the mask is taken
-    from y, its output, or without y from x and offset (right only where there was no residual).
-    """
-    dtype = compute_dtype(x)
-    wide = grad.to(dtype)
-    if relu:
-        if y is None:
-            if offset is None:
-                raise ValueError(
-                    "batch_norm_backward: with relu, expected y or offset, got neither; pass one"
-                )
-            y = _normalised(x, weight, mean, var, offset, eps)
-        wide = torch.where(y <= 0, wide.new_zeros(()), wide)
-    rstd = (_per_channel(var, x, dtype) + eps).rsqrt()
-    normed = (x.to(dtype) - _per_channel(mean, x, dtype)) * rstd
-    dims = _all_but_channels(x)
-    dbias, dweight = wide.sum(dims), (wide * normed).sum(dims)
-    dx = wide
-    if training:
-        count = max(x.numel() // x.shape[1], 1)
-        dx = dx - (_per_channel(dbias, x, dtype) + normed * _per_channel(dweight, x, dtype)) / count
-    dx = dx * rstd
-    if weight is not None:
-        dx = dx * _per_channel(weight, x, dtype)
-    dresidual = finish(wide, grad.dtype) if has_residual else grad.new_empty(0)
-    return finish(dx, x.dtype), dweight, dbias, dresidual
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [0, *range(2, x.ndim)]

@@ -20,23 +20,31 @@ _LAYOUT_KEEPING: dict[type[nn.Module], type[nn.Module]] = {
 _PLAIN = {ours: plain for plain, ours in _LAYOUT_KEEPING.items()}
 
 
-class FusedReLU(nn.Identity):
-    """Stands where a ReLU stood that the norm before it now computes; ``densify`` puts it back."""
+class _Fused(nn.Identity):
+    """Stands where a module stood that the norm before it now computes; ``densify`` restores it."""
 
-    def __init__(self, relu: nn.ReLU) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
         # In a tuple, so that it is no child module.
-        self._original = (relu,)
-        self.train(relu.training)
+        self._original = (original,)
+        self.train(original.training)
 
     @property
-    def original(self) -> nn.ReLU:
+    def original(self) -> nn.Module:
         """The module that stood here."""
         return self._original[0]
 
     def extra_repr(self) -> str:
-        """Says where the ReLU went."""
+        """Says where the original went."""
         return "computed by the norm before"
+
+
+class FusedReLU(_Fused):
+    """Stands where a ReLU stood that the norm before it now computes."""
+
+
+class FusedMaxPool2d(_Fused):
+    """Stands where a 2x2 max pooling stood that the norm before it now computes."""
 
 
 def keep_layout(model: nn.Module, exclusion: Exclusion) -> list[SparsifyRow]:
@@ -104,6 +112,48 @@ def fuse_relus(model: nn.Module, exclusion: Exclusion) -> list[SparsifyRow]:
     return rows
 
 
+def fuse_pools(model: nn.Module, exclusion: Exclusion) -> list[SparsifyRow]:
+    """Let a norm with a fused ReLU compute the 2x2 max pooling after it; proven as in fuse_relus.
+
+    Before that, the three stood in line in one plain nn.Sequential. A row replaces that of
+    ``keep_layout`` for the same name.
+    """
+    counts = _registrations(model)
+    rows = []
+    for prefix, parent in model.named_modules():
+        if type(parent) is not nn.Sequential or "forward" in parent.__dict__:
+            continue
+        children = list(parent._modules.items())
+        for (_, first), (_, between), (key, last) in zip(
+            children, children[1:], children[2:], strict=False
+        ):
+            name = f"{prefix}.{key}" if prefix else key
+            if not isinstance(between, FusedReLU) or not _poolable(first, last, counts):
+                continue
+            assert isinstance(first, norm.BatchNorm2d) and isinstance(last, nn.MaxPool2d)
+            if exclusion.reason(name, last):
+                continue
+            first.pool = True
+            parent._modules[key] = FusedMaxPool2d(last)
+            rows.append(
+                SparsifyRow(name, "MaxPool2d", (), 0.0, 0, "fused", "computed by the norm before")
+            )
+    return rows
+
+
+def _poolable(first: nn.Module | None, last: nn.Module | None, counts: dict[int, int]) -> bool:
+    return (
+        isinstance(first, norm.BatchNorm2d)
+        and type(last) is pooling.MaxPool2d
+        and first.relu
+        and not first.pool
+        and pooling.halves(last)
+        and counts[id(first)] == counts[id(last)] == 1
+        and not (has_hooks(first) or has_hooks(last))
+        and "forward" not in last.__dict__
+    )
+
+
 def _fusable(first: nn.Module | None, second: nn.Module | None, counts: dict[int, int]) -> bool:
     return (
         isinstance(first, norm._FeatureMajorNorm)
@@ -116,29 +166,42 @@ def _fusable(first: nn.Module | None, second: nn.Module | None, counts: dict[int
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``fuse_relus`` and ``keep_layout`` in place; returns the model.
+    """Undo ``fuse_pools``, ``fuse_relus`` and ``keep_layout`` in place; returns the model.
 
-    A norm that includes a ReLU which no FusedReLU stands for (built so by hand) becomes
-    nn.Sequential(norm, nn.ReLU()).
+    A norm that includes a ReLU or pooling which nothing stands for (built so by hand) becomes
+    nn.Sequential(norm, ...) with those after it.
     """
-    unfused: set[int] = set()
-    for parent in model.modules():
-        children = list(parent._modules.items())
-        for (_, first), (key, second) in pairwise(children):
-            if isinstance(second, FusedReLU) and isinstance(first, norm._FeatureMajorNorm):
-                parent._modules[key] = second.original.train(second.training)
-                unfused.add(id(first))
+    relus, pools = _put_back(model)
     replaced: dict[int, nn.Module] = {}
     for module in list(model.modules()):
         plain = _PLAIN.get(type(module))
         if plain is None:
             continue
-        includes_relu = module.__dict__.pop("relu", False) and id(module) not in unfused
+        after: list[nn.Module] = []
+        if module.__dict__.pop("relu", False) and id(module) not in relus:
+            after.append(nn.ReLU())
+        if module.__dict__.pop("pool", False) and id(module) not in pools:
+            after.append(nn.MaxPool2d(2))
         module.__class__ = plain
-        if includes_relu:
-            replaced[id(module)] = nn.Sequential(module, nn.ReLU()).train(module.training)
+        if after:
+            replaced[id(module)] = nn.Sequential(module, *after).train(module.training)
     swap_children(model, replaced)
     return replaced.get(id(model), model)
+
+
+def _put_back(model: nn.Module) -> tuple[set[int], set[int]]:
+    """Put the originals where _Fused modules stand; ids of the norms that included them."""
+    relus: set[int] = set()
+    pools: set[int] = set()
+    for parent in list(model.modules()):
+        last_norm: nn.Module | None = None
+        for key, child in list(parent._modules.items()):
+            if isinstance(child, _Fused) and last_norm is not None:
+                parent._modules[key] = child.original.train(child.training)
+                (pools if isinstance(child, FusedMaxPool2d) else relus).add(id(last_norm))
+            else:
+                last_norm = child if isinstance(child, norm._FeatureMajorNorm) else None
+    return relus, pools
 
 
 def swap_children(model: nn.Module, replaced: dict[int, nn.Module]) -> None:

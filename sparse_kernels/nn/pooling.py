@@ -52,3 +52,16 @@ def taps(pool: nn.MaxPool2d | nn.AvgPool2d) -> int:
     """Pixels in a pooling window."""
     size = pool.kernel_size
     return size * size if isinstance(size, int) else int(size[0]) * int(size[-1])
+
+
+def halves(pool: nn.MaxPool2d) -> bool:
+    """Whether it is the plain pooling of 2x2 pixels, stride 2, that halves an image."""
+    sides = {
+        "kernel": pool.kernel_size,
+        "stride": pool.stride,
+        "padding": pool.padding,
+        "dilation": pool.dilation,
+    }
+    found = {name: (v, v) if isinstance(v, int) else tuple(v) for name, v in sides.items()}
+    plain = {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+    return found == plain and not pool.ceil_mode and not pool.return_indices

@@ -59,7 +59,7 @@ def sparsify(
             callables (name, module) -> bool.
         keep: "random" positions, or "magnitude": the blocks of largest mean |w| of each layer,
             for pretrained weights.
-        fuse: whether ReLUs may be fused into norms.
+        fuse: whether ReLUs (and 2x2 max poolings after them) may be fused into norms.
         generator: source of random positions.
 
     Returns:
@@ -85,7 +85,11 @@ def sparsify(
     rows = _account(model, set(map(id, replaced.values())), reasons)
     if any(row.action in ("sparsified", "kept") for row in rows):
         rows += fusion.keep_layout(model, exclusion)
-        rows += fusion.fuse_relus(model, exclusion) if fuse else []
+        if fuse:
+            rows += fusion.fuse_relus(model, exclusion)
+            pools = fusion.fuse_pools(model, exclusion)
+            told = {row.name for row in pools}
+            rows = [row for row in rows if row.name not in told] + pools
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return SparsifyReport(sorted(rows, key=lambda row: position[row.name]))
 
@@ -93,7 +97,7 @@ def sparsify(
 def densify(model: nn.Module) -> nn.Module:
     """The ordinary torch model again: sparse layers become nn.Linear / nn.Conv2d, in place.
 
-    Weights that did not exist are zero.  Norms, poolings and fused ReLUs become what they were;
+    Weights that did not exist are zero.  Norms, poolings and what was fused become what they were;
     hooks and bias parameters stay.  Returns ``model`` (a new module where ``model`` itself is a
     sparse layer).  An optimizer must be made anew, for the weights are new parameters.
     """

@@ -13,6 +13,7 @@ from sparse_kernels.ops.masked import (
 )
 from sparse_kernels.ops.masked_conv2d import masked_conv2d
 from sparse_kernels.ops.norm import batch_norm
+from sparse_kernels.ops.norm_pool import batch_norm_pool
 from sparse_kernels.ops.pooling import avg_pool2d, max_pool2d
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SparseLinearFunction",
     "avg_pool2d",
     "batch_norm",
+    "batch_norm_pool",
     "clear_outside",
     "conv2d",
     "linear",

@@ -145,6 +145,33 @@ autograd("batch_norm", _backward, _context)
 no_double_backward("batch_norm_backward", "batch_norm")
 
 
+def check_count(op: str, x: Tensor, training: bool) -> None:
+    """ValueError if there is one value per channel, whose variance is no statistic."""
+    if training and x.dim() > 1 and x.numel() // max(x.shape[1], 1) == 1:
+        raise ValueError(
+            f"{op}: expected more than 1 value per channel when training, got input size "
+            f"{tuple(x.shape)}"
+        )
+
+
+@torch.no_grad()
+def track(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    x: Tensor,
+) -> None:
+    """Move the running statistics, where there are any, towards those of the batch ``x``."""
+    count = x.numel() // max(x.shape[1], 1)
+    if running_mean is None or running_var is None or count == 0:
+        return
+    running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
+    unbiased = var.detach() * (count / (count - 1))
+    running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+
+
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -168,12 +195,7 @@ def batch_norm(
             without running statistics.
         plan.BackendError: no backend computes this dtype on this device.
     """
-    count = x.numel() // max(x.shape[1], 1) if x.dim() > 1 else 0
-    if training and count == 1:
-        raise ValueError(
-            "batch_norm: expected more than 1 value per channel when training, got input size "
-            f"{tuple(x.shape)}"
-        )
+    check_count("batch_norm", x, training)
     batch_stats = training or running_mean is None
     if residual is not None and residual.dtype != x.dtype and residual.is_floating_point():
         # As `norm(x) + residual` promotes under autocast.
@@ -190,9 +212,6 @@ def batch_norm(
         relu,
         residual,
     )
-    if training and running_mean is not None and running_var is not None and count > 0:
-        with torch.no_grad():
-            running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-            unbiased = var.detach() * (count / (count - 1))
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    if training:
+        track(running_mean, running_var, mean, var, momentum, x)
     return y

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from sparse_kernels._load import native_or_none
-from sparse_kernels.backends.cpu.norm import batch_norm, batch_norm_backward
+from sparse_kernels.backends.cpu.norm import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_pool,
+    batch_norm_pool_backward,
+)
 from sparse_kernels.backends.cpu.pooling import (
     avg_pool2d,
     avg_pool2d_backward,
@@ -32,6 +37,8 @@ __all__ = [
     "avg_pool2d_backward",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_pool",
+    "batch_norm_pool_backward",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",

@@ -14,6 +14,7 @@ from sparse_kernels.backends.cpu.convert import (
     pointer,
     result,
 )
+from sparse_kernels.layout import empty_feature_major, to_feature_major
 
 
 def batch_norm(
@@ -110,3 +111,79 @@ def batch_norm_backward(
     )
     left = x.new_empty(0) if dresidual is None else result(dresidual, x.dtype)
     return result(dx, x.dtype), dweight, dbias, left
+
+
+def batch_norm_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Maximum of relu(norm(x)) over 2x2 pixels: y, argmax, mean, biased variance, rounding.
+
+    argmax is uint8, 2 * ky + kx, or 255 where y is 0; the exact mean is mean + rounding.
+    """
+    xs, ws, bs = activation(x), optional(weight), optional(bias)
+    channels = x.shape[1]
+    if training or mean is None or var is None:
+        mean = torch.empty(channels, dtype=torch.float32, device=x.device)
+        var = torch.empty_like(mean)
+    else:  # copies: an operator's outputs must not alias its inputs
+        mean = mean.detach().to(torch.float32, copy=True)
+        var = var.detach().to(torch.float32, copy=True)
+    rounding = torch.empty_like(mean)
+    shape = (x.shape[0], channels, x.shape[2] // 2, x.shape[3] // 2)
+    y, argmax = empty_float(shape, x), empty_feature_major(shape, torch.uint8, x.device)
+    native().batch_norm_pool(
+        y.data_ptr(),
+        argmax.data_ptr(),
+        xs.data_ptr(),
+        pointer(ws),
+        pointer(bs),
+        mean.data_ptr(),
+        var.data_ptr(),
+        rounding.data_ptr(),
+        list(x.shape),
+        training,
+        eps,
+        torch.get_num_threads(),
+    )
+    return result(y, x.dtype), argmax, mean, var, rounding
+
+
+def batch_norm_pool_backward(
+    grad: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    rounding: Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    gs, xs, taps = activation(grad), activation(x), to_feature_major(argmax)
+    ws, means, vars_, roundings = optional(weight), dense(mean), dense(var), dense(rounding)
+    dx = empty_float(x.shape, x)
+    dweight, dbias = torch.empty_like(means), torch.empty_like(means)
+    native().batch_norm_pool_backward(
+        dx.data_ptr(),
+        dweight.data_ptr(),
+        dbias.data_ptr(),
+        gs.data_ptr(),
+        taps.data_ptr(),
+        xs.data_ptr(),
+        pointer(ws),
+        means.data_ptr(),
+        vars_.data_ptr(),
+        roundings.data_ptr(),
+        list(x.shape),
+        training,
+        eps,
+        torch.get_num_threads(),
+    )
+    return result(dx, x.dtype), dweight, dbias
