@@ -37,6 +37,8 @@ def reset_conversions() -> None:
 
 def _count_conversion() -> None:
     global _conversions
+    if torch.compiler.is_compiling():  # a compiled graph cannot count, and Dynamo takes no lock
+        return
     with _lock:
         _conversions += 1
 

@@ -221,3 +221,23 @@ def test_an_unknown_format_is_refused() -> None:
             geometry=layer.geometry,
             image_format="nhwc",
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("order", ["contiguous", "feature-major"])
+@pytest.mark.parametrize("image_format", ["channels_last", "contiguous"])
+def test_compiled_layers_equal_eager_ones(order, image_format) -> None:
+    for layer, shape in ((make(CONVS[0]), (3, 8, 5, 4)), (masked(SparseLinear(12, 7)), (5, 12))):
+        torch._dynamo.reset()
+        layer.image_format = image_format
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x = ORDERS[order](torch.randn(shape))
+        results = []
+        for call in (layer, compiled):
+            layer.zero_grad()
+            leaf = x.detach().requires_grad_()
+            y = call(leaf)
+            (y * torch.arange(y.numel()).view(y.shape)).sum().backward()
+            results.append((y, leaf.grad, layer.values.grad, layer.bias.grad))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, check_stride=False)
