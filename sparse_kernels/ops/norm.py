@@ -10,14 +10,13 @@ from torch import Tensor
 from sparse_kernels.layout import empty_feature_major
 from sparse_kernels.ops._library import (
     autograd,
+    call,
     check_device,
     define,
     no_double_backward,
     with_check,
 )
 from sparse_kernels.ops.linear import weight_dtype
-
-_ops: Any = torch.ops.sparse_kernels
 
 
 def _check_forward(
@@ -128,8 +127,19 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     x, weight, mean, var, offset, y = ctx.saved_tensors
     training, eps, relu, has_residual = ctx.mode
-    dx, dweight, dbias, dresidual = _ops.batch_norm_backward(
-        grad, x, y, weight, mean, var, offset, training, eps, relu, has_residual
+    dx, dweight, dbias, dresidual = call(
+        "batch_norm_backward",
+        grad,
+        x,
+        y,
+        weight,
+        mean,
+        var,
+        offset,
+        training,
+        eps,
+        relu,
+        has_residual,
     )
     needs = ctx.needs_input_grad
     return (
@@ -201,7 +211,8 @@ def batch_norm(
         # As `norm(x) + residual` promotes under autocast.
         wide = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wide), residual.to(wide)
-    y, mean, var, _ = _ops.batch_norm(
+    y, mean, var, _ = call(
+        "batch_norm",
         x,
         weight,
         bias,

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_kernels.layout import empty_feature_major
 from sparse_kernels.ops._library import (
     autograd,
+    call,
     check_activation,
     check_device,
     define,
@@ -18,8 +19,6 @@ from sparse_kernels.ops._library import (
 )
 from sparse_kernels.ops.linear import weight_dtype
 from sparse_kernels.ops.norm import check_count, track
-
-_ops: Any = torch.ops.sparse_kernels
 
 
 def _check_vectors(op: str, x: Tensor, **named: Tensor | None) -> None:
@@ -116,7 +115,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    dx, dweight, dbias = _ops.batch_norm_pool_backward(grad, *ctx.saved_tensors, *ctx.mode)
+    dx, dweight, dbias = call("batch_norm_pool_backward", grad, *ctx.saved_tensors, *ctx.mode)
     needs = ctx.needs_input_grad
     return dx, dweight if needs[1] else None, dbias if needs[2] else None, *([None] * 4)
 
@@ -147,7 +146,8 @@ def batch_norm_pool(
     """
     check_count("batch_norm_pool", x, training)
     batch_stats = training or running_mean is None
-    y, _, mean, var, _ = _ops.batch_norm_pool(
+    y, _, mean, var, _ = call(
+        "batch_norm_pool",
         x,
         weight,
         bias,

@@ -13,6 +13,7 @@ from sparse_kernels.geometry import pool_output_size
 from sparse_kernels.layout import empty_feature_major
 from sparse_kernels.ops._library import (
     autograd,
+    call,
     check_activation,
     check_device,
     define,
@@ -20,7 +21,6 @@ from sparse_kernels.ops._library import (
     with_check,
 )
 
-_ops: Any = torch.ops.sparse_kernels
 Pair = Sequence[int]
 
 
@@ -144,7 +144,7 @@ def _max_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _max_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     (argmax,) = ctx.saved_tensors
-    dx = _ops.max_pool2d_backward(grad, argmax, *ctx.image, *ctx.window)
+    dx = call("max_pool2d_backward", grad, argmax, *ctx.image, *ctx.window)
     return dx, None, None, None, None, None
 
 
@@ -154,7 +154,7 @@ def _avg_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _avg_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (_ops.avg_pool2d_backward(grad, *ctx.image, *ctx.window), *([None] * 6))
+    return (call("avg_pool2d_backward", grad, *ctx.image, *ctx.window), *([None] * 6))
 
 
 autograd("max_pool2d", _max_backward, _max_context)
@@ -198,7 +198,8 @@ def max_pool2d(
         ValueError: arguments that do not fit the image.
     """
     kernel = _pair(kernel_size)
-    y = _ops.max_pool2d(
+    y = call(
+        "max_pool2d",
         _batched("max_pool2d", x),
         kernel,
         _stride(stride, kernel),
@@ -226,7 +227,8 @@ def avg_pool2d(
         ValueError: arguments that do not fit the image.
     """
     kernel = _pair(kernel_size)
-    y = _ops.avg_pool2d(
+    y = call(
+        "avg_pool2d",
         _batched("avg_pool2d", x),
         kernel,
         _stride(stride, kernel),

@@ -24,7 +24,7 @@ def lists_of(index: Tensor, *others: Tensor) -> Any:
     if index.is_inference():
         return None
     try:
-        state = (index._version, index.data_ptr())
+        state: tuple[int, ...] = (index._version, index.data_ptr())
         for other in others:
             state += (other._version, other.data_ptr())
     except RuntimeError:  # an inference tensor among the others
