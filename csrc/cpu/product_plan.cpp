@@ -19,7 +19,8 @@ double load_cost(double bytes) {
 }
 constexpr double kSumCost = 0.8;   // load or store of a sum that waits between two bands
 constexpr double kRowCost = 12.0;  // starting a row: its end is a branch that is not foreseen
-constexpr double kPackCost = 2.0;  // packing, from the third-level cache
+constexpr double kPackCost = 3.0;  // packing, mostly waiting for memory
+constexpr double kMoveCost = 1.0;  // moving what a slab keeps
 
 // A slab that stays in a 512 KB second-level cache beside lists and sums.
 constexpr double kSlabBytes = 320 * 1024;
@@ -87,8 +88,12 @@ double slab_cost(const Product& p, int lanes, int64_t h, int64_t w, int64_t pixe
   const double bytes = slab_bytes(p, lanes, h, w);
   const double far = bytes <= kSlabBytes ? 0.3 : (bytes <= 2 << 20 ? 0.5 : 1.0);
   const double fill = double(p.segments) * double(pixels + reach(p)) / double(pixels) * far;
+  const double kept = double(imax<int64_t>(0, s.height - h * p.step_y)) / double(h);
+  // Without anything to slide to, nothing is kept.
+  const double moved = h >= p.out_h ? 0.0 : kMoveCost * columns * kept;
+  const double packed = double(h >= p.out_h ? s.height : imin(s.height, h * p.step_y)) / double(h);
   const double twice = double(round_up(w, pixels) - w) / double(w) * p.per_channel * 0.7;
-  return kPackCost * columns * double(s.height) / double(h) + fill + twice;
+  return kPackCost * columns * packed + moved + fill + twice;
 }
 
 void choose_slab(const Product& p, ProductPlan& plan, int64_t pixels) {

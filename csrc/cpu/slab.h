@@ -5,7 +5,8 @@
 // they share a few cache sets and evict each other. Packed, the working set is contiguous, columns
 // outside the image are zeros in memory (no test in the inner loop), and a channel's pitch is an
 // odd number of cache lines. Columns are sorted by their phase, the remainder modulo the horizontal
-// step, so that neighbouring output pixels read neighbouring columns at every step.
+// step, so that neighbouring output pixels read neighbouring columns at every step. A slab slides
+// down the image: rows that the next output rows read again are moved, not packed again.
 #pragma once
 
 #include "tile.h"

@@ -67,30 +67,34 @@ bool row_is_read(const Product& p, int64_t y) {
   return false;
 }
 
-void fill_slab(const Product& p, const ProductPlan& plan, const Slab& t, float* tile) {
+// Brings the slab from image rows [y0, old.y1) to [t.y0, t.y1); `old.y1` <= t.y0 packs all of it.
+void fill_slab(const Product& p, const ProductPlan& plan, const Slab& old, const Slab& t,
+               float* tile) {
   const SlabShape& s = plan.slab;
+  const int64_t kept = imax<int64_t>(0, old.y1 - t.y0);
+  const int64_t shift = t.y0 - old.y0;
   const int64_t valid = imin<int64_t>(s.lanes, p.src.batch - t.n0);
   const int64_t x0 = t.j0 * p.step_x + p.dx_first;
   const float* source = p.src.data + t.n0;
   for (int64_t c = 0; c < p.src_channels; ++c) {
-    for (int64_t y = t.y0; y < t.y1; ++y) {
+    float* channel = tile + c * s.pitch;
+    if (kept > 0 && shift > 0)
+      std::memmove(channel, channel + shift * s.row_pitch, size_t(kept * s.row_pitch) * 4);
+    for (int64_t y = t.y0 + kept; y < t.y1; ++y) {
       if (!row_is_read(p, y)) continue;
       const float* row = source + (c * p.src.height + y) * p.src.width * p.src.batch;
-      float* to = tile + c * s.pitch + (y - t.y0) * s.row_pitch;
-      pack_row(to, s, row, p.src.width, p.src.batch, x0, valid);
+      pack_row(channel + (y - t.y0) * s.row_pitch, s, row, p.src.width, p.src.batch, x0, valid);
     }
   }
 }
 
-// Fetches what the next slabs will pack while this one computes: packing otherwise waits for
-// memory. It goes through whole pixels, all lanes of the work item at a time: a lane group alone is
-// one short piece of each, which memory serves at a fraction of its speed.
+// Fetches what the next slab will pack into the second-level cache while this one computes: the
+// packing otherwise waits for memory, one short piece of a line after the other.
 class Ahead {
  public:
   Ahead() = default;
-  // Image rows [y0, t.y1) of the slab's columns, `floats` lanes from t.n0 on; all of it over
-  // `turns` calls of fetch().
-  Ahead(const Product& p, const Slab& t, int64_t y0, int64_t floats, int64_t turns) {
+  // Image rows [y0, y1) of the slab's columns and lanes; all of it over `turns` calls of fetch().
+  Ahead(const Product& p, const ProductPlan& plan, const Slab& t, int64_t y0, int64_t turns) {
     const int64_t x0 = imax<int64_t>(0, t.j0 * p.step_x + p.dx_first);
     const int64_t x1 = imin(p.src.width, (t.j0 + t.cols - 1) * p.step_x + p.dx_last + 1);
     if (y0 >= t.y1 || x0 >= x1) return;
@@ -101,7 +105,7 @@ class Ahead {
     rows_ = t.y1 - y0;
     channel_ = p.src.height * row_;
     channels_ = p.src_channels;
-    floats_ = floats;
+    floats_ = imin<int64_t>(plan.slab.lanes, p.src.batch - t.n0);
     per_turn_ = ceil_div(channels_ * rows_ * pixels_, imax<int64_t>(1, turns));
   }
 
@@ -175,78 +179,66 @@ void run_chunks(const Product& p, const ProductPlan& plan, const ProductLists& l
   }
 }
 
-// Work items: (strip, range of slabs, range of lane groups, range of chunks). Wide images have
-// slabs enough, and an item takes all lane groups of a slab one after the other: they are
-// neighbours in memory. Small images live in the caches, and each lane group is an item of its own.
+// Work items: (lane group, strip, range of slabs, range of chunks).
 struct Items {
-  int64_t slabs, parts, group_parts, splits;
+  int64_t slabs, parts, splits;
   int64_t count(const ProductPlan& plan) const {
-    return plan.strips * parts * group_parts * splits;
+    return plan.lane_groups * plan.strips * parts * splits;
   }
 };
 
 Items cut(const Product& p, const ProductPlan& plan, const ProductLists& lists, int threads) {
   Items items;
-  const int64_t wanted = 4 * threads;
   items.slabs = ceil_div(p.out_h, plan.rows_h);
-  items.parts = imin(items.slabs, ceil_div(wanted, plan.strips));
-  items.group_parts = plan.strips * items.parts >= wanted ? 1 : plan.lane_groups;
+  const int64_t columns = plan.lane_groups * plan.strips;
+  items.parts = imin(items.slabs, ceil_div(4 * threads, columns));
+  if (threads == 1) items.parts = 1;
   // Too few slabs for the threads: cut the rows too, at the price of packing more than once.
-  const int64_t tiles = plan.strips * items.parts * items.group_parts;
+  const int64_t tiles = columns * items.parts;
   items.splits = 1;
-  while (items.splits < lists.count && tiles * items.splits < wanted &&
+  while (items.splits < lists.count && tiles * items.splits < 4 * threads &&
          (tiles * items.splits) % threads != 0)
     ++items.splits;
   return items;
-}
-
-// Chunks [begin, end) over one slab of one lane group. Runs of chunks of one height: a single run
-// where the block height is a power of two and divides the rows.
-void run_slab(const Product& p, const ProductPlan& plan, const ProductLists& lists, const Slab& t,
-              float* tile, RowsCall& c, Ahead& ahead, int64_t begin, int64_t end, bool stream) {
-  c.valid = imin<int64_t>(plan.slab.lanes, p.src.batch - t.n0);
-  c.stream = stream && c.valid == plan.slab.lanes;
-  fill_slab(p, plan, t, tile);
-  for (int64_t k = begin; k < end;) {
-    int64_t stop = k + 1;
-    while (stop < end && lists.chunks[stop].log_r == lists.chunks[k].log_r) ++stop;
-    run_chunks(p, plan, lists, t, tile, c, ahead, k, stop);
-    k = stop;
-  }
 }
 
 void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lists,
               const Items& items, int64_t index, float* tile, RowsCall& c, bool stream) {
   const int64_t split = index % items.splits;
   index /= items.splits;
-  const int64_t group_part = index % items.group_parts;
-  index /= items.group_parts;
-  const int64_t part = index % items.parts, strip = index / items.parts;
-  const int64_t group0 = plan.lane_groups * group_part / items.group_parts;
-  const int64_t group1 = plan.lane_groups * (group_part + 1) / items.group_parts;
+  const int64_t group = index % plan.lane_groups;
+  index /= plan.lane_groups;
+  const int64_t strip = index % plan.strips, part = index / plan.strips;
+  Slab t{}, old{};
+  t.n0 = group * plan.slab.lanes;
+  t.j0 = plan.strip_begin(p, strip);
+  t.cols = plan.strip_begin(p, strip + 1) - t.j0;
+  c.valid = imin<int64_t>(plan.slab.lanes, p.src.batch - t.n0);
+  c.stream = stream && c.valid == plan.slab.lanes;
   const int64_t first = lists.count * split / items.splits;
   const int64_t last = lists.count * (split + 1) / items.splits;
   const int64_t end_slab = items.slabs * (part + 1) / items.parts;
-  Slab t{};
-  t.j0 = plan.strip_begin(p, strip);
-  t.cols = plan.strip_begin(p, strip + 1) - t.j0;
   for (int64_t slab = items.slabs * part / items.parts; slab < end_slab; ++slab) {
     const int64_t i0 = slab * plan.rows_h;
     locate_rows(p, t, i0, imin(plan.rows_h, p.out_h - i0));
+    fill_slab(p, plan, old, t, tile);
     Ahead ahead;
     if (slab + 1 < end_slab) {
       Slab next = t;
-      next.n0 = group0 * plan.slab.lanes;
       locate_rows(p, next, i0 + plan.rows_h, imin(plan.rows_h, p.out_h - i0 - plan.rows_h));
       const int64_t blocks = t.rows * ceil_div(t.cols, pixels_at_once(t.cols, 0, plan.log_v));
-      const int64_t turns = blocks * plan.bands() * ceil_div(last - first, kTurn);
-      const int64_t lanes = imin(group1 * plan.slab.lanes, p.src.batch) - next.n0;
-      ahead = Ahead(p, next, imax(t.y1, next.y0), lanes, turns * (group1 - group0));
+      ahead = Ahead(p, plan, next, imax(t.y1, next.y0),
+                    blocks * plan.bands() * ceil_div(last - first, kTurn));
     }
-    for (int64_t group = group0; group < group1; ++group) {
-      t.n0 = group * plan.slab.lanes;
-      run_slab(p, plan, lists, t, tile, c, ahead, first, last, stream);
+    // Runs of chunks of one height: a single run where the block height is a power of two and
+    // divides the rows.
+    for (int64_t k = first; k < last;) {
+      int64_t end = k + 1;
+      while (end < last && lists.chunks[end].log_r == lists.chunks[k].log_r) ++end;
+      run_chunks(p, plan, lists, t, tile, c, ahead, k, end);
+      k = end;
     }
+    old = t;
   }
 }
 
