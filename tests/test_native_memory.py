@@ -154,3 +154,18 @@ def test_pooled_output_may_be_written_in_place() -> None:
     assert y.numel() * 4 >= memory.POOLED_FROM and not y._is_view()
     torch.nn.functional.relu_(y).sum().backward()
     assert layer.values.grad is not None and layer.values.grad.abs().sum() > 0
+
+
+def test_the_account_of_memory_counts_kept_lists() -> None:
+    from sparse_kernels.workbench import account
+
+    layer = SparseLinear(64, 64, density=0.2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = account.memory(layer, optimizer)["indices"]
+    layer(torch.randn(16, 64, requires_grad=True)).sum().backward()
+    added = account.memory(layer, optimizer)["indices"] - before
+    caches = (
+        lists_of(layer.col_indices, layer.crow_indices),
+        lists_of(layer.t_row, layer.t_crow, layer.t_perm),
+    )
+    assert added == sum(cache.bytes for cache in caches) > 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..backends.cpu.lists import kept_bytes
 from ..nn.base import SparseLayer
 from ..training import SparseMomentum
 from ..training.rewrite import DENSE_MASKED
@@ -102,7 +103,7 @@ def executed_flops_density(costs: list[LayerCost]) -> float:
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of weights (all parameters), indices, gradients, optimizer state and their total.
 
-    A gradient that is not there now counts as large as its parameter: during a step it is. The
+    The lists that CPU kernels keep for a pattern count as indices; they exist after a step. A gradient that is not there now counts as large as its parameter: during a step it is. The
     growth signal is not in it: it comes and goes (``signal_bytes``).
     """
     parameters = list(model.parameters())
@@ -110,7 +111,8 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]
     for module in model.modules():
         if isinstance(module, SparseLayer):
             buffers = dict(module.named_buffers(recurse=False))
-            indices += sum(_bytes(buffers[name]) for name in _INDEX_BUFFERS if name in buffers)
+            held = [buffers[name] for name in _INDEX_BUFFERS if name in buffers]
+            indices += sum(_bytes(tensor) + kept_bytes(tensor) for tensor in held)
     state = 0
     for values in optimizer.state.values():
         state += sum(_bytes(v) for v in values.values() if isinstance(v, Tensor) and v.dim() > 0)

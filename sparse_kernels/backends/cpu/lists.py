@@ -36,3 +36,9 @@ def lists_of(index: Tensor, *others: Tensor) -> Any:
     cache = native().ListCache()
     _kept[key] = (weakref.ref(index, lambda _: _kept.pop(key, None)), state, cache)
     return cache
+
+
+def kept_bytes(index: Tensor) -> int:
+    """Bytes of the lists kept for an ``index`` tensor now."""
+    entry = _kept.get(id(index))
+    return int(entry[2].bytes) if entry is not None and entry[0]() is index else 0
