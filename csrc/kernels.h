@@ -23,15 +23,14 @@
 //              looked at again.
 //   capacity   of values and of the index arrays that the launcher takes; nothing is read past it
 //   scratch    one lease of scratch.h per call. Products: per stored element 4 bytes, and 8 for the
-//              lists (in the cache, if there is one); per output row 16, and 8 per band and vertical
-//              tap, at most 64 bands. Per thread, sums of one pixel block: 16 vectors per output
-//              row; and one slab: at most 320 KB, or, where the channels of the fewest pixels and
-//              batch entries that a kernel takes at once (`least`) are more than 80 KB, at most
-//              min(4 * least, max(32 MB, 2 * least)).
-//              wgrad packs nothing: 40 bytes per stored element (lists and up to 8 partial sums;
-//              stored elements of partial blocks count in full), 128 * taps + 4 per block row, and
-//              96 * taps per thread.
-//              Never rows x cols, never an im2col matrix.
+//              lists (in the cache, if there is one); per output row 16, and 8 per band and
+//              vertical tap, at most 64 bands. Per thread, sums of one pixel block: 16 vectors per
+//              output row; and one slab: at most 320 KB, or, where the channels of the fewest
+//              pixels and batch entries that a kernel takes at once (`least`) are more than 80 KB,
+//              at most min(4 * least, max(32 MB, 2 * least)). wgrad packs nothing: 40 bytes per
+//              stored element (lists and up to 8 partial sums; stored elements of partial blocks
+//              count in full), 128 * taps + 4 per block row, and 96 * taps per thread. Never rows x
+//              cols, never an im2col matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
 //              range or not increasing within a line) or if a tile (wgrad: the pixels of a band of

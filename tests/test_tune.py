@@ -347,7 +347,8 @@ def test_with_the_real_clock(monkeypatch, tmp_path) -> None:
 
 
 def test_ranks_of_one_job_agree(tmp_path) -> None:
-    """Each rank sees other times; both must store alike."""
+    """Each rank sees other times; both must store alike.  Run outside of the source tree, whose
+    package would come first."""
     script = textwrap.dedent(
         """
         import sys, torch, torch.distributed as dist
@@ -371,9 +372,13 @@ def test_ranks_of_one_job_agree(tmp_path) -> None:
     command = [sys.executable, "-c", script]
     place = f"file://{tmp_path}/meeting"
     ranks = [
-        subprocess.Popen([*command, str(rank), place], env=environment, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), place], env=environment, cwd=tmp_path, stderr=subprocess.PIPE
+        )
         for rank in range(2)
     ]
+    outputs = []  # of both, before the first failure: a rank left behind would outlive the test
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors.decode()
+        outputs.append(errors.decode())
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs

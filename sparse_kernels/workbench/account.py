@@ -103,7 +103,8 @@ def executed_flops_density(costs: list[LayerCost]) -> float:
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of weights (all parameters), indices, gradients, optimizer state and their total.
 
-    The lists that CPU kernels keep for a pattern count as indices; they exist after a step. A gradient that is not there now counts as large as its parameter: during a step it is. The
+    The lists that CPU kernels keep for a pattern count as indices; they exist after a step.  A
+    gradient that is not there now counts as large as its parameter: during a step it is.  The
     growth signal is not in it: it comes and goes (``signal_bytes``).
     """
     parameters = list(model.parameters())
