@@ -37,6 +37,19 @@ def test_lists_are_kept_while_the_index_is_unchanged() -> None:
     assert first.bytes > held, "another batch is cut in another way"
 
 
+def test_ever_new_batches_do_not_grow_the_lists_for_ever() -> None:
+    pattern = SparsityPattern.random((24, 32), density=0.3)
+    cache = lists_of(pattern.col_indices, pattern.crow_indices)
+    values = torch.randn(pattern.capacity, 1, 1)
+    sizes = []
+    for batch in range(1, 41):
+        x = torch.randn(batch, 32)
+        expected = x @ pattern.expand(values).t()
+        torch.testing.assert_close(_product(pattern, values, x), expected, rtol=1e-4, atol=1e-4)
+        sizes.append(cache.bytes)
+    assert sizes[0] < sizes[20] and sizes[-1] == sizes[-2] == sizes[35]
+
+
 @pytest.mark.parametrize("array", range(5))
 def test_writing_an_index_drops_the_lists(array: int) -> None:
     """Every array of a pattern is watched by the direction that reads it."""

@@ -7,7 +7,6 @@
 #include "conv2d.h"
 #include "pattern_check.h"
 #include "scratch.h"
-#include "tile.h"
 #include "wgrad_lists.h"
 
 namespace sk {

@@ -12,6 +12,9 @@ namespace {
 
 std::atomic<int64_t> total{0};
 
+// Some batch sizes, and for each the phases of a strided input gradient.
+constexpr size_t kMaxBlocks = 32;
+
 struct Entry {
   ListKey key;
   void* block;
@@ -39,6 +42,8 @@ const void* ListCache::find(const ListKey& key) const {
     if (std::memcmp(entry.key.fields, key.fields, sizeof(key.fields)) == 0) return entry.block;
   return nullptr;
 }
+
+bool ListCache::full() const { return state_->blocks.size() >= kMaxBlocks; }
 
 void* ListCache::allocate(size_t bytes) {
   state_->blocks.reserve(state_->blocks.size() + 1);

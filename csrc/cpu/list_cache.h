@@ -27,6 +27,9 @@ class ListCache {
   // The block of `key`, or null. Blocks live as long as the cache. Call it, and what follows up to
   // publish(), under a ListLock.
   const void* find(const ListKey& key) const;
+  // Whether it takes no more blocks: a net that meets ever new batch sizes must not grow for ever.
+  // Lists of further keys are made for each call.
+  bool full() const;
   // A new block, aligned to 64 bytes; not found before publish(). Throws std::bad_alloc.
   void* allocate(size_t bytes);
   void publish(const ListKey& key, void* block);

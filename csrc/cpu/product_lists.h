@@ -184,7 +184,7 @@ void run_with_lists(const Product& p, const RowBlocks& rows, const ConvGeometry&
   if (cache) {
     const ListLock lock(*cache);
     kept = cache->find(key);
-    if (!kept) {
+    if (!kept && !cache->full()) {
       sizes = list_sizes(plan, rows, g, entries);
       const size_t header = ScratchLease::padded(sizeof(ListSizes));
       char* block = static_cast<char*>(cache->allocate(header + sizes.bytes()));
@@ -193,14 +193,16 @@ void run_with_lists(const Product& p, const RowBlocks& rows, const ConvGeometry&
       cache->publish(key, block);
       kept = block;
     }
+  }
+  if (kept) {
     std::memcpy(&sizes, kept, sizeof(sizes));
   } else {
     sizes = list_sizes(plan, rows, g, entries);
   }
   const size_t weight_bytes = (size_t(sizes.entries) << plan.max_log_r) * 4;
-  ScratchLease lease((cache ? 0 : ScratchLease::padded(sizes.bytes())) +
+  ScratchLease lease((kept ? 0 : ScratchLease::padded(sizes.bytes())) +
                      ScratchLease::padded(weight_bytes) + product_scratch(p, plan, threads));
-  if (cache) {
+  if (kept) {
     const size_t header = ScratchLease::padded(sizeof(ListSizes));
     lists = sizes.at(const_cast<char*>(static_cast<const char*>(kept)) + header);
   } else {

@@ -146,6 +146,10 @@ SK_INLINE float vsum(Vec a) {
 #endif
 }
 
+SK_INLINE void zero_floats(float* dst, int64_t n) {
+  std::memset(dst, 0, size_t(n) * sizeof(float));
+}
+
 template <class T>
 SK_INLINE T imin(T a, T b) {
   return a < b ? a : b;

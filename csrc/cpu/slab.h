@@ -9,10 +9,15 @@
 // down the image: rows that the next output rows read again are moved, not packed again.
 #pragma once
 
-#include "tile.h"
+#include "simd.h"
 
 namespace sk {
 namespace SK_ISA {
+
+struct TileSource {
+  const float* data;  // [channels][height][width][batch]
+  int64_t height, width, batch;
+};
 
 struct SlabShape {
   int lanes;                 // batch entries, a multiple of kLanes
@@ -37,6 +42,21 @@ SK_INLINE SlabShape slab_shape(int lanes, int64_t height, int64_t pixels, int64_
 // distance `dx` (0 for the first tap).
 SK_INLINE int64_t slab_column(const SlabShape& s, int64_t dx) {
   return ((dx % s.step) * s.width + dx / s.step) * s.lanes;
+}
+
+// `pixels` consecutive pixels of one image row, `lanes` of each; lanes past the end of the batch
+// become zero.
+SK_INLINE void pack_pixels(float* dst, const float* src, int64_t pixels, int64_t batch, int lanes,
+                           int64_t valid) {
+  if (valid >= lanes) {
+    for (int64_t p = 0; p < pixels; ++p, dst += lanes, src += batch)
+      for (int v = 0; v < lanes; v += kLanes) vstore(dst + v, vload(src + v));
+    return;
+  }
+  for (int64_t p = 0; p < pixels; ++p, dst += lanes, src += batch) {
+    zero_floats(dst, lanes);
+    std::memcpy(dst, src, size_t(valid) * sizeof(float));
+  }
 }
 
 // One image row of one channel: columns x0 + phase + i * step; those outside the image become zero.

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from .._load import native_or_none
+from ..plan_cache import cpu_model
 
 
 def header() -> dict[str, Any]:
@@ -46,13 +47,7 @@ def one_line(machine: dict[str, Any]) -> str:
 
 def cpu_name() -> str:
     """The processor's name as the operating system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return cpu_model()
 
 
 def available_cores() -> int:
