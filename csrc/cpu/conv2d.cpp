@@ -3,7 +3,7 @@
 #include "conv2d.h"
 
 #include "pattern_check.h"
-#include "product_lists.h"
+#include "scatter_lists.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -156,11 +156,37 @@ bool is_known(ListCache* cache, const ListKey& key) {
   return cache->find(key) != nullptr;
 }
 
+// The stored blocks of one input channel, for scatter_lists.h; blocks one column wide.
+template <class Visit>
+void walk_column(const ConvGeometry& g, const Blocks& b, const Phase& f, const Weights& w,
+                 int64_t channel, Visit visit) {
+  const int64_t group = channel / b.seg_cols, j = channel % b.seg_cols;
+  for (int64_t s = 0; s < f.count_y; ++s) {
+    const int64_t ky = f.ky[0] + (f.count_y - 1 - s) * f.ky[1];
+    for (int64_t t = 0; t < f.count_x; ++t) {
+      const int64_t kx = f.kx[0] + (f.count_x - 1 - t) * f.kx[1];
+      int32_t lo, hi;
+      column_range(g, b, w, (ky * g.kw + kx) * b.col_blocks + j, group, lo, hi);
+      for (int32_t e = lo; e < hi; ++e) visit(s, t, int64_t(w.col[e]), int64_t(w.perm[e]));
+    }
+  }
+}
+
 void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, const Product& p,
                const Weights& w, ListCache* cache, int threads) {
+  const ListKey key = key_of(g, b, 1 + f.y0 * g.stride_w + f.x0);
+  const ProductPlan plan = plan_product(p, g, b.bw);
+  if (plan.scatter) {
+    const SourceBlocks source{g.groups, b.row_blocks, b.seg_rows,
+                              b.bh,     f.count_x,    f.kx[1] * g.dil_w / g.stride_w};
+    scatter_with_lists(
+        p, plan, source, g, w.values, cache, key, threads,
+        [&](int64_t channel, auto visit) { walk_column(g, b, f, w, channel, visit); });
+    return;
+  }
   const RowBlocks rows{g.groups, b.col_blocks, b.seg_cols, b.bw};
   run_with_lists(
-      p, rows, g, w.values, 1, cache, key_of(g, b, 1 + f.y0 * g.stride_w + f.x0), threads,
+      p, rows, g, w.values, 1, cache, key, threads,
       [&](int64_t block) {
         return count_dgrad(g, b, f, w, block / b.col_blocks, block % b.col_blocks);
       },
@@ -246,6 +272,8 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
       if (f.count_y == 0 || f.count_x == 0)
         f.count_y = f.count_x = 0;  // nothing reaches this phase: zeros
       p.segments = imax<int64_t>(1, f.count_y);
+      p.source_block = b.bw == 1 ? b.bh : 1;
+      p.taps_x = f.count_x;
       p.per_channel = per_channel * double(f.count_y * f.count_x) / double(g.kh * g.kw);
       p.dy_step = 1;
       if (f.count_y > 0) {

@@ -171,6 +171,37 @@ SK_INLINE void gather_weights(float* weights, const ProductLists& lists, const P
   }
 }
 
+// Calls run(sizes, lists) with lists from the cache, or made for this call. `measure` returns
+// Sizes; `build` gets them and fills the lists.
+template <class Sizes, class Measure, class Build, class Run>
+void with_lists(ListCache* cache, const ListKey& key, Measure measure, Build build, Run run) {
+  const size_t header = ScratchLease::padded(sizeof(Sizes));
+  const void* kept = nullptr;
+  if (cache) {
+    const ListLock lock(*cache);
+    kept = cache->find(key);
+    if (!kept && !cache->full()) {
+      const Sizes sizes = measure();
+      char* block = static_cast<char*>(cache->allocate(header + sizes.bytes()));
+      std::memcpy(block, &sizes, sizeof(sizes));
+      build(sizes, sizes.at(block + header));
+      cache->publish(key, block);
+      kept = block;
+    }
+  }
+  if (kept) {
+    Sizes sizes;
+    std::memcpy(&sizes, kept, sizeof(sizes));
+    run(sizes, sizes.at(const_cast<char*>(static_cast<const char*>(kept)) + header));
+    return;
+  }
+  const Sizes sizes = measure();
+  ScratchLease lease(sizes.bytes());
+  void* const block = lease.take(sizes.bytes());
+  build(sizes, sizes.at(block));
+  run(sizes, sizes.at(block));
+}
+
 // The product with lists from the cache, or made for this call. `values` of a chunk's next row are
 // `row_step` further on.
 template <class Entries, class Walk>
@@ -178,40 +209,18 @@ void run_with_lists(const Product& p, const RowBlocks& rows, const ConvGeometry&
                     const float* values, int64_t row_step, ListCache* cache, const ListKey& key,
                     int threads, Entries entries, Walk walk) {
   const ProductPlan plan = plan_product(p, g, rows.height);
-  ListSizes sizes{};
-  ProductLists lists{};
-  const void* kept = nullptr;
-  if (cache) {
-    const ListLock lock(*cache);
-    kept = cache->find(key);
-    if (!kept && !cache->full()) {
-      sizes = list_sizes(plan, rows, g, entries);
-      const size_t header = ScratchLease::padded(sizeof(ListSizes));
-      char* block = static_cast<char*>(cache->allocate(header + sizes.bytes()));
-      std::memcpy(block, &sizes, sizeof(sizes));
-      build_lists(p, plan, rows, sizes, sizes.at(block + header), threads, walk);
-      cache->publish(key, block);
-      kept = block;
-    }
-  }
-  if (kept) {
-    std::memcpy(&sizes, kept, sizeof(sizes));
-  } else {
-    sizes = list_sizes(plan, rows, g, entries);
-  }
-  const size_t weight_bytes = (size_t(sizes.entries) << plan.max_log_r) * 4;
-  ScratchLease lease((kept ? 0 : ScratchLease::padded(sizes.bytes())) +
-                     ScratchLease::padded(weight_bytes) + product_scratch(p, plan, threads));
-  if (kept) {
-    const size_t header = ScratchLease::padded(sizeof(ListSizes));
-    lists = sizes.at(const_cast<char*>(static_cast<const char*>(kept)) + header);
-  } else {
-    lists = sizes.at(lease.take(sizes.bytes()));
-    build_lists(p, plan, rows, sizes, lists, threads, walk);
-  }
-  float* weights = static_cast<float*>(lease.take(weight_bytes));
-  gather_weights(weights, lists, plan, sizes.slots, values, row_step, threads);
-  run_product(p, plan, lists, weights, lease, threads);
+  with_lists<ListSizes>(
+      cache, key, [&] { return list_sizes(plan, rows, g, entries); },
+      [&](const ListSizes& sizes, const ProductLists& lists) {
+        build_lists(p, plan, rows, sizes, lists, threads, walk);
+      },
+      [&](const ListSizes& sizes, const ProductLists& lists) {
+        const size_t weight_bytes = (size_t(sizes.entries) << plan.max_log_r) * 4;
+        ScratchLease lease(ScratchLease::padded(weight_bytes) + product_scratch(p, plan, threads));
+        float* weights = static_cast<float*>(lease.take(weight_bytes));
+        gather_weights(weights, lists, plan, sizes.slots, values, row_step, threads);
+        run_product(p, plan, lists, weights, lease, threads);
+      });
 }
 
 }  // namespace SK_ISA

@@ -120,6 +120,33 @@ void choose_slab(const Product& p, ProductPlan& plan, int64_t pixels) {
   plan.slab = shape_of(p, lanes, plan.rows_h, plan.strip_w);
 }
 
+// Output rows whose sums stay in the first-level cache beside the source channels in use.
+constexpr int64_t kScatterRows = 256;
+// Entries of a run on average: shorter ones do not pay for their loads and their loop end.
+constexpr double kLeastRun = 6.0;
+// Blocks of an output row on average: its sums are loaded and cleared once more than in a gather.
+constexpr double kLeastBlocks = 10.0;
+
+// Whether to scatter, see scatter_rows.h; then lanes and blocks for it.
+bool choose_scatter(const Product& p, ProductPlan& plan, int line_log) {
+  if (!kCanScatter || p.source_block < kMaxGroup || p.taps_x < 1) return false;
+  const int64_t vectors_there = ceil_div(p.src.batch, kLanes);
+  int log_v = imin(line_log, log2_floor(vectors_there));
+  while (log_v < kScatterLog && (p.out_w << log_v) < (1 << kScatterLog) &&
+         (int64_t(1) << log_v) < vectors_there)
+    ++log_v;
+  plan.scatter_log = log_v + imin(kScatterLog - log_v, log2_floor(p.out_w));
+  plan.scatter_rows = ceil_div(p.rows, ceil_div(p.rows, kScatterRows));
+  const int64_t groups = p.src_channels / imax<int64_t>(1, p.seg_channels);
+  const int64_t reached = ceil_div(ceil_div(p.rows, groups), plan.scatter_rows);
+  if (p.per_channel < kLeastRun * double(p.taps_x * p.segments * reached)) return false;
+  const double per_row = p.per_channel * double(p.src_channels) / double(imax<int64_t>(1, p.rows));
+  if (per_row < kLeastBlocks * double(p.source_block)) return false;
+  plan.log_v = log_v;
+  plan.max_log_r = 0;
+  return true;
+}
+
 }  // namespace
 
 int64_t pixels_at_once(int64_t width, int log_r, int log_v) {
@@ -129,7 +156,7 @@ int64_t pixels_at_once(int64_t width, int log_r, int log_v) {
 
 ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_rows_at_once) {
   check_tile(slab_bytes(p, kLanes, 1, 1) / 4, g);  // what no candidate can go below
-  ProductPlan plan;
+  ProductPlan plan{};
   // Full cache lines per pixel where the batch has them: half lines are poor to stream and to pack.
   const int line_log = kLanes == 4 ? 2 : (kLanes == 8 ? 1 : 0);
   int log_v = imin(line_log, log2_floor(ceil_div(p.src.batch, kLanes)));
@@ -141,6 +168,8 @@ ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_
          (int64_t(kLanes) << log_v) < p.src.batch)
     ++log_v;
   plan.log_v = log_v;
+  plan.scatter = choose_scatter(p, plan, line_log);
+  log_v = plan.log_v;
   plan.slab.lanes = kLanes << log_v;
   const int64_t pixels = pixels_at_once(p.out_w, plan.max_log_r, log_v);
   choose_bands(p, plan, pixels);

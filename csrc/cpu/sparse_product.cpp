@@ -41,6 +41,8 @@ size_t slab_scratch(const Product& p, const ProductPlan& plan) {
   return ScratchLease::padded(size_t(p.src_channels) * size_t(plan.slab.pitch) * 4);
 }
 size_t sums_scratch(const Product& p, const ProductPlan& plan) {
+  if (plan.scatter)
+    return ScratchLease::padded(size_t(plan.scatter_rows * kLanes * 4) << plan.scatter_log);
   if (plan.bands() == 1) return 0;
   return ScratchLease::padded(size_t(p.rows) * kAccumulators * kLanes * 4);
 }
@@ -130,13 +132,18 @@ class Ahead {
 // Chunks that run between two turns of prefetching.
 constexpr int64_t kTurn = 16;
 
+// Vertical taps [lo, hi) that meet the image where tap 0 is at row `top`.
+void taps_inside(const Product& p, int64_t top, int64_t& lo, int64_t& hi) {
+  lo = imin(p.segments, imax<int64_t>(0, ceil_div(imax<int64_t>(0, -top), p.dy_step)));
+  const int64_t below = p.src.height - 1 - top;  // highest dy - dy_first inside the image
+  hi = imax(lo, imin(p.segments, floor_div(below, p.dy_step) + 1));
+}
+
 // One pixel block through all bands that its row of the image can reach.
 void run_bands(const Product& p, const ProductPlan& plan, const ProductLists& lists, RowsKernel run,
                RowsCall& c, Ahead& ahead, int64_t top, int64_t begin, int64_t end) {
-  const int64_t lo =
-      imin(p.segments, imax<int64_t>(0, ceil_div(imax<int64_t>(0, -top), p.dy_step)));
-  const int64_t below = p.src.height - 1 - top;  // highest dy - dy_first inside the image
-  const int64_t hi = imax(lo, imin(p.segments, floor_div(below, p.dy_step) + 1));
+  int64_t lo, hi;
+  taps_inside(p, top, lo, hi);
   const int64_t first = lo / plan.band_segs;
   const int64_t last = lo == hi ? first : (hi - 1) / plan.band_segs;
   c.first = true;
@@ -179,6 +186,65 @@ void run_chunks(const Product& p, const ProductPlan& plan, const ProductLists& l
   }
 }
 
+// Runs of a scattering product between two turns of prefetching.
+constexpr int64_t kTurnRuns = 32;
+
+struct ScatterJob {
+  const ScatterLists& lists;
+  const float* weights;
+  int64_t stride;  // weights per entry
+
+  int64_t turns(int64_t begin, int64_t end) const {
+    const int64_t per_band = lists.segments * kGroupLogs;
+    return (lists.runs_at[end * per_band] - lists.runs_at[begin * per_band]) / kTurnRuns;
+  }
+};
+
+// Vertical taps [lo, hi) of one band over one pixel block.
+void scatter_band(const ProductPlan& plan, const ScatterJob& job, const RowsCall& c, Ahead& ahead,
+                  int64_t band, int64_t lo, int64_t hi) {
+  const ScatterLists& lists = job.lists;
+  for (int64_t s = lo; s < hi; ++s) {
+    for (int log_g = 0; log_g < kGroupLogs; ++log_g) {
+      const int64_t slot = (band * lists.segments + s) * kGroupLogs + log_g;
+      const int64_t first = lists.entries_at[slot];
+      ScatterCursor at{lists.rows + first, job.weights + first * job.stride};
+      const ScatterKernel run = scatter_kernel_for(log_g, plan.scatter_log);
+      const int64_t end = lists.runs_at[slot + 1];
+      for (int64_t k = lists.runs_at[slot]; k < end; k += kTurnRuns) {
+        run(c.x, plan.slab.pitch, lists.runs + k, lists.runs + imin(end, k + kTurnRuns), at,
+            job.stride, c.sums);
+        ahead.fetch();
+      }
+    }
+  }
+}
+
+// Bands [begin, end) of output rows over every pixel of the slab.
+void scatter_slab(const Product& p, const ProductPlan& plan, const ScatterJob& job, const Slab& t,
+                  const float* tile, RowsCall& c, Ahead& ahead, int64_t begin, int64_t end) {
+  const int log_p = plan.scatter_log - plan.log_v;
+  const ScatterStore store = scatter_store_for(log_p, plan.log_v);
+  zero_floats(c.sums, (plan.scatter_rows * kLanes) << plan.scatter_log);
+  for (int64_t i = t.i0; i < t.i0 + t.rows; ++i) {
+    const int64_t top = i * p.step_y + p.dy_first;
+    int64_t lo, hi;
+    taps_inside(p, top, lo, hi);
+    for (int64_t j = 0; j < t.cols; j += int64_t(1) << log_p) {
+      const int64_t at = imin(j, t.cols - (int64_t(1) << log_p));
+      c.x = tile + (top - t.y0) * plan.slab.row_pitch + at * plan.slab.lanes;
+      const int64_t pixel =
+          (p.first_y + i * p.every_y) * p.dst_width + p.first_x + (t.j0 + at) * p.every_x;
+      c.out = p.dst + pixel * p.src.batch + t.n0;
+      for (int64_t band = begin; band < end; ++band) {
+        scatter_band(plan, job, c, ahead, band, lo, hi);
+        const int64_t row = band * plan.scatter_rows;
+        store(c, c.sums, row, imin(p.rows, row + plan.scatter_rows));
+      }
+    }
+  }
+}
+
 // Work items: (lane group, strip, range of slabs, range of chunks).
 struct Items {
   int64_t slabs, parts, splits;
@@ -187,7 +253,8 @@ struct Items {
   }
 };
 
-Items cut(const Product& p, const ProductPlan& plan, const ProductLists& lists, int threads) {
+// `chunks`: of rows, which can be cut.
+Items cut(const Product& p, const ProductPlan& plan, int64_t chunks, int threads) {
   Items items;
   items.slabs = ceil_div(p.out_h, plan.rows_h);
   const int64_t columns = plan.lane_groups * plan.strips;
@@ -196,14 +263,15 @@ Items cut(const Product& p, const ProductPlan& plan, const ProductLists& lists, 
   // Too few slabs for the threads: cut the rows too, at the price of packing more than once.
   const int64_t tiles = columns * items.parts;
   items.splits = 1;
-  while (items.splits < lists.count && tiles * items.splits < 4 * threads &&
+  while (items.splits < chunks && tiles * items.splits < 4 * threads &&
          (tiles * items.splits) % threads != 0)
     ++items.splits;
   return items;
 }
 
 void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lists,
-              const Items& items, int64_t index, float* tile, RowsCall& c, bool stream) {
+              const ScatterJob* scatter, const Items& items, int64_t index, float* tile,
+              RowsCall& c, bool stream) {
   const int64_t split = index % items.splits;
   index /= items.splits;
   const int64_t group = index % plan.lane_groups;
@@ -226,9 +294,16 @@ void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lis
     if (slab + 1 < end_slab) {
       Slab next = t;
       locate_rows(p, next, i0 + plan.rows_h, imin(plan.rows_h, p.out_h - i0 - plan.rows_h));
-      const int64_t blocks = t.rows * ceil_div(t.cols, pixels_at_once(t.cols, 0, plan.log_v));
-      ahead = Ahead(p, plan, next, imax(t.y1, next.y0),
-                    blocks * plan.bands() * ceil_div(last - first, kTurn));
+      const int64_t pixels = scatter ? int64_t(1) << (plan.scatter_log - plan.log_v)
+                                     : pixels_at_once(t.cols, 0, plan.log_v);
+      const int64_t turns =
+          scatter ? scatter->turns(first, last) : plan.bands() * ceil_div(last - first, kTurn);
+      ahead = Ahead(p, plan, next, imax(t.y1, next.y0), t.rows * ceil_div(t.cols, pixels) * turns);
+    }
+    if (scatter) {
+      scatter_slab(p, plan, *scatter, t, tile, c, ahead, first, last);
+      old = t;
+      continue;
     }
     // Runs of chunks of one height: a single run where the block height is a power of two and
     // divides the rows.
@@ -239,6 +314,39 @@ void run_item(const Product& p, const ProductPlan& plan, const ProductLists& lis
       k = end;
     }
     old = t;
+  }
+}
+
+// All items. `scatter` null: chunks of `lists`, which else only counts the bands.
+void run_all(const Product& p, const ProductPlan& plan, const ProductLists& lists,
+             const ScatterJob* scatter, const float* weights, ScratchLease& lease, int threads) {
+  const size_t per_thread = slab_scratch(p, plan) + sums_scratch(p, plan);
+  char* scratch = static_cast<char*>(lease.take(size_t(threads) * per_thread));
+  const Items items = cut(p, plan, lists.count, threads);
+  const bool stream = p.rows * p.dst_height * p.dst_width * p.src.batch * 4 > kStreamBytes &&
+                      p.src.batch % kLanes == 0 &&
+                      reinterpret_cast<uintptr_t>(p.dst) % kVecBytes == 0;
+  int64_t next = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t thread;
+#pragma omp atomic capture
+    thread = next++;
+    float* tile = reinterpret_cast<float*>(scratch + size_t(thread) * per_thread);
+    RowsCall c{};
+    c.offsets = lists.offsets;
+    c.weights = weights;
+    c.weight_stride = int64_t(1) << plan.max_log_r;
+    c.segments = plan.band_segs;
+    c.sums = reinterpret_cast<float*>(reinterpret_cast<char*>(tile) + slab_scratch(p, plan));
+    c.row_stride = p.dst_height * p.dst_width * p.src.batch;
+    c.out_step = p.every_x * p.src.batch;
+    c.bias = p.bias;
+    c.relu = p.relu;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items.count(plan); ++item)
+      run_item(p, plan, lists, scatter, items, item, tile, c, stream);
+    if (stream) vfence();
   }
 }
 
@@ -263,34 +371,15 @@ size_t product_scratch(const Product& p, const ProductPlan& plan, int threads) {
 
 void run_product(const Product& p, const ProductPlan& plan, const ProductLists& lists,
                  const float* weights, ScratchLease& lease, int threads) {
-  const size_t per_thread = slab_scratch(p, plan) + sums_scratch(p, plan);
-  char* scratch = static_cast<char*>(lease.take(size_t(threads) * per_thread));
-  const Items items = cut(p, plan, lists, threads);
-  const bool stream = p.rows * p.dst_height * p.dst_width * p.src.batch * 4 > kStreamBytes &&
-                      p.src.batch % kLanes == 0 &&
-                      reinterpret_cast<uintptr_t>(p.dst) % kVecBytes == 0;
-  int64_t next = 0;
-#pragma omp parallel num_threads(threads)
-  {
-    int64_t thread;
-#pragma omp atomic capture
-    thread = next++;
-    float* tile = reinterpret_cast<float*>(scratch + size_t(thread) * per_thread);
-    RowsCall c{};
-    c.offsets = lists.offsets;
-    c.weights = weights;
-    c.weight_stride = int64_t(1) << plan.max_log_r;
-    c.segments = plan.band_segs;
-    c.sums = reinterpret_cast<float*>(reinterpret_cast<char*>(tile) + slab_scratch(p, plan));
-    c.row_stride = p.dst_height * p.dst_width * p.src.batch;
-    c.out_step = p.every_x * p.src.batch;
-    c.bias = p.bias;
-    c.relu = p.relu;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items.count(plan); ++item)
-      run_item(p, plan, lists, items, item, tile, c, stream);
-    if (stream) vfence();
-  }
+  run_all(p, plan, lists, nullptr, weights, lease, threads);
+}
+
+void run_scatter(const Product& p, const ProductPlan& plan, const ScatterLists& lists,
+                 const float* weights, int64_t stride, ScratchLease& lease, int threads) {
+  const ScatterJob job{lists, weights, stride};
+  ProductLists bands{};
+  bands.count = lists.bands;
+  run_all(p, plan, bands, &job, weights, lease, threads);
 }
 
 }  // namespace SK_ISA

@@ -8,9 +8,9 @@
 #pragma once
 
 #include "../kernels.h"
+#include "scatter_rows.h"
 #include "scratch.h"
 #include "slab.h"
-#include "sparse_rows.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -32,6 +32,9 @@ struct Product {
   const float* bias;
   bool relu;
   double per_channel;  // mean number of stored elements per source channel
+  // Neighbouring source channels that share their stored columns (the height of a V x 1 block,
+  // seen from its transposed side), 1 if none do; horizontal taps.
+  int64_t source_block, taps_x;
 };
 
 // How a product is cut. Chosen from shapes alone, never from the number of threads, wherever it can
@@ -46,6 +49,12 @@ struct ProductPlan {
   int64_t lane_groups;
   // Bands: channels of a group in `channel_bands` ranges, vertical taps in `seg_bands` ranges.
   int64_t band_channels, channel_bands, band_segs, seg_bands;
+
+  // Scattering (scatter_rows.h) instead of gathering: output rows of a band, log2 of a pixel
+  // block's vectors.
+  bool scatter;
+  int64_t scatter_rows;
+  int scatter_log;
 
   int64_t bands() const { return channel_bands * seg_bands; }
   int64_t strip_begin(const Product& p, int64_t strip) const { return p.out_w * strip / strips; }
@@ -83,6 +92,9 @@ size_t product_scratch(const Product& p, const ProductPlan& plan, int threads);
 // `weights`: [entry][1 << plan.max_log_r].
 void run_product(const Product& p, const ProductPlan& plan, const ProductLists& lists,
                  const float* weights, ScratchLease& lease, int threads);
+// `weights`: [entry][stride].
+void run_scatter(const Product& p, const ProductPlan& plan, const ScatterLists& lists,
+                 const float* weights, int64_t stride, ScratchLease& lease, int threads);
 
 }  // namespace SK_ISA
 }  // namespace sk
