@@ -78,6 +78,8 @@ LINEAR_CASES: tuple[LinearCase, ...] = (
     LinearCase("wide-batch-blocks", 515, 20, 24, 0.2, (4, 1), relu=True),
     LinearCase("lenet-fc1", 100, 784, 300, 0.05),
     LinearCase("dense-rows", 64, 512, 40, 0.9),
+    LinearCase("scatter", 37, 301, 70, 0.6, (4, 1)),
+    LinearCase("scatter-batch1", 1, 64, 130, 0.5, (8, 1)),
     *(LinearCase(f"even-{_block_name(b)}", 32, 80, 48, 0.2, b) for b in BLOCKS),
     *(LinearCase(f"partial-{_block_name(b)}", 29, 43, 37, 0.3, b, relu=True) for b in BLOCKS[1:]),
 )
@@ -148,6 +150,17 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ),
     ConvCase("depthwise", 3, 6, 7, _conv((10, 10), (3, 3), pad=1, groups=10), 0.4),
     ConvCase("depthwise-twice", 3, 6, 7, _conv((5, 10), (3, 3), pad=1, groups=5), 0.4, (2, 1)),
+    # Tall blocks, many of one source block and tap: dgrad scatters (scatter_rows.h), in one band and
+    # in two; last blocks of 3 = 2 + 1 and of 1 channels; phases that do not scatter.
+    ConvCase("scatter", 19, 7, 5, _conv((48, 40), (3, 3), pad=1), 0.2, (4, 1)),
+    ConvCase("scatter-partial", 35, 4, 3, _conv((40, 43), (3, 3), dilation=2, pad=2), 0.3, (8, 1)),
+    ConvCase("scatter-odd", 5, 2, 2, _conv((40, 43), (3, 3), pad=1), 0.3, (7, 1)),
+    ConvCase("scatter-bands", 3, 3, 3, _conv((301, 24), (3, 3), pad=1), 0.2, (4, 1)),
+    ConvCase("scatter-groups", 8, 6, 5, _conv((48, 78), (3, 3), groups=2), 0.35, (8, 1)),
+    ConvCase("scatter-stride2", 16, 7, 9, _conv((64, 40), (3, 3), stride=2, pad=1), 0.5, (4, 1)),
+    ConvCase(
+        "scatter-empty-row", 9, 3, 1, _conv((48, 64), (3, 3), pad=1), 0.3, (4, 1), fill="empty_row"
+    ),
     ConvCase("vgg-like", 8, 8, 8, _conv((64, 64), (3, 3), pad=1), 0.05),
     *(
         ConvCase(f"even-{_block_name(b)}", 4, 6, 6, _conv((80, 48), (3, 3), pad=1), 0.1, b)
