@@ -150,8 +150,8 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ),
     ConvCase("depthwise", 3, 6, 7, _conv((10, 10), (3, 3), pad=1, groups=10), 0.4),
     ConvCase("depthwise-twice", 3, 6, 7, _conv((5, 10), (3, 3), pad=1, groups=5), 0.4, (2, 1)),
-    # Tall blocks, many of one source block and tap: dgrad scatters (scatter_rows.h), in one band and
-    # in two; last blocks of 3 = 2 + 1 and of 1 channels; phases that do not scatter.
+    # Tall blocks, many of one source block and tap: dgrad scatters (scatter_rows.h), in one band
+    # and in two; last blocks of 3 = 2 + 1 and of 1 channels; phases that do not scatter.
     ConvCase("scatter", 19, 7, 5, _conv((48, 40), (3, 3), pad=1), 0.2, (4, 1)),
     ConvCase("scatter-partial", 35, 4, 3, _conv((40, 43), (3, 3), dilation=2, pad=2), 0.3, (8, 1)),
     ConvCase("scatter-odd", 5, 2, 2, _conv((40, 43), (3, 3), pad=1), 0.3, (7, 1)),

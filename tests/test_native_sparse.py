@@ -233,6 +233,11 @@ GEOMETRIES = [
     Case(40, 300, 24, (9, 9), block=(1, 1), density=0.05),  # several bands of channels
     Case(24, 90, 20, (17, 35), block=(2, 1), density=0.1),  # several tiles
     Case(130, 200, 33, (4, 4), block=(2, 1), density=0.1),
+    # dgrad scatters (scatter_rows.h): partial groups, two bands, groups and phases, one pixel
+    Case(16, 40, 43, (4, 5), block=(8, 1)),
+    Case(19, 300, 24, (3, 3), block=(4, 1)),
+    Case(9, 48, 78, (5, 6), (3, 3), (2, 1), groups=2, block=(4, 1), density=0.5),
+    Case(8, 301, 70, (1, 1), (1, 1), padding=(0, 0, 0, 0), block=(4, 1), density=0.6),
     Case(8, 16, 16, (6, 6), density=0.0),
     Case(8, 16, 16, (6, 6), density=0.0, spare=0, bias=False),
     Case(8, 16, 16, (6, 6), density=1.0, spare=0, relu=True),
