@@ -4,6 +4,8 @@
 
 #include "pattern_check.h"
 #include "product_lists.h"
+#include "scatter_dgrad.h"
+#include "stream.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -220,6 +222,30 @@ void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, const Pro
       [&](ChunkOwner owner, ListVisitor& visitor) { walk_dgrad(g, b, f, w, owner, visitor); });
 }
 
+// Clears the input gradient's pixels that no tap reaches: whole rows [y0 + i * stride_h], or with
+// `x0` >= 0 the columns x0 + j * stride_w of them.
+void clear_pixels(float* dx, const ConvGeometry& g, int64_t y0, int64_t x0, int threads) {
+  const int64_t row = g.in_w * g.batch, rows = ceil_div(g.in_h - y0, g.stride_h);
+  const int64_t run = x0 < 0 ? row : g.batch, step = x0 < 0 ? row : g.stride_w * g.batch;
+  const bool stream = Streams(dx, g.in_channels * g.in_h, row) && g.batch % kLanes == 0;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < g.in_channels * rows; ++item) {
+      const int64_t c = item / rows, y = y0 + item % rows * g.stride_h;
+      float* const from = dx + (c * g.in_h + y) * row;
+      for (float* at = from + imax<int64_t>(0, x0) * g.batch; at < from + row; at += step) {
+        if (!stream) {
+          zero_floats(at, run);
+          continue;
+        }
+        for (int64_t i = 0; i < run; i += kLanes) vstream(at + i, vzero());
+      }
+    }
+    if (stream) vfence();
+  }
+}
+
 }  // namespace
 
 void conv2d(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
@@ -273,16 +299,28 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
                   capacity, threads);
   }
   if (g.batch * g.in_h * g.in_w * g.in_channels <= 0) return;
+  if (scatters(geometry, int64_t(t_crow[block_cols]) * bh * bw)) {
+    scatter_dgrad(dx, grad, values, t_crow, t_row, t_perm, geometry, bh, bw, threads);
+    return;
+  }
   const double per_channel =
       double(t_crow[block_cols]) * double(bh * bw) / double(imax<int64_t>(1, g.out_channels));
   const Weights w{values, t_crow, t_row, t_perm};
   for (int64_t y0 = 0; y0 < imin(g.stride_h, g.in_h); ++y0) {
+    Phase f;
+    f.y0 = y0;
+    phase_taps(y0, g.pad_top, g.dil_h, g.stride_h, g.kh, f.ky, f.count_y);
+    if (f.count_y == 0) {
+      clear_pixels(dx, g, y0, -1, threads);
+      continue;
+    }
     for (int64_t x0 = 0; x0 < imin(g.stride_w, g.in_w); ++x0) {
-      Phase f;
-      f.y0 = y0;
       f.x0 = x0;
-      phase_taps(y0, g.pad_top, g.dil_h, g.stride_h, g.kh, f.ky, f.count_y);
       phase_taps(x0, g.pad_left, g.dil_w, g.stride_w, g.kw, f.kx, f.count_x);
+      if (f.count_x == 0) {
+        clear_pixels(dx, g, y0, x0, threads);
+        continue;
+      }
       Product p{};
       p.src = {grad, g.out_h, g.out_w, g.batch};
       p.src_channels = g.out_channels;
@@ -298,20 +336,13 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
       p.out_h = ceil_div(g.in_h - y0, g.stride_h);
       p.out_w = ceil_div(g.in_w - x0, g.stride_w);
       p.step_y = p.step_x = 1;
-      if (f.count_y == 0 || f.count_x == 0)
-        f.count_y = f.count_x = 0;  // nothing reaches this phase: zeros
-      p.segments = imax<int64_t>(1, f.count_y);
+      p.segments = f.count_y;
       p.per_channel = per_channel * double(f.count_y * f.count_x) / double(g.kh * g.kw);
-      p.dy_step = 1;
-      if (f.count_y > 0) {
-        // Exact divisions: phase_taps chose the taps so.
-        p.dy_first =
-            (y0 + g.pad_top - (f.ky[0] + (f.count_y - 1) * f.ky[1]) * g.dil_h) / g.stride_h;
-        p.dy_step = f.ky[1] * g.dil_h / g.stride_h;
-        p.dx_first =
-            (x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
-        p.dx_last = (x0 + g.pad_left - f.kx[0] * g.dil_w) / g.stride_w;
-      }
+      // Exact divisions: phase_taps chose the taps so.
+      p.dy_first = (y0 + g.pad_top - (f.ky[0] + (f.count_y - 1) * f.ky[1]) * g.dil_h) / g.stride_h;
+      p.dy_step = f.ky[1] * g.dil_h / g.stride_h;
+      p.dx_first = (x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
+      p.dx_last = (x0 + g.pad_left - f.kx[0] * g.dil_w) / g.stride_w;
       run_phase(g, b, f, p, w, cache, threads);
     }
   }

@@ -144,6 +144,13 @@ ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_
          (p.out_w << (log_v + plan.max_log_r)) < kAccumulators &&
          (int64_t(kLanes) << log_v) < p.src.batch)
     ++log_v;
+  // Pixels that lie apart, in the source or in the output: longer pieces of each, if the slab
+  // allows.
+  while ((p.every_x > 1 || p.step_x > 1) && log_v < kMaxLog &&
+         plan.max_log_r + log_v + 1 <= kLogAccumulators &&
+         (int64_t(kLanes) << log_v) < p.src.batch &&
+         slab_bytes(p, kLanes << (log_v + 1), 1, 1) <= kSlabBytes / 2)
+    ++log_v;
   plan.log_v = log_v;
   plan.slab.lanes = kLanes << log_v;
   const int64_t pixels = pixels_at_once(p.out_w, plan.max_log_r, log_v);
