@@ -138,8 +138,10 @@ void walk_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const We
   }
 }
 
-// Bytes of a slab that flattening is worth it for: it must stay in the second-level cache whole.
+// What a flattened slab may take of the second-level cache: of a 1x1 kernel, where the next one is
+// fetched meanwhile, and of taller ones.
 constexpr int64_t kFlatSlabBytes = 256 * 1024;
+constexpr int64_t kFlatTallSlabBytes = 320 * 1024;
 
 // Floats of a pixel of a flattened image: one cache line.
 constexpr int64_t kFlatBatch = 16;
@@ -178,11 +180,12 @@ ConvGeometry flatten(const ConvGeometry& g, int64_t channels) {
     flat.in_h = flat.out_h = pixels / width;
     return flat;
   }
-  const int64_t rows = (g.kh - 1) * g.dil_h + 1, columns = g.in_w + (g.kw - 1) * g.dil_w;
-  if (g.batch % kFlatBatch != 0 || g.batch == kFlatBatch ||
-      double(channels) * double(rows) * double(columns) * double(g.batch) * 4 > kFlatSlabBytes)
-    return g;
+  if (g.batch % kFlatBatch != 0 || g.batch == kFlatBatch) return g;
   const int64_t f = g.batch / kFlatBatch;
+  // Taps reach further than before: strips must be wide against what neighbours pack both.
+  const int64_t rows = (g.kh - 1) * g.dil_h + 1, reach = (g.kw - 1) * g.dil_w * f;
+  const double column = double(channels) * double(rows) * double(kFlatBatch) * 4;
+  if (double(imin(3 * reach, g.out_w * f + reach)) * column > kFlatTallSlabBytes) return g;
   flat.in_w *= f;
   flat.out_w *= f;
   flat.pad_left *= f;

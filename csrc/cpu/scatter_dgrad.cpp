@@ -6,12 +6,13 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-// The rows of dx that a gradient row reaches; beyond that the second-level cache does not hold them
-// beside the stream of gradients.
-constexpr double kWindowBytes = 640 * 1024;
-// Cycles per vector, of docs/kernel-log.md's machine: adding to a row of dx, packing a source, a
-// product of a packed source.
-constexpr double kAddCost = 4, kPackedCost = 12, kProductCost = 1;
+// The rows of dx that a gradient row reaches: what the second-level cache holds beside the stream
+// of gradients, and what is worth it at all.
+constexpr double kNearBytes = 320 * 1024, kWindowBytes = 640 * 1024;
+// Cycles per vector, of docs/kernel-log.md's machine: adding to a row of dx, near and further away,
+// packing a source (for every phase, where there is a stride), a product of a packed source.
+constexpr double kAddCost = 4, kFarAddCost = 6;
+constexpr double kPackedCost = 12, kPhaseCost = 24, kProductCost = 1;
 
 // A stored element: input channel, tap, weight.
 struct Entry {
@@ -132,9 +133,10 @@ bool scatters(const ConvGeometry& g, int64_t stored) {
   const double window = double(g.in_channels) * double((g.kh - 1) * g.dil_h + 1) * row;
   if (window > kWindowBytes) return false;
   const double per_source = double(stored) / double(imax<int64_t>(1, g.out_channels));
-  // The packed product packs the gradient once for each phase of a stride.
   const double phases = double(imin(g.stride_h, g.kh) * imin(g.stride_w, g.kw));
-  return kAddCost * per_source < kPackedCost * phases + kProductCost * per_source;
+  const double packed = phases > 1 ? kPhaseCost * phases : kPackedCost;
+  const double add = window > kNearBytes ? kFarAddCost : kAddCost;
+  return add * per_source < packed + kProductCost * per_source;
 }
 
 void scatter_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
