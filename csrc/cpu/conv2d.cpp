@@ -3,7 +3,9 @@
 #include "conv2d.h"
 
 #include "pattern_check.h"
+#include "scatter_dgrad.h"
 #include "scatter_lists.h"
+#include "stream.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -136,6 +138,62 @@ void walk_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const We
   }
 }
 
+// What a flattened slab may take of the second-level cache: of a 1x1 kernel, where the next one is
+// fetched meanwhile, and of taller ones.
+constexpr int64_t kFlatSlabBytes = 256 * 1024;
+constexpr int64_t kFlatTallSlabBytes = 320 * 1024;
+
+// Floats of a pixel of a flattened image: one cache line.
+constexpr int64_t kFlatBatch = 16;
+
+// Widest divisor of `pixels` up to `most` that fills registers well (blocks of 4 pixels); 0 where
+// none does.
+int64_t flat_width(int64_t pixels, int64_t most) {
+  int64_t best = 0;
+  double best_share = 0.74;
+  for (int64_t w = imin(pixels, most); w >= 4; --w) {
+    if (pixels % w != 0) continue;
+    const double share = double(w * w) / double((w + 1) * round_up(w, int64_t(4)));
+    if (share > best_share) best_share = share, best = w;
+  }
+  return best;
+}
+
+// The same convolution over an image whose pixels are 16 neighbouring floats, if its slab is small.
+// With a horizontal stride of 1 an image row [width][batch] is one run of floats, and a tap shifts
+// it by whole pixels: a batch of 128 is 8 pixels of 16 side by side, taps 8 times as far apart. A
+// 1x1 convolution has no rows either. What is packed, read and written then lies without gaps;
+// otherwise it is 64 bytes of each pixel. `channels`: of the source.
+ConvGeometry flatten(const ConvGeometry& g, int64_t channels) {
+  if (g.stride_w != 1 || g.stride_h != 1 || g.in_h * g.in_w == 1) return g;
+  ConvGeometry flat = g;
+  flat.batch = kFlatBatch;
+  const bool pad = g.pad_top != 0 || g.pad_left != 0 || g.pad_bottom != 0 || g.pad_right != 0;
+  if (g.kh == 1 && g.kw == 1 && !pad) {
+    const int64_t floats = g.batch * g.in_h * g.in_w;
+    if (floats % kFlatBatch != 0) return g;
+    const int64_t pixels = floats / kFlatBatch;
+    const int64_t most = kFlatSlabBytes / imax<int64_t>(1, channels * kFlatBatch * 4);
+    const int64_t width = flat_width(pixels, imax<int64_t>(most, 8));
+    if (width == 0) return g;
+    flat.in_w = flat.out_w = width;
+    flat.in_h = flat.out_h = pixels / width;
+    return flat;
+  }
+  if (g.batch % kFlatBatch != 0 || g.batch == kFlatBatch) return g;
+  const int64_t f = g.batch / kFlatBatch;
+  // Taps reach further than before: strips must be wide against what neighbours pack both.
+  const int64_t rows = (g.kh - 1) * g.dil_h + 1, reach = (g.kw - 1) * g.dil_w * f;
+  const double column = double(channels) * double(rows) * double(kFlatBatch) * 4;
+  if (double(imin(3 * reach, g.out_w * f + reach)) * column > kFlatTallSlabBytes) return g;
+  flat.in_w *= f;
+  flat.out_w *= f;
+  flat.pad_left *= f;
+  flat.pad_right *= f;
+  flat.dil_w *= f;
+  return flat;
+}
+
 // `kernel`: 0 forward, else 1 + the phase of dgrad.
 ListKey key_of(const ConvGeometry& g, const Blocks& b, int64_t kernel) {
   ListKey key;
@@ -193,11 +251,36 @@ void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, const Pro
       [&](ChunkOwner owner, ListVisitor& visitor) { walk_dgrad(g, b, f, w, owner, visitor); });
 }
 
+// Clears the input gradient's pixels that no tap reaches: whole rows [y0 + i * stride_h], or with
+// `x0` >= 0 the columns x0 + j * stride_w of them.
+void clear_pixels(float* dx, const ConvGeometry& g, int64_t y0, int64_t x0, int threads) {
+  const int64_t row = g.in_w * g.batch, rows = ceil_div(g.in_h - y0, g.stride_h);
+  const int64_t run = x0 < 0 ? row : g.batch, step = x0 < 0 ? row : g.stride_w * g.batch;
+  const bool stream = Streams(dx, g.in_channels * g.in_h, row) && g.batch % kLanes == 0;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < g.in_channels * rows; ++item) {
+      const int64_t c = item / rows, y = y0 + item % rows * g.stride_h;
+      float* const from = dx + (c * g.in_h + y) * row;
+      for (float* at = from + imax<int64_t>(0, x0) * g.batch; at < from + row; at += step) {
+        if (!stream) {
+          zero_floats(at, run);
+          continue;
+        }
+        for (int64_t i = 0; i < run; i += kLanes) vstream(at + i, vzero());
+      }
+    }
+    if (stream) vfence();
+  }
+}
+
 }  // namespace
 
 void conv2d(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
-            const int32_t* col, const ConvGeometry& g, int64_t bh, int64_t bw, int64_t capacity,
-            bool relu, ListCache* cache, int threads) {
+            const int32_t* col, const ConvGeometry& geometry, int64_t bh, int64_t bw,
+            int64_t capacity, bool relu, ListCache* cache, int threads) {
+  const ConvGeometry g = flatten(geometry, geometry.in_channels);
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_rows = g.groups * b.row_blocks;
   if (!is_known(cache, key_of(g, b, 0))) {
@@ -235,8 +318,9 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
 }
 
 void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
-                  const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& g, int64_t bh,
-                  int64_t bw, int64_t capacity, ListCache* cache, int threads) {
+                  const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& geometry,
+                  int64_t bh, int64_t bw, int64_t capacity, ListCache* cache, int threads) {
+  const ConvGeometry g = flatten(geometry, geometry.out_channels);
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_cols = g.kh * g.kw * b.col_blocks;
   if (!is_known(cache, key_of(g, b, 1))) {
@@ -244,16 +328,28 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
                   capacity, threads);
   }
   if (g.batch * g.in_h * g.in_w * g.in_channels <= 0) return;
+  if (scatters(geometry, int64_t(t_crow[block_cols]) * bh * bw)) {
+    scatter_dgrad(dx, grad, values, t_crow, t_row, t_perm, geometry, bh, bw, threads);
+    return;
+  }
   const double per_channel =
       double(t_crow[block_cols]) * double(bh * bw) / double(imax<int64_t>(1, g.out_channels));
   const Weights w{values, t_crow, t_row, t_perm};
   for (int64_t y0 = 0; y0 < imin(g.stride_h, g.in_h); ++y0) {
+    Phase f;
+    f.y0 = y0;
+    phase_taps(y0, g.pad_top, g.dil_h, g.stride_h, g.kh, f.ky, f.count_y);
+    if (f.count_y == 0) {
+      clear_pixels(dx, g, y0, -1, threads);
+      continue;
+    }
     for (int64_t x0 = 0; x0 < imin(g.stride_w, g.in_w); ++x0) {
-      Phase f;
-      f.y0 = y0;
       f.x0 = x0;
-      phase_taps(y0, g.pad_top, g.dil_h, g.stride_h, g.kh, f.ky, f.count_y);
       phase_taps(x0, g.pad_left, g.dil_w, g.stride_w, g.kw, f.kx, f.count_x);
+      if (f.count_x == 0) {
+        clear_pixels(dx, g, y0, x0, threads);
+        continue;
+      }
       Product p{};
       p.src = {grad, g.out_h, g.out_w, g.batch};
       p.src_channels = g.out_channels;
@@ -269,22 +365,15 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
       p.out_h = ceil_div(g.in_h - y0, g.stride_h);
       p.out_w = ceil_div(g.in_w - x0, g.stride_w);
       p.step_y = p.step_x = 1;
-      if (f.count_y == 0 || f.count_x == 0)
-        f.count_y = f.count_x = 0;  // nothing reaches this phase: zeros
-      p.segments = imax<int64_t>(1, f.count_y);
+      p.segments = f.count_y;
       p.source_block = b.bw == 1 ? b.bh : 1;
       p.taps_x = f.count_x;
       p.per_channel = per_channel * double(f.count_y * f.count_x) / double(g.kh * g.kw);
-      p.dy_step = 1;
-      if (f.count_y > 0) {
-        // Exact divisions: phase_taps chose the taps so.
-        p.dy_first =
-            (y0 + g.pad_top - (f.ky[0] + (f.count_y - 1) * f.ky[1]) * g.dil_h) / g.stride_h;
-        p.dy_step = f.ky[1] * g.dil_h / g.stride_h;
-        p.dx_first =
-            (x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
-        p.dx_last = (x0 + g.pad_left - f.kx[0] * g.dil_w) / g.stride_w;
-      }
+      // Exact divisions: phase_taps chose the taps so.
+      p.dy_first = (y0 + g.pad_top - (f.ky[0] + (f.count_y - 1) * f.ky[1]) * g.dil_h) / g.stride_h;
+      p.dy_step = f.ky[1] * g.dil_h / g.stride_h;
+      p.dx_first = (x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
+      p.dx_last = (x0 + g.pad_left - f.kx[0] * g.dil_w) / g.stride_w;
       run_phase(g, b, f, p, w, cache, threads);
     }
   }

@@ -1,5 +1,6 @@
 // How a product is cut: lanes, pixels, bands, slabs. Costs are cycles per vector, measured on one
 // Zen 3 core where docs/kernel-log.md says so; they only have to order the candidates.
+#include "long_rows.h"
 #include "pattern_check.h"
 #include "sparse_product.h"
 
@@ -25,6 +26,9 @@ constexpr double kMoveCost = 1.0;  // moving what a slab keeps
 // A slab that stays in a 512 KB second-level cache beside lists and sums.
 constexpr double kSlabBytes = 320 * 1024;
 constexpr double kLargeSlabBytes = 32 << 20;
+
+// Up to so many non-zeros a row, rows run over long runs of pixels (4 to 40: no difference seen).
+constexpr double kLongRowEntries = 8;
 
 int log2_floor(int64_t a) {
   int l = 0;
@@ -167,12 +171,29 @@ ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_
          (p.out_w << (log_v + plan.max_log_r)) < kAccumulators &&
          (int64_t(kLanes) << log_v) < p.src.batch)
     ++log_v;
+  // Pixels that lie apart, in the source or in the output: longer pieces of each, if the slab
+  // allows.
+  while ((p.every_x > 1 || p.step_x > 1) && log_v < kMaxLog &&
+         plan.max_log_r + log_v + 1 <= kLogAccumulators &&
+         (int64_t(kLanes) << log_v) < p.src.batch &&
+         slab_bytes(p, kLanes << (log_v + 1), 1, 1) <= kSlabBytes / 2)
+    ++log_v;
   plan.log_v = log_v;
   plan.scatter = choose_scatter(p, plan, line_log);
   log_v = plan.log_v;
   plan.slab.lanes = kLanes << log_v;
   const int64_t pixels = pixels_at_once(p.out_w, plan.max_log_r, log_v);
+  const double per_row = p.per_channel * double(p.src_channels) / double(imax<int64_t>(1, p.rows));
+  plan.gapless = p.src.batch == kLongStep && p.step_x == 1 && plan.slab.lanes == kLongStep;
+  plan.long_rows =
+      !plan.scatter && plan.gapless && p.every_x == 1 && plan.max_log_r == 0 &&
+      per_row <= kLongRowEntries;
   choose_bands(p, plan, pixels);
+  if (plan.long_rows) {
+    plan.band_channels = p.seg_channels;
+    plan.band_segs = p.segments;
+    plan.channel_bands = plan.seg_bands = 1;
+  }
   choose_slab(p, plan, pixels_at_once(p.out_w, 0, log_v));
   // Offsets reach below a slab that the image's edge cut short.
   check_tile(double(p.src_channels) * double(plan.slab.pitch) +

@@ -76,5 +76,27 @@ SK_INLINE void pack_row(float* dst, const SlabShape& s, const float* row, int64_
   }
 }
 
+// `floats` (a multiple of a vector) that lie without gaps; meanwhile fetches what `ahead` points
+// to: the hardware's prefetching ends with each channel's short run.
+SK_INLINE void pack_run(float* dst, const float* src, int64_t floats, const float* ahead) {
+  constexpr int64_t kLine = 16;
+  for (int64_t i = 0; i < floats; i += kLine) {
+    __builtin_prefetch(ahead + i, 0, 3);
+    SK_UNROLL for (int64_t v = 0; v < kLine; v += kLanes) vstore(dst + i + v, vload(src + i + v));
+  }
+}
+
+// pack_row of a slab that takes whole pixels of one cache line at a horizontal step of 1.
+// `channels_ahead`: floats to the row that a later call packs.
+SK_INLINE void pack_gapless(float* dst, const SlabShape& s, const float* row, int64_t width,
+                            int64_t x0, int64_t channels_ahead) {
+  const int64_t left = imin(s.width, imax<int64_t>(0, -x0));
+  const int64_t end = imax(left, imin(s.width, width - x0));
+  if (left > 0) zero_floats(dst, left * s.lanes);
+  const float* from = row + (x0 + left) * s.lanes;
+  pack_run(dst + left * s.lanes, from, (end - left) * s.lanes, from + channels_ahead);
+  if (end < s.width) zero_floats(dst + end * s.lanes, (s.width - end) * s.lanes);
+}
+
 }  // namespace SK_ISA
 }  // namespace sk

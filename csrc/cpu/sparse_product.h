@@ -47,6 +47,8 @@ struct ProductPlan {
   int64_t strips;   // the image's width in so many parts, see strip_begin
   int64_t strip_w;  // output pixels of the widest
   int64_t lane_groups;
+  bool gapless;    // the slab takes whole pixels of one cache line: runs of memory are packed
+  bool long_rows;  // one output row at a time (long_rows.h) instead of one pixel block at a time
   // Bands: channels of a group in `channel_bands` ranges, vertical taps in `seg_bands` ranges.
   int64_t band_channels, channel_bands, band_segs, seg_bands;
 
