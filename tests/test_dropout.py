@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from native_support import address
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
 from sparse_kernels import _load, layout, ops, plan
 from sparse_kernels.backends import _reference_dropout as definition
@@ -20,6 +21,8 @@ from sparse_kernels.nn import Dropout, densify, sparsify
 _native = _load.native()
 SHARE = 64 * 256  # elements that a thread takes at a time
 STREAMED = (12 << 18) + 512  # elements from which on the kernel writes past the cache
+MANY = 64 * 13 * 62 * 62
+CPU = torch.device("cpu")
 SEEDS = (0, 1, 2**32, 2**63 - 1, -1, 0x1234_5678_9ABC_DEF0)
 
 
@@ -34,8 +37,15 @@ def native(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def noise(count: int, seed: int, p: float) -> Tensor:
     """float32 [count]: 0 or 1 / (1 - p), from the reference's words."""
-    kept = definition.words(count, seed, torch.device("cpu")) >= round(p * 2**32) - 2**31
+    words = long_words(seed) if count > 4096 else definition.words(count, seed, CPU)
+    kept = words[:count] >= round(p * 2**32) - 2**31
     return kept.float() * (1 / (1 - p))
+
+
+@functools.cache
+def long_words(seed: int) -> Tensor:
+    """Enough words for every test; an element's word does not depend on how many there are."""
+    return definition.words(MANY, seed, CPU)
 
 
 def as_laid_out(x: Tensor) -> dict[str, Tensor]:
@@ -85,7 +95,8 @@ def test_philox_gives_the_published_words() -> None:
 
 
 def test_words_of_a_block_lie_as_documented() -> None:
-    placed = definition.words(600, 9, torch.device("cpu")) & (2**32 - 1)
+    placed = definition.words(600, 9, CPU) & (2**32 - 1)
+    assert torch.equal(definition.words(300, 9, CPU) & (2**32 - 1), placed[:300])
     for element in (0, 1, 2, 127, 128, 129, 255, 256, 300, 511, 599):
         block, place = divmod(element, 256)
         half, rest = divmod(place, 128)
@@ -99,7 +110,7 @@ def test_words_of_a_block_lie_as_documented() -> None:
 @pytest.mark.parametrize("count", [0, 1, 7, 255, 256, 257, SHARE, 3 * SHARE + 77, STREAMED])
 def test_kernel_equals_the_definition_to_the_bit(native: Any, count: int) -> None:
     x = torch.randn(count)
-    for seed, p in ((SEEDS[-1], 0.3), (-1, 0.999)):
+    for seed, p in ((SEEDS[-1], 0.3), (SEEDS[-1], 0.999), (-1, 0.5)):
         expected = x * noise(count, seed, p)
         for threads in (1, 2, 5):
             y = torch.full((count + 1,), 7.0)
@@ -107,11 +118,10 @@ def test_kernel_equals_the_definition_to_the_bit(native: Any, count: int) -> Non
             assert torch.equal(y[:-1], expected) and y[-1] == 7.0
 
 
-def test_kernel_writes_to_any_address_and_past_four_billion_elements(native: Any) -> None:
-    """An address that no vector is aligned to; high counters come from the reference alone."""
+def test_kernel_writes_to_addresses_that_no_vector_is_aligned_to(native: Any) -> None:
     x, y = torch.randn(STREAMED + 1), torch.zeros(STREAMED + 1)
-    native.dropout(address(y[1:]), address(x[1:]), STREAMED, 3, 0.5, 2)
-    assert torch.equal(y[1:], x[1:] * noise(STREAMED, 3, 0.5)) and y[0] == 0
+    native.dropout(address(y[1:]), address(x[1:]), STREAMED, -1, 0.5, 2)
+    assert torch.equal(y[1:], x[1:] * noise(STREAMED, -1, 0.5)) and y[0] == 0
 
 
 def test_kernel_at_the_ends_of_p_and_its_refusals(native: Any) -> None:
@@ -151,7 +161,7 @@ def test_rate_and_independence(p: float) -> None:
 
 
 def test_each_bit_of_the_words_is_fair() -> None:
-    placed = definition.words(1 << 16, 11, torch.device("cpu"))
+    placed = definition.words(1 << 16, 11, CPU)
     for bit in range(32):
         ones = ((placed >> bit) & 1).double().mean()
         assert abs(ones - 0.5) < 5 * 0.5 / (1 << 16) ** 0.5
@@ -164,7 +174,7 @@ def test_operator_equals_the_reference_in_every_layout() -> None:
     seed = torch.tensor(123)
     for x in as_laid_out(torch.randn(6, 5, 3, 4)).values():
         y = ops.dropout(x, 0.4, seed=seed)
-        assert y.stride() == functional.dropout(x, 0.4).stride() and y.shape == x.shape
+        assert y.stride() == F.dropout(x, 0.4).stride() and y.shape == x.shape
         with plan.use_backend("reference"):
             assert torch.equal(y, ops.dropout(x, 0.4, seed=seed))
         storage_order = torch.as_strided(y, (y.numel(),), (1,))
@@ -198,17 +208,17 @@ def test_gradients_of_first_and_second_order() -> None:
 
 
 def test_large_tensors_on_several_threads_equal_one_thread() -> None:
-    x = layout.to_feature_major(torch.randn(64, 13, 61, 62))
+    x = layout.to_feature_major(torch.randn(64, 13, 62, 62))
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(ops.dropout(x, 0.3, seed=torch.tensor(17)))
+            found.append(ops.dropout(x, 0.3, seed=torch.tensor(-1)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert torch.equal(found[0].permute(1, 2, 3, 0).flatten() != 0, noise(x.numel(), 17, 0.3) != 0)
+    assert torch.equal(found[0].permute(1, 2, 3, 0).flatten() != 0, noise(x.numel(), -1, 0.3) != 0)
 
 
 def test_only_the_seed_is_kept() -> None:
@@ -221,13 +231,13 @@ def test_only_the_seed_is_kept() -> None:
 
 def test_dropped_nan_and_infinity_are_what_torch_makes_of_them() -> None:
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0]).repeat(100)
-    y, theirs = ops.dropout(x, 0.5), functional.dropout(x, 0.5)
+    y, theirs = ops.dropout(x, 0.5), F.dropout(x, 0.5)
     assert y[::4].isnan().all() and theirs[::4].isnan().all()
     for k in (1, 2):
         kinds = [set(map(str, t[k::4].tolist())) for t in (y, theirs)]
         assert kinds[0] == kinds[1] and "nan" in kinds[0]
     assert set(map(str, y[3::4].tolist())) == {"-0.0", "-4.0"}
-    assert torch.equal(ops.dropout(x, 1.0).isnan(), functional.dropout(x, 1.0).isnan())
+    assert torch.equal(ops.dropout(x, 1.0).isnan(), F.dropout(x, 1.0).isnan())
 
 
 def test_torchs_seed_decides_and_one_number_is_drawn_per_call() -> None:
@@ -322,7 +332,7 @@ def test_module_is_a_drop_in() -> None:
     torch.manual_seed(0)
     wide = Dropout(0.25)(x.double())
     torch.manual_seed(0)
-    assert torch.equal(wide, functional.dropout(x.double(), 0.25))
+    assert torch.equal(wide, F.dropout(x.double(), 0.25))
     with pytest.raises(ValueError, match="between 0 and 1"):
         Dropout(2.0)
 
@@ -375,9 +385,9 @@ def test_a_sparse_net_learns_through_dropout_and_evaluates_without() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     x = torch.randn(256, 12)
     label = (x[:, 0] > 0).long()
-    for _ in range(60):
+    for _ in range(30):
         optimizer.zero_grad()
-        functional.cross_entropy(model(x), label).backward()
+        F.cross_entropy(model(x), label).backward()
         optimizer.step()
     model.eval()
     assert (model(x).argmax(1) == label).double().mean() > 0.9
