@@ -374,6 +374,9 @@ def test_sparsify_replaces_and_densify_gives_back() -> None:
     y = model[:2](x)
     torch.manual_seed(6)
     assert torch.equal(y, ops.dropout(model[0](x), 0.5))
+    other = nn.Sequential(nn.Linear(16, 32), nn.Dropout())
+    report = sparsify(other, density=0.5, exclude=nn.Dropout)
+    assert type(other[1]) is nn.Dropout and report["1"].reason == "excluded by type Dropout"
     densify(model)
     assert type(model[1]) is nn.Dropout and model[1] is objects[1]
     assert model.state_dict().keys() == before

@@ -24,7 +24,7 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int], floats: int) -> 
     flat = torch.frombuffer(native().PooledBuffer(4 * floats), dtype=torch.float32)
     out = torch.empty(0, dtype=torch.float32)
     # From the tensor: a storage that Python has seen counts one more owner for ever.
-    return out.set_(flat, 0, shape, strides)  # type: ignore[call-overload,no-any-return]
+    return out.set_(flat, 0, shape, strides)  # type: ignore[call-overload]
 
 
 def release() -> None:
