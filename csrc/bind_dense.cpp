@@ -1,4 +1,4 @@
-// Bindings of batch norm and pooling: check the arguments, call the launcher in use.
+// Bindings of batch norm, pooling and dropout: check the arguments, call the launcher in use.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -196,6 +196,17 @@ void AvgPoolBackward(Address dx, Address grad, const std::vector<int64_t>& list,
                                        static_cast<int>(threads)});
 }
 
+void Dropout(Address y, Address x, int64_t count, int64_t seed, double p, int64_t threads) {
+  const char* kernel = "dropout";
+  RequireSize(kernel, "count", count);
+  RequirePointer(kernel, "y", y, count);
+  RequirePointer(kernel, "x", x, count);
+  Require(p >= 0 && p <= 1, "dropout: p must be between 0 and 1, got " + std::to_string(p));
+  RequireThreads(kernel, threads);
+  dense_kernels().dropout({Pointer<float>(y), Pointer<const float>(x), count,
+                           static_cast<uint64_t>(seed), p, static_cast<int>(threads)});
+}
+
 }  // namespace
 
 void bind_dense(py::module_& m) {
@@ -227,6 +238,8 @@ void bind_dense(py::module_& m) {
   m.def("avg_pool2d_backward", &AvgPoolBackward, py::arg("dx"), py::arg("grad"), py::arg("dims"),
         py::arg("count_include_pad"), py::arg("divisor_override"), py::arg("threads"), Release(),
         "See AvgPoolBackwardArgs.");
+  m.def("dropout", &Dropout, py::arg("y"), py::arg("x"), py::arg("count"), py::arg("seed"),
+        py::arg("p"), py::arg("threads"), Release(), "See DropoutArgs.");
 }
 
 }  // namespace sk

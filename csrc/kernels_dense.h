@@ -1,5 +1,5 @@
 // Launchers of the dense part of a step that must keep the feature-major layout: layout conversion,
-// batch norm, pooling.
+// batch norm, pooling, dropout.
 //
 // Conventions. Every pointer is host memory owned by the caller, float32 unless said otherwise,
 // needs no alignment beyond that of its type, and must not overlap an output. "feature-major"
@@ -162,6 +162,18 @@ struct AvgPoolBackwardArgs {
   int threads;
 };
 
+// y = x / (1 - p), or x * 0 with probability p (in multiples of 2^-32), for each element on its
+// own. Which one is a function of (seed, position in memory) alone: the same call with a gradient
+// for x is the backward pass.
+struct DropoutArgs {
+  float* y;        // [count], written
+  const float* x;  // [count]
+  int64_t count;
+  uint64_t seed;
+  double p;  // in [0, 1]
+  int threads;
+};
+
 // One instruction set's launchers.
 struct DenseKernels {
   void (*transpose)(const TransposeArgs&);
@@ -173,6 +185,7 @@ struct DenseKernels {
   void (*max_pool2d_backward)(const MaxPoolBackwardArgs&);
   void (*avg_pool2d)(const AvgPoolArgs&);
   void (*avg_pool2d_backward)(const AvgPoolBackwardArgs&);
+  void (*dropout)(const DropoutArgs&);
 };
 
 #ifdef SK_ISA
@@ -186,6 +199,7 @@ void max_pool2d(const MaxPoolArgs&);
 void max_pool2d_backward(const MaxPoolBackwardArgs&);
 void avg_pool2d(const AvgPoolArgs&);
 void avg_pool2d_backward(const AvgPoolBackwardArgs&);
+void dropout(const DropoutArgs&);
 
 const DenseKernels& dense_kernels_table();
 }  // namespace SK_ISA

@@ -14,7 +14,7 @@ from ._load import native_or_none, why_missing
 
 _ISA_VARIABLE = "SPARSE_KERNELS_ISA"
 _WEIGHTED = ("linear", "linear_dgrad", "linear_wgrad", "conv2d", "conv2d_dgrad", "conv2d_wgrad")
-_SHOWN = (*_WEIGHTED, "batch_norm", "max_pool2d", "avg_pool2d")
+_SHOWN = (*_WEIGHTED, "batch_norm", "max_pool2d", "avg_pool2d", "dropout")
 
 
 def openmp_runtimes() -> list[str]:

@@ -147,6 +147,28 @@ def test_pooled_memory_is_used_again() -> None:
     assert memory.empty_strided((FLOATS,), (1,), FLOATS).data_ptr() == address
 
 
+def test_autograd_sums_gradients_from_the_pool_in_place() -> None:
+    """A residual sum's backward pass: the first gradient's memory receives the second."""
+    made = []
+
+    class Pooled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+            out = memory.empty_strided(grad.shape, (1,), FLOATS).copy_(grad)
+            made.append(out.data_ptr())
+            return out
+
+    summed = []
+    hidden = torch.ones(FLOATS, requires_grad=True) * 1
+    hidden.register_hook(lambda grad: summed.append((grad.data_ptr(), grad.unique().tolist())))
+    (Pooled.apply(hidden) + Pooled.apply(hidden)).sum().backward()
+    assert len(set(made)) == 2 and summed == [(made[0], [2.0])]
+
+
 def test_pool_holds_no_more_than_was_ever_in_use() -> None:
     memory.release()
     base = native().pooled_bytes()

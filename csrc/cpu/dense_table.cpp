@@ -15,6 +15,7 @@ const DenseKernels& dense_kernels_table() {
       max_pool2d_backward,
       avg_pool2d,
       avg_pool2d_backward,
+      dropout,
   };
   return table;
 }

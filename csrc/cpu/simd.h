@@ -174,6 +174,7 @@ SK_INLINE int pow2_floor(int64_t a) {
 #if defined(SK_EMULATE_AVX512)
 
 SK_INLINE Vec vsub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+SK_INLINE Vec vmul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 SK_INLINE __m256 vkeep_half(__m256 a, __m256 dropped) { return _mm256_andnot_ps(dropped, a); }
 SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
   const __m256 zero = _mm256_setzero_ps();
@@ -208,6 +209,7 @@ SK_INLINE Vec vload_bytes(const uint8_t* p) {
 #elif defined(__AVX512F__)
 
 SK_INLINE Vec vsub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+SK_INLINE Vec vmul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(condition, _mm512_setzero_ps(), _CMP_NLE_UQ), a);
 }
@@ -229,6 +231,7 @@ SK_INLINE Vec vload_bytes(const uint8_t* p) {
 #elif defined(__AVX2__) && defined(__FMA__)
 
 SK_INLINE Vec vsub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+SK_INLINE Vec vmul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
   return _mm256_andnot_ps(_mm256_cmp_ps(condition, _mm256_setzero_ps(), _CMP_LE_OQ), a);
 }
@@ -254,6 +257,7 @@ SK_INLINE Vec vload_bytes(const uint8_t* p) {
 
 typedef int32_t IntVec __attribute__((vector_size(16)));
 SK_INLINE Vec vsub(Vec a, Vec b) { return a - b; }
+SK_INLINE Vec vmul(Vec a, Vec b) { return a * b; }
 SK_INLINE Vec vkeep_positive(Vec a, Vec condition) {
   return (Vec)((IntVec)a & ~(IntVec)(condition <= vzero()));
 }

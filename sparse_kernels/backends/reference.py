@@ -21,6 +21,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from .. import _pattern_index as index
 from ..geometry import Conv2dGeometry
 from ..layout import empty_feature_major
+from ._reference_dropout import dropout
 from ._reference_norm import (
     batch_norm,
     batch_norm_backward,
@@ -47,6 +48,7 @@ __all__ = [
     "conv2d_dgrad",
     "conv2d_wgrad",
     "conv2d_wgrad_dense",
+    "dropout",
     "expand",
     "linear",
     "linear_dgrad",

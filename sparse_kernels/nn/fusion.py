@@ -1,4 +1,4 @@
-"""Norm, ReLU and pooling around sparse layers: kept in their layout, and given back by densify."""
+"""Norm, ReLU, pooling and dropout around sparse layers: replaced, and given back by densify."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_kernels.nn import norm, pooling
+from sparse_kernels.nn import dropout, norm, pooling
 from sparse_kernels.nn._eligible import Exclusion, has_hooks
 from sparse_kernels.nn.report import SparsifyRow
 
@@ -16,6 +16,7 @@ _LAYOUT_KEEPING: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: norm.BatchNorm2d,
     nn.MaxPool2d: pooling.MaxPool2d,
     nn.AvgPool2d: pooling.AvgPool2d,
+    nn.Dropout: dropout.Dropout,
 }
 _PLAIN = {ours: plain for plain, ours in _LAYOUT_KEEPING.items()}
 
@@ -48,7 +49,7 @@ class FusedMaxPool2d(_Fused):
 
 
 def keep_layout(model: nn.Module, exclusion: Exclusion) -> list[SparsifyRow]:
-    """Turn norms and poolings into their layout-keeping subclasses; one row each.
+    """Turn norms, poolings and dropouts into the subclasses of this package; one row each.
 
     The class of the module object changes (as torch's lazy modules do), so that parameters,
     buffers, hooks, names and every reference to the module stay.
@@ -63,7 +64,8 @@ def keep_layout(model: nn.Module, exclusion: Exclusion) -> list[SparsifyRow]:
         if reason is None:
             module.__class__ = ours
         action: Any = "skipped" if reason else "replaced"
-        rows.append(SparsifyRow(name, kind, (), 0.0, 0, action, reason or "keeps the layout"))
+        kept = "random numbers of its own" if ours is dropout.Dropout else "keeps the layout"
+        rows.append(SparsifyRow(name, kind, (), 0.0, 0, action, reason or kept))
     return rows
 
 

@@ -15,8 +15,8 @@ class SparsifyRow:
 
     ``density`` and ``nnz`` are those after the call: elements that exist.  ``action`` is
     "sparsified" (became a sparse layer), "kept" (was sparse already), "replaced" (norm or pooling
-    that keeps the layout), "fused" (a ReLU or pooling computed by the norm before it) or
-    "skipped" (left dense); ``reason`` says why, or in which storage.
+    that keeps the layout, or dropout), "fused" (a ReLU or pooling computed by the norm before it)
+    or "skipped" (left dense); ``reason`` says why, or in which storage.
     """
 
     name: str

@@ -47,6 +47,7 @@ def sparsify(
     device, dtype and ``requires_grad`` stay.  Make the optimizer AFTER this call: the weights are
     new parameters (``values``).  Norms and poolings become subclasses that keep the layout of the
     sparse layers, and a ReLU directly after a norm in an nn.Sequential is computed by that norm.
+    nn.Dropout becomes sparse_kernels.nn.Dropout, whose random numbers are not those of torch.
 
     Args:
         model: any nn.Module that contains such layers; a lone layer has ``from_dense``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparse_kernels.ops._library import OPERATORS
 from sparse_kernels.ops.conv2d import SparseConv2dFunction, conv2d
+from sparse_kernels.ops.dropout import dropout
 from sparse_kernels.ops.linear import SparseLinearFunction, linear
 from sparse_kernels.ops.masked import (
     MaskedWeightFunction,
@@ -26,6 +27,7 @@ __all__ = [
     "batch_norm_pool",
     "clear_outside",
     "conv2d",
+    "dropout",
     "linear",
     "masked_conv2d",
     "masked_linear",

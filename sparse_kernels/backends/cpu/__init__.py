@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels._load import native_or_none
+from sparse_kernels.backends.cpu.dropout import dropout
 from sparse_kernels.backends.cpu.norm import (
     batch_norm,
     batch_norm_backward,
@@ -43,6 +44,7 @@ __all__ = [
     "conv2d_dgrad",
     "conv2d_wgrad",
     "conv2d_wgrad_dense",
+    "dropout",
     "linear",
     "linear_dgrad",
     "linear_wgrad",

@@ -16,12 +16,15 @@ POOLED_FROM = 1 << 20
 def empty_strided(shape: Sequence[int], strides: Sequence[int], floats: int) -> Tensor:
     """An uninitialised float32 CPU tensor of ``floats`` elements, dense in the given strides.
 
-    Not a view of anything, as far as autograd can see: it may be written in place.
+    Not a view of anything, as far as autograd can see: it may be written in place.  And nobody else
+    holds its storage: autograd then sums gradients in place instead of into new memory.
     """
     if 4 * floats < POOLED_FROM:
         return torch.empty_strided(shape, strides, dtype=torch.float32)
-    storage = torch.frombuffer(native().PooledBuffer(4 * floats), dtype=torch.float32)
-    return torch.empty(0, dtype=torch.float32).set_(storage.untyped_storage(), 0, shape, strides)
+    flat = torch.frombuffer(native().PooledBuffer(4 * floats), dtype=torch.float32)
+    out = torch.empty(0, dtype=torch.float32)
+    # From the tensor: a storage that Python has seen counts one more owner for ever.
+    return out.set_(flat, 0, shape, strides)  # type: ignore[call-overload]
 
 
 def release() -> None:
