@@ -78,8 +78,8 @@ LINEAR_CASES: tuple[LinearCase, ...] = (
     LinearCase("wide-batch-blocks", 515, 20, 24, 0.2, (4, 1), relu=True),
     LinearCase("lenet-fc1", 100, 784, 300, 0.05),
     LinearCase("dense-rows", 64, 512, 40, 0.9),
-    LinearCase("scatter", 37, 301, 70, 0.6, (4, 1)),
-    LinearCase("scatter-batch1", 1, 64, 130, 0.5, (8, 1)),
+    LinearCase("scatter-linear", 37, 301, 70, 0.6, (4, 1)),
+    LinearCase("scatter-batch1", 1, 64, 130, 0.8, (8, 1)),
     *(LinearCase(f"even-{_block_name(b)}", 32, 80, 48, 0.2, b) for b in BLOCKS),
     *(LinearCase(f"partial-{_block_name(b)}", 29, 43, 37, 0.3, b, relu=True) for b in BLOCKS[1:]),
 )
