@@ -28,10 +28,10 @@
 //              output row; and one slab: at most 320 KB, or, where the channels of the fewest
 //              pixels and batch entries that a kernel takes at once (`least`) are more than 80 KB,
 //              at most min(4 * least, max(32 MB, 2 * least)). conv2d_dgrad of few input channels
-//              packs nothing: 16 bytes per stored element, 4 per output channel. wgrad packs nothing: 40 bytes per
-//              stored element (lists and up to 8 partial sums; stored elements of partial blocks
-//              count in full), 128 * taps + 4 per block row, and 96 * taps per thread. Never rows x
-//              cols, never an im2col matrix.
+//              packs nothing: 16 bytes per stored element, 4 per output channel. wgrad packs
+//              nothing: 40 bytes per stored element (lists and up to 8 partial sums; stored
+//              elements of partial blocks count in full), 128 * taps + 4 per block row, and 96 *
+//              taps per thread. Never rows x cols, never an im2col matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
 //              range or not increasing within a line) or if a tile (wgrad: the pixels of a band of

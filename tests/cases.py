@@ -139,7 +139,7 @@ CONV_CASES: tuple[ConvCase, ...] = (
         0.2,
     ),
     ConvCase("few-inputs", 33, 17, 15, _conv((3, 20), (7, 7), stride=2, pad=3), 0.05),
-    ConvCase("few-inputs-blocks", 20, 9, 8, _conv((3, 20), (3, 3), pad=1), 0.1, (3, 5)),
+    ConvCase("few-inputs-blocks", 20, 9, 8, _conv((3, 20), (3, 3), pad=1), 0.1, (3, 2)),
     ConvCase("few-inputs-stride3", 32, 11, 13, _conv((4, 16), (2, 3), stride=3, pad=1), 0.2),
     ConvCase("few-inputs-groups", 9, 8, 6, _conv((4, 24), (3, 3), pad=2, groups=2), 0.1),
     ConvCase("kernel2", 4, 8, 7, _conv((6, 10), (2, 2), stride=2), 0.3),

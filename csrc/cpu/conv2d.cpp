@@ -142,6 +142,8 @@ void walk_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const We
 // fetched meanwhile, and of taller ones.
 constexpr int64_t kFlatSlabBytes = 256 * 1024;
 constexpr int64_t kFlatTallSlabBytes = 320 * 1024;
+// Pixels of a run: 8 KB are long enough, and the search for a divisor stays short.
+constexpr int64_t kFlatMostPixels = 128;
 
 // Floats of a pixel of a flattened image: one cache line.
 constexpr int64_t kFlatBatch = 16;
@@ -174,7 +176,7 @@ ConvGeometry flatten(const ConvGeometry& g, int64_t channels) {
     if (floats % kFlatBatch != 0) return g;
     const int64_t pixels = floats / kFlatBatch;
     const int64_t most = kFlatSlabBytes / imax<int64_t>(1, channels * kFlatBatch * 4);
-    const int64_t width = flat_width(pixels, imax<int64_t>(most, 8));
+    const int64_t width = flat_width(pixels, imin(imax<int64_t>(most, 8), kFlatMostPixels));
     if (width == 0) return g;
     flat.in_w = flat.out_w = width;
     flat.in_h = flat.out_h = pixels / width;

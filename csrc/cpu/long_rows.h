@@ -52,6 +52,9 @@ SK_INLINE void long_row(const RowsCall& c, const Chunk* chunks, int64_t k, int64
   int64_t i = 0;
   for (; i + kAccumulators * kLanes <= floats; i += kAccumulators * kLanes)
     row_block<kAccumulators>(c, entry, stop, w, x + i, out + i, row);
+  constexpr int kFew = kAccumulators / 4;
+  for (; i + kFew * kLanes <= floats; i += kFew * kLanes)
+    row_block<kFew>(c, entry, stop, w, x + i, out + i, row);
   for (; i < floats; i += kLongStep)
     row_block<kLongStep / kLanes>(c, entry, stop, w, x + i, out + i, row);
 }
