@@ -74,7 +74,7 @@ void LinearDgrad(Address dx, Address grad, Address values, Address t_crow, Addre
 
 void LinearWgrad(Address dvalues, Address grad, Address x, Address crow, Address col, int64_t rows,
                  int64_t cols, int64_t bh, int64_t bw, int64_t capacity, int64_t batch,
-                 int64_t threads) {
+                 int64_t threads, ListCache* cache) {
   const char* kernel = "linear_wgrad";
   RequireMatrix(kernel, {rows, cols, batch});
   RequireWeight(kernel, crow, col, bh, bw, capacity);
@@ -85,7 +85,7 @@ void LinearWgrad(Address dvalues, Address grad, Address x, Address crow, Address
   sparse_kernels().linear_wgrad(Pointer<float>(dvalues), Pointer<const float>(grad),
                                 Pointer<const float>(x), Pointer<const int32_t>(crow),
                                 Pointer<const int32_t>(col), rows, cols, bh, bw, capacity, batch,
-                                static_cast<int>(threads));
+                                cache, static_cast<int>(threads));
 }
 
 int64_t OutputSize(int64_t in, int64_t before, int64_t after, int64_t kernel, int64_t stride,
@@ -218,7 +218,8 @@ void BindLinear(py::module_& m) {
         py::arg("cache") = nullptr, Release(), "dx = W^T grad; see csrc/kernels.h.");
   m.def("linear_wgrad", &LinearWgrad, py::arg("dvalues"), py::arg("grad"), py::arg("x"),
         py::arg("crow"), py::arg("col"), py::arg("rows"), py::arg("cols"), py::arg("bh"),
-        py::arg("bw"), py::arg("capacity"), py::arg("batch"), py::arg("threads"), Release(),
+        py::arg("bw"), py::arg("capacity"), py::arg("batch"), py::arg("threads"),
+        py::arg("cache") = nullptr, Release(),
         "dvalues = grad x^T at the pattern; see csrc/kernels.h.");
 }
 

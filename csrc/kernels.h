@@ -31,7 +31,9 @@
 //              packs nothing: 16 bytes per stored element, 4 per output channel. wgrad packs
 //              nothing: 40 bytes per stored element (lists and up to 8 partial sums; stored
 //              elements of partial blocks count in full), 128 * taps + 4 per block row, and 96 *
-//              taps per thread. Never rows x cols, never an im2col matrix.
+//              taps per thread. The linear launchers' own kernels (blocks of one column): 4 bytes
+//              per element of x, its batch rounded up to vectors; 4 per stored element in dgrad; 4
+//              per block row and band. Never rows x cols, never an im2col matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
 //              range or not increasing within a line) or if a tile (wgrad: the pixels of a band of
@@ -73,7 +75,7 @@ struct SparseKernels {
   // dvalues [capacity][bh][bw] = (grad x^T) at the pattern, zero past the last stored block.
   void (*linear_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow,
                        const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
-                       int64_t capacity, int64_t batch, int threads);
+                       int64_t capacity, int64_t batch, ListCache* cache, int threads);
   // y [out_channels][out_h][out_w][batch] = relu(conv(x, W) + bias), x
   // [in_channels][in_h][in_w][batch].
   void (*conv2d)(float* y, const float* x, const float* values, const float* bias,

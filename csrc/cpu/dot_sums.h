@@ -82,6 +82,24 @@ SK_INLINE void add_sums(float* to, const Vec (&acc)[N]) {
   }
 }
 
+// to[i] = sum of acc[i].
+template <int N>
+SK_INLINE void lane_sums(float (&to)[N], const Vec (&acc)[N]) {
+  static_assert(N <= 8, "one vector of sums");
+  __m256 v[8];
+  SK_UNROLL
+  for (int i = 0; i < 8; ++i) v[i] = i < N ? fold8(acc[i < N ? i : 0]) : _mm256_setzero_ps();
+  const __m256 s = sums8(v);
+  if constexpr (N == 8) {
+    _mm256_storeu_ps(to, s);
+  } else {
+    float part[8];
+    _mm256_storeu_ps(part, s);
+    SK_UNROLL
+    for (int i = 0; i < N; ++i) to[i] = part[i];
+  }
+}
+
 #else
 
 SK_INLINE Vec vload_part(const float* p, int64_t n) {
@@ -94,6 +112,12 @@ template <int N>
 SK_INLINE void add_sums(float* to, const Vec (&acc)[N]) {
   SK_UNROLL
   for (int i = 0; i < N; ++i) to[i] += vsum(acc[i]);
+}
+
+template <int N>
+SK_INLINE void lane_sums(float (&to)[N], const Vec (&acc)[N]) {
+  SK_UNROLL
+  for (int i = 0; i < N; ++i) to[i] = vsum(acc[i]);
 }
 
 #endif

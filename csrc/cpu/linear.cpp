@@ -1,6 +1,9 @@
-// The linear launchers: a linear layer is a convolution of one pixel by one tap, and takes its
-// kernels as they are. Also the table of all sparse launchers of this instruction set.
+// The linear launchers, and the table of all sparse launchers of this instruction set. A linear
+// layer is also a convolution of one pixel by one tap: blocks without kernels of their own take
+// those.
 #include "conv2d.h"
+#include "linear_product.h"
+#include "linear_wgrad.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -10,26 +13,87 @@ ConvGeometry one_pixel(int64_t rows, int64_t cols, int64_t batch) {
   return {batch, 1, 1, 1, 1, rows, cols, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1};
 }
 
+// Blocks of one column and 1, 2 or 4n whole rows have kernels of their own; any other takes those
+// of the convolutions.
+bool is_column(int64_t rows, int64_t bh, int64_t bw) {
+  return bw == 1 && rows % bh == 0 && (bh <= 2 || bh % 4 == 0);
+}
+
+// Weights that dgrad's own kernel gathers: 512 KB.
+constexpr int64_t kGathered = 128 * 1024;
+
+// What a ListCache keeps apart.
+enum { kForward = 1, kDgrad, kWgrad };
+
+Lines lines_of(const int32_t* starts, const int32_t* index, int64_t count, int64_t bound) {
+  Lines lines{};
+  lines.starts = starts;
+  lines.index = index;
+  lines.count = count;
+  lines.bound = bound;
+  return lines;
+}
+
 void linear(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
             const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
             int64_t capacity, int64_t batch, bool relu, ListCache* cache, int threads) {
-  conv2d(y, x, values, bias, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity, relu, cache,
-         threads);
+  if (!is_column(rows, bh, bw)) {
+    conv2d(y, x, values, bias, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity, relu,
+           cache, threads);
+    return;
+  }
+  LinearProduct p{
+      lines_of(crow, col, rows / bh, cols), y, x, values, bias, nullptr, batch, cols, bh, relu};
+  check_lines(p.lines, {"crow_indices", "col_indices", crow, col, nullptr, rows / bh, cols},
+              capacity, cache, kForward, threads);
+  if (batch > 0) run_linear(p, cache, kForward, threads);
 }
 
 void linear_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
                   const int32_t* t_row, const int32_t* t_perm, int64_t rows, int64_t cols,
                   int64_t bh, int64_t bw, int64_t capacity, int64_t batch, ListCache* cache,
                   int threads) {
-  conv2d_dgrad(dx, grad, values, t_crow, t_row, t_perm, one_pixel(rows, cols, batch), bh, bw,
-               capacity, cache, threads);
+  // The weights are gathered in the order of columns, each from another line of memory: dear where
+  // the values leave the second-level cache. The lists of the convolutions have no such order.
+  // And short columns are quicker with more of the batch at once.
+  if (bh * bw != 1 || capacity > kGathered || capacity < 8 * cols) {
+    conv2d_dgrad(dx, grad, values, t_crow, t_row, t_perm, one_pixel(rows, cols, batch), bh, bw,
+                 capacity, cache, threads);
+    return;
+  }
+  LinearProduct p{lines_of(t_crow, t_row, cols, rows),
+                  dx,
+                  grad,
+                  values,
+                  nullptr,
+                  t_perm,
+                  batch,
+                  rows,
+                  1,
+                  false};
+  check_lines(p.lines, {"t_crow", "t_row", t_crow, t_row, t_perm, cols, rows}, capacity, cache,
+              kDgrad, threads);
+  if (batch > 0) run_linear(p, cache, kDgrad, threads);
 }
 
 void linear_wgrad(float* dvalues, const float* grad, const float* x, const int32_t* crow,
                   const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
-                  int64_t capacity, int64_t batch, int threads) {
-  conv2d_wgrad(dvalues, grad, x, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity,
-               threads);
+                  int64_t capacity, int64_t batch, ListCache* cache, int threads) {
+  if (!is_column(rows, bh, bw)) {
+    conv2d_wgrad(dvalues, grad, x, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity,
+                 threads);
+    return;
+  }
+  LinearWgrad w{lines_of(crow, col, rows / bh, cols), dvalues, grad, x, batch, bh};
+  check_lines(w.lines, {"crow_indices", "col_indices", crow, col, nullptr, rows / bh, cols},
+              capacity, cache, kForward, threads);
+  const int64_t stored = w.lines.entries() * bh;
+  zero_floats(dvalues + stored, capacity * bh - stored);
+  if (batch > 0) {
+    run_linear_wgrad(w, cache, kWgrad, threads);
+  } else {
+    zero_floats(dvalues, stored);
+  }
 }
 
 }  // namespace

@@ -122,6 +122,7 @@ def linear_wgrad(
         capacity,
         batch,
         torch.get_num_threads(),
+        lists_of(col, crow),
     )
     return dv
 
