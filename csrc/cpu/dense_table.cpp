@@ -15,6 +15,8 @@ const DenseKernels& dense_kernels_table() {
       max_pool2d_backward,
       avg_pool2d,
       avg_pool2d_backward,
+      wgrad_tiles,
+      wgrad_tiles_scratch,
   };
   return table;
 }
