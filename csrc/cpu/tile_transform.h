@@ -98,7 +98,6 @@ void transform_line(float* to, int64_t plane, const TilePixels& tile, int64_t co
 // The three sums of a line from its four products, for n sums side by side: y[k * to_step].
 template <int N>
 SK_INLINE void sums_of_products(float* y, int to_step, const float* m, int from_step) {
-  SK_UNROLL
   for (int e = 0; e < N; ++e) {
     const float both = .5f * (m[from_step + e] + m[2 * from_step + e]);
     y[e] = m[e] + both;
