@@ -159,7 +159,6 @@ def test_tiles_refuse_what_they_cannot_hold() -> None:
 CHOICES = [
     ((64, 64), (6, 16), 32, (3, 3), "_by_tiles"),
     ((64, 64), (6, 16), 32, (1, 1), "_by_halves"),
-    ((64, 64), (8, 64), 32, (1, 3), "_by_halves"),
     ((64, 64), (6, 6), 16, (3, 3), "_by_tiles"),
     ((64, 300), (4, 4), 64, (3, 3), "_by_tiles"),
     ((64, 64), (3, 3), 64, (3, 3), "_by_halves"),  # mostly border
