@@ -4,8 +4,8 @@
 // Conventions. Every pointer is host memory owned by the caller, float32 unless said otherwise,
 // needs no alignment beyond that of its type, and must not overlap an output. "feature-major"
 // means the batch is innermost: [C][H][W][N] for activations. A launcher uses `threads` OpenMP
-// threads (>= 1), allocates nothing, holds no scratch beyond its stack, throws nothing, and its
-// result does not depend on `threads` in a single bit.
+// threads (>= 1), allocates nothing, holds no scratch beyond its stack and what it is given, throws
+// nothing, and its result does not depend on `threads` in a single bit.
 #pragma once
 
 #include <cstdint>
@@ -174,6 +174,22 @@ struct DropoutArgs {
   int threads;
 };
 
+// The dense weight gradient of a 3x3 convolution of stride 1 without dilation or groups, for the
+// growth signal: dw[o][3 * ky + kx][i] = the sum over the batch and output pixels (y, x) of
+// grad[o][y][x] * x[i][y + ky - pad_top][x + kx - pad_left], outside of the image zero. From
+// transformed tiles of 2x2 gradient pixels, 16 multiplications instead of 36; batch >= 1, channels
+// >= 1, out_h and out_w >= 1.
+struct TileWgradArgs {
+  float* dw;          // [out_channels][9][in_channels], written
+  const float* grad;  // [out_channels][out_h][out_w][batch]
+  const float* x;     // [in_channels][in_h][in_w][batch]
+  float* scratch;     // [wgrad_tiles_scratch(same sizes)], aligned to 64 bytes; contents undefined
+  int64_t batch, out_channels, in_channels;
+  int64_t in_h, in_w, out_h, out_w;
+  int64_t pad_top, pad_left;
+  int threads;
+};
+
 // One instruction set's launchers.
 struct DenseKernels {
   void (*transpose)(const TransposeArgs&);
@@ -186,6 +202,8 @@ struct DenseKernels {
   void (*avg_pool2d)(const AvgPoolArgs&);
   void (*avg_pool2d_backward)(const AvgPoolBackwardArgs&);
   void (*dropout)(const DropoutArgs&);
+  void (*wgrad_tiles)(const TileWgradArgs&);
+  int64_t (*wgrad_tiles_scratch)(const TileWgradArgs&);  // floats; reads no pointer
 };
 
 #ifdef SK_ISA
@@ -200,6 +218,8 @@ void max_pool2d_backward(const MaxPoolBackwardArgs&);
 void avg_pool2d(const AvgPoolArgs&);
 void avg_pool2d_backward(const AvgPoolBackwardArgs&);
 void dropout(const DropoutArgs&);
+void wgrad_tiles(const TileWgradArgs&);
+int64_t wgrad_tiles_scratch(const TileWgradArgs&);
 
 const DenseKernels& dense_kernels_table();
 }  // namespace SK_ISA

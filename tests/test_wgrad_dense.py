@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import relative_error
 
+from sparse_kernels._load import native
 from sparse_kernels.backends import reference
 from sparse_kernels.backends.cpu import wgrad_dense
 from sparse_kernels.geometry import Conv2dGeometry
@@ -92,9 +93,75 @@ def test_groups_and_bands_of_every_size(
     assert relative_error(found, _expected(dy, x, geometry)) < TOLERANCE
 
 
+TILES = {  # image, padding top, left, bottom, right, batch, channels
+    "even": ((6, 8), (1, 1, 1, 1), 16, (7, 10)),
+    "odd-image": ((5, 7), (1, 1, 1, 1), 13, (4, 3)),
+    "no-padding": ((6, 7), (0, 0, 0, 0), 24, (1, 1)),
+    "one-pixel": ((1, 1), (1, 1, 1, 1), 5, (6, 4)),
+    "one-sided-padding": ((4, 3), (3, 0, 0, 2), 9, (2, 5)),
+    "padding-beyond-reach": ((2, 3), (4, 4, 4, 4), 3, (3, 13)),
+    "batch-1": ((9, 4), (1, 1, 1, 1), 1, (5, 2)),
+    "parts-of-the-batch": ((3, 4), (1, 1, 1, 1), 1030, (5, 4)),
+    "many-channels": ((3, 4), (1, 1, 1, 1), 8, (200, 90)),
+    "several-chunks": ((41, 40), (1, 1, 1, 1), 60, (40, 30)),
+}
+
+
+@pytest.mark.parametrize("isa", native().supported_isas())
+@pytest.mark.parametrize("name", TILES)
+def test_tiles(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every instruction set, scratch full of NaN, the same bits from one thread and from three."""
+
+    def dirty(shape: Any, strides: Any, floats: int) -> torch.Tensor:
+        return torch.full((floats,), float("nan")).as_strided(shape, strides)
+
+    monkeypatch.setattr(wgrad_dense, "empty_strided", dirty)
+    image, padding, batch, (c_in, c_out) = TILES[name]
+    geometry = Conv2dGeometry(c_out, c_in, 3, 3, 1, 1, *padding)
+    x = to_feature_major(torch.randn(batch, c_in, *image) + 0.5)
+    dy = torch.randn(batch, c_out, *geometry.output_size(*image)) + 0.25
+    dy = to_feature_major(dy)
+    threads, chosen = torch.get_num_threads(), native().isa()
+    found = []
+    try:
+        native().set_isa(isa)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            views = (dy.permute(1, 2, 3, 0), x.permute(1, 2, 3, 0))
+            found.append(wgrad_dense._by_tiles(geometry, *views))
+    finally:
+        torch.set_num_threads(threads)
+        native().set_isa(chosen)
+    assert torch.equal(*found), "the number of threads changes the sums"
+    assert relative_error(found[0], _expected(dy, x, geometry)) < TOLERANCE
+
+
+def test_tiles_refuse_what_they_cannot_hold() -> None:
+    sizes = [2, 3, 4, 5, 5, 1, 1, 5, 5]  # batch, channels out and in, image, padding, output
+    needed = native().wgrad_tiles_scratch(*sizes)
+    data = torch.full((needed,), float("nan"))
+    dw = torch.full((3 * 9 * 4,), 7.0)
+    pointers = [dw.data_ptr(), data.data_ptr(), data.data_ptr(), data.data_ptr()]
+    with pytest.raises(ValueError, match=f"at least {needed} floats .*, got {needed - 1}"):
+        native().wgrad_tiles(*pointers, needed - 1, *sizes, 1)
+    with pytest.raises(ValueError, match="threads must be between"):
+        native().wgrad_tiles(*pointers, needed, *sizes, 0)
+    for i, least in enumerate((1, 1, 1, 1, 1, 0, 0, 1, 1)):
+        bad = [*sizes[:i], least - 1, *sizes[i + 1 :]]
+        with pytest.raises(ValueError, match=f"must be at least {least}, got {least - 1}"):
+            native().wgrad_tiles_scratch(*bad)
+    for i in range(4):
+        with pytest.raises(ValueError, match="must not be null"):
+            native().wgrad_tiles(*pointers[:i], 0, *pointers[i + 1 :], needed, *sizes, 1)
+    assert bool((dw == 7.0).all()), "written before the check"
+
+
 CHOICES = [
-    ((64, 64), (6, 16), 32, (3, 3), "_by_halves"),
-    ((64, 300), (4, 4), 64, (3, 3), "_by_taps"),
+    ((64, 64), (6, 16), 32, (3, 3), "_by_tiles"),
+    ((64, 64), (6, 16), 32, (1, 1), "_by_halves"),
+    ((64, 64), (6, 6), 16, (3, 3), "_by_tiles"),
+    ((64, 300), (4, 4), 64, (3, 3), "_by_tiles"),
+    ((64, 64), (3, 3), 64, (3, 3), "_by_halves"),  # mostly border
     ((300, 64), (2, 2), 128, (3, 3), "_by_taps"),
     ((260, 48), (9, 33), 16, (1, 1), "_by_taps"),
     ((64, 64), (6, 6), 2, (3, 3), "_by_taps"),  # short runs
@@ -106,7 +173,7 @@ CHOICES = [
 def test_the_shape_chooses_the_way(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (c_in, c_out), image, batch, kernel, way = case
     called = []
-    for name in WAYS:
+    for name in (*WAYS, "_by_tiles"):
         inner = getattr(wgrad_dense, name)
 
         def spy(*args: Any, inner: Any = inner, name: str = name) -> torch.Tensor:

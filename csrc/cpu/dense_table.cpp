@@ -16,6 +16,8 @@ const DenseKernels& dense_kernels_table() {
       avg_pool2d,
       avg_pool2d_backward,
       dropout,
+      wgrad_tiles,
+      wgrad_tiles_scratch,
   };
   return table;
 }

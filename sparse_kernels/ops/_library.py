@@ -275,3 +275,26 @@ def masked_grad(grad: Tensor, y: Tensor) -> Tensor:
 def blocks(length: int, parts: int, side: int) -> int:
     """Number of blocks of ``side`` along ``length`` split in ``parts`` segments."""
     return parts * -(-(length // parts) // side)
+
+
+def readable(values: Tensor) -> bool:
+    """Whether a dense weight gradient that is there anyway also gives that of ``values``.
+
+    Not while a second derivative is recorded: the sampled product has one, the dense one has not.
+    """
+    return values.shape[1] == values.shape[2] == 1 and not torch.is_grad_enabled()
+
+
+def read_elements(dense: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    """``dense`` [rows, cols] at the stored elements: [capacity, 1, 1] with a zero tail.
+
+    Shapes depend on the capacity only, never on the pattern: traceable, no host synchronisation.
+    """
+    (rows, cols), capacity = dense.shape, col.shape[0]
+    # Each slot's row: how many rows have ended before it. (searchsorted takes 9 times as long.)
+    ends = crow.new_zeros(capacity + 1).index_add(0, crow[1:-1], crow.new_ones(1).expand(rows - 1))
+    places = ends[:-1].cumsum(0) * cols + col  # int64
+    stored = torch.arange(capacity, device=col.device, dtype=crow.dtype) < crow[-1]
+    # What the tail of col holds is nobody's business: read somewhere, then zero.
+    read = dense.reshape(-1).index_select(0, torch.where(stored, places, 0))
+    return torch.where(stored, read, 0).view(capacity, 1, 1)

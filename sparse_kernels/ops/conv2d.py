@@ -31,6 +31,8 @@ from sparse_kernels.ops._library import (
     check_values,
     define,
     masked_grad,
+    read_elements,
+    readable,
     seen,
     with_check,
 )
@@ -250,11 +252,13 @@ class SparseConv2dFunction(torch.autograd.Function):
         dx = dv = None
         if needs[0]:
             dx = product("conv2d_dgrad", grad, values, *index, x.shape[2], x.shape[3], geometry)
-        if needs[1]:
+        dp = product("conv2d_wgrad_dense", grad, x, geometry) if needs[8] else None
+        if needs[1] and dp is not None and readable(values):
+            dv = read_elements(dp, *index[:2])
+        elif needs[1]:
             block = values.shape[1:]
             dv = product("conv2d_wgrad", grad, x, *index, *block, geometry)
         db = grad.sum((0, 2, 3)) if needs[7] else None
-        dp = product("conv2d_wgrad_dense", grad, x, geometry) if needs[8] else None
         return dx, dv, None, None, None, None, None, db, dp, None, None
 
 

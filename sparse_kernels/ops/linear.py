@@ -28,6 +28,8 @@ from sparse_kernels.ops._library import (
     check_values,
     define,
     masked_grad,
+    read_elements,
+    readable,
     seen,
     with_check,
 )
@@ -190,11 +192,13 @@ class SparseLinearFunction(torch.autograd.Function):
         grad = convert_once(grads[0] if y is None else masked_grad(grads[0], y), values)
         product = caller(grad, x, values, *index)
         dx = product("linear_dgrad", grad, values, *index, x.shape[1]) if needs[0] else None
+        dp = product("linear_wgrad_dense", grad, x) if needs[8] else None
         dv = None
-        if needs[1]:
+        if needs[1] and dp is not None and readable(values):
+            dv = read_elements(dp, *index[:2])
+        elif needs[1]:
             dv = product("linear_wgrad", grad, x, *index, values.shape[1], values.shape[2])
         db = grad.sum(0) if needs[7] else None
-        dp = product("linear_wgrad_dense", grad, x) if needs[8] else None
         return dx, dv, None, None, None, None, None, db, dp, None, None
 
 
