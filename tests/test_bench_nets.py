@@ -279,14 +279,33 @@ def test_inference_is_checked_and_timed_for_both_batches(
 ) -> None:
     monkeypatch.setattr(inference, "DENSE_LAYOUTS", ("contiguous", "channels_last"))
     journal = results.Journal(None, {})
-    found = inference.run([LENET], steps=2, rounds=1, seconds=1.0, journal=journal)
+    found = inference.run([LENET], steps=12, rounds=1, seconds=1.0, journal=journal)
     assert [row["batch"] for row in found["rows"]] == [1, 32]
+    trained = found["rows"][0]["trained"]
+    assert trained["steps"] == 12 and trained["test_accuracy"] > 0.2  # ten classes: chance is 0.1
     for row in found["rows"]:
         assert set(row["timings"]) == {"sparse", "contiguous", "channels_last"}
         assert max(row["errors"].values()) < 1e-4
     whole = complete(found)
-    assert "| lenet-5-caffe | 32 |" in inference.tables(whole)
+    text = inference.tables(whole)
+    assert "| lenet-5-caffe | 32 |" in text
+    assert f"trained for 12 steps on {trained['data']}, test accuracy" in text
     assert plots.inference(whole, tmp_path / "f.png") is None
     monkeypatch.setattr(inference.contest, "relative_error", lambda *a: 0.5)
     with pytest.raises(WorkbenchError, match=r"logits differ .* 5\.0e-01"):
-        inference.run([LENET], steps=2, rounds=1, seconds=1.0, journal=results.Journal(None, {}))
+        inference.run([LENET], steps=4, rounds=1, seconds=1.0, journal=results.Journal(None, {}))
+
+
+def test_a_net_without_data_is_trained_on_random_images_and_says_so() -> None:
+    config = dataclasses.replace(LENET, net="wrn-28-2", batch_size=2)
+    model, trained = inference._trained(config, 4)
+    assert trained == {"steps": 4, "data": "random images", "test_accuracy": None}
+    assert not model.training
+    assert inference._training_line(trained) == "trained for 4 steps on random images."
+
+
+def test_peak_memory_is_that_of_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = machine.header
+    monkeypatch.setattr(networks.machine, "header", lambda: {**header(), "isa": "another"})
+    with pytest.raises(WorkbenchError, match="expected a process with another kernels"):
+        networks._peak(LENET, "contiguous")

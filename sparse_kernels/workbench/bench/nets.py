@@ -91,8 +91,8 @@ def stored_blocks(model: nn.Module) -> dict[str, int]:
 def check_counts(contender: Contender, start: dict[str, int]) -> None:
     """Raise WorkbenchError unless every layer holds the blocks it started with.
 
-    Where redistribution moves weights between layers the sum must hold (in blocks, if no layer
-    has become dense-masked, whose blocks are not recorded).
+    Where redistribution moves weights between layers the sum must hold (in blocks; of element
+    blocks also where a layer has become dense-masked, which records no larger ones).
     """
     now = stored_blocks(contender.model)
     if contender.config.redistribution == "none":
@@ -102,8 +102,8 @@ def check_counts(contender: Contender, start: dict[str, int]) -> None:
             raise WorkbenchError(f"--redistribution none: the layers' blocks changed ({listed})")
         return
     layers = sparse_layers(contender.model).values()
-    compressed = all(layer.storage != DENSE_MASKED for layer in layers)
-    if compressed and sum(now.values()) != sum(start.values()):
+    counted = all(layer.storage != DENSE_MASKED or layer.block == (1, 1) for layer in layers)
+    if counted and sum(now.values()) != sum(start.values()):
         raise WorkbenchError(
             f"the net's blocks changed from {sum(start.values())} to {sum(now.values())}, expected "
             "the same number after every mask update"
