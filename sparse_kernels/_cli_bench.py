@@ -143,6 +143,8 @@ class Run:
 
 def command_line(context: click.Context) -> str:
     """The command that repeats this one, every option spelled out, what it was told in front."""
+    import torch
+
     from .workbench import machine
 
     words: list[str] = []
@@ -156,6 +158,8 @@ def command_line(context: click.Context) -> str:
         if not isinstance(option, click.Option) or option.name in (None, "fresh", "help"):
             continue
         value = _public(option.name, context.params.get(option.name))
+        if option.name == "threads" and value is None:
+            value = torch.get_num_threads()
         if option.is_flag:
             if value:
                 words.append(option.opts[0])

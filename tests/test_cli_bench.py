@@ -40,6 +40,8 @@ FIGURES = {"ops": 0, "layers": 2, "scaling": 1, "peers": 1, "networks": 1}
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(roofline, "measure", lambda: CEILING)
+    for name in machine.environment():  # a command is told with what stands there
+        monkeypatch.delenv(name)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -109,8 +111,6 @@ def test_results_of_other_settings_have_other_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = f"peers --layer linear-small {QUICK} --out {tmp_path}"
-    for name in machine.environment():
-        monkeypatch.delenv(name)
     assert invoke(words).exit_code == 0 and invoke(f"{words} --batch-size 8").exit_code == 0
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
     assert invoke(words).exit_code == 0

@@ -19,9 +19,10 @@ from ..plan_cache import cpu_model
 
 # Variables that decide how fast memory is allocated and how threads wait. torch, the C library and
 # OpenMP read them when the process starts, so that they hold for every contender of a run alike.
+# Not the number of threads, which headers and commands tell in words of their own.
 _ENVIRONMENT = re.compile(
     r"SPARSE_KERNELS_(ISA|BACKEND)|ATEN_CPU_CAPABILITY|THP_MEM_ALLOC_ENABLE|LD_PRELOAD|GLIBC_TUNABLES|MALLOC_\w+"
-    r"|MIMALLOC_\w+|TCMALLOC_\w+|JEMALLOC_\w+|_RJEM_MALLOC_CONF|(OMP|GOMP|KMP|MKL|DNNL|ONEDNN)_\w+"
+    r"|MIMALLOC_\w+|TCMALLOC_\w+|JEMALLOC_\w+|_RJEM_MALLOC_CONF|(?!\w+_NUM_THREADS$)(OMP|GOMP|KMP|MKL|DNNL|ONEDNN)_\w+"
 )
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

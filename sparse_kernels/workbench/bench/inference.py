@@ -71,7 +71,7 @@ def _trained(config: TrainConfig, steps: int | None) -> tuple[nn.Module, dict[st
     for _ in range(count):
         contender.step(*next(batches))
     accuracy = contender.accuracy(_test_batches(data)) if real else None
-    source = f"{data.name} ({data.source})" if real else data.source
+    source = f"{data.name} ({data.source})" if sample else data.source
     trained = {"steps": count, "data": source, "test_accuracy": accuracy}
     return contender.model.eval(), trained
 
