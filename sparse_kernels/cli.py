@@ -13,6 +13,8 @@ from click.core import ParameterSource
 
 from . import __version__
 from ._cli_bench import bench
+from ._cli_bench_figures import figure, index_command
+from ._cli_bench_nets import inference_command, networks_command
 from ._cli_errors import one_line_errors
 from .workbench.config import DENSE_BASELINES, INITS, REDISTRIBUTIONS, SIGNALS
 from .workbench.models import NETS
@@ -203,6 +205,8 @@ def info() -> None:
     click.echo(describe())
 
 
+for command in (networks_command, inference_command, figure, index_command):
+    bench.add_command(command)
 main.add_command(bench)
 
 

@@ -117,6 +117,44 @@ def test_publish_writes_files_that_name_the_command(tmp_path: Path) -> None:
     assert "| a |" in text and "![x](x.png)" in text and "`sparse-kernels bench x`" in text
 
 
+# ---- the machine -------------------------------------------------------------------------------
+
+
+def test_the_header_tells_what_allocator_and_threads_were_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in machine.environment():
+        monkeypatch.delenv(name)
+    assert machine.environment() == {} and machine.allocator_tag({}) == ""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("LD_PRELOAD", "/some/where/libjemalloc.so.2 libx.so")
+    monkeypatch.setenv("SECRET", "x")
+    header = machine.header()
+    assert header["environment"] == {
+        "LD_PRELOAD": "libjemalloc.so.2:libx.so", "OMP_WAIT_POLICY": "active",
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }  # fmt: skip
+    assert machine.allocator_tag(header["environment"]) == "thp-jemalloc-x"
+    assert ", allocator thp-jemalloc-x, " in machine.one_line(header)
+    assert machine.allocator_tag({"MALLOC_ARENA_MAX": "1"}) == "malloc"
+    assert machine.allocator_tag({"THP_MEM_ALLOC_ENABLE": "0"}) == ""
+    pages = tmp_path / "enabled"
+    pages.write_text("always [madvise] never\n")
+    monkeypatch.setattr(machine, "_HUGE_PAGES", pages)
+    assert machine.huge_pages() == "madvise"
+    monkeypatch.setattr(machine, "_HUGE_PAGES", tmp_path / "none")
+    assert machine.huge_pages() is None
+
+
+def test_a_journal_of_another_allocator_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    results.Journal(tmp_path / "j", {}).add("one", {})
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+    assert results.Journal(tmp_path / "j", {}).resumed == 0
+
+
 # ---- shapes and roofline -----------------------------------------------------------------------
 
 

@@ -124,6 +124,46 @@ def test_random_data_come_in_the_loaders_format() -> None:
     assert len([next(endless) for _ in range(7)]) == 7
 
 
+def test_a_gradient_that_dense_float32_cannot_tell_is_left_to_its_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one layer of four, where float64 shows that the reference is wrong; never of two."""
+    contender = contenders.build_sparse(LENET, 0, 100, 100)
+    real, spoilt = nets._gradients, ["3"]
+
+    def noisy(net: nn.Module, x: torch.Tensor, *rest: Any) -> dict[str, torch.Tensor]:
+        found = real(net, x, *rest)
+        dense = next(net.parameters()).shape == (20, 1, 5, 5)
+        for name in spoilt if dense and x.dtype == torch.float32 else ():
+            found[f"weight gradients:{name}"] *= 2
+        return found
+
+    monkeypatch.setattr(nets, "_gradients", noisy)
+    errors = nets.check_net(contender.model, batch(LENET))
+    assert errors[nets.UNDETERMINED] == 1 and errors["weight gradients"] < 1e-4
+    assert "Weight gradients of 1 layers" in network_tables._error_line(errors)
+    spoilt.append("0")
+    with pytest.raises(WorkbenchError, match="the net's weight gradients: differs"):
+        nets.check_net(contender.model, batch(LENET))
+
+
+def test_a_gradient_of_ours_that_is_wrong_is_refused_though_float64_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    contender = contenders.build_sparse(LENET, 0, 100, 100)
+    real = nets._gradients
+
+    def wrong(net: nn.Module, *rest: Any) -> dict[str, torch.Tensor]:
+        found = real(net, *rest)
+        if nets.sparse_layers(net):
+            found["weight gradients:3"] *= 2
+        return found
+
+    monkeypatch.setattr(nets, "_gradients", wrong)
+    with pytest.raises(WorkbenchError, match="the net's weight gradients: differs"):
+        nets.check_net(contender.model, batch(LENET))
+
+
 # ---- steps -------------------------------------------------------------------------------------
 
 
@@ -279,14 +319,33 @@ def test_inference_is_checked_and_timed_for_both_batches(
 ) -> None:
     monkeypatch.setattr(inference, "DENSE_LAYOUTS", ("contiguous", "channels_last"))
     journal = results.Journal(None, {})
-    found = inference.run([LENET], steps=2, rounds=1, seconds=1.0, journal=journal)
+    found = inference.run([LENET], steps=60, rounds=1, seconds=1.0, journal=journal)
     assert [row["batch"] for row in found["rows"]] == [1, 32]
+    trained = found["rows"][0]["trained"]
+    assert trained["steps"] == 60 and trained["test_accuracy"] > 0.3  # ten classes: chance is 0.1
     for row in found["rows"]:
         assert set(row["timings"]) == {"sparse", "contiguous", "channels_last"}
         assert max(row["errors"].values()) < 1e-4
     whole = complete(found)
-    assert "| lenet-5-caffe | 32 |" in inference.tables(whole)
+    text = inference.tables(whole)
+    assert "| lenet-5-caffe | 32 |" in text
+    assert f"trained for 60 steps on {trained['data']}, test accuracy" in text
     assert plots.inference(whole, tmp_path / "f.png") is None
     monkeypatch.setattr(inference.contest, "relative_error", lambda *a: 0.5)
     with pytest.raises(WorkbenchError, match=r"logits differ .* 5\.0e-01"):
-        inference.run([LENET], steps=2, rounds=1, seconds=1.0, journal=results.Journal(None, {}))
+        inference.run([LENET], steps=4, rounds=1, seconds=1.0, journal=results.Journal(None, {}))
+
+
+def test_a_net_without_data_is_trained_on_random_images_and_says_so() -> None:
+    config = dataclasses.replace(LENET, net="wrn-28-2", batch_size=2)
+    model, trained = inference._trained(config, 4)
+    assert trained == {"steps": 4, "data": "random images", "test_accuracy": None}
+    assert not model.training
+    assert inference._training_line(trained) == "trained for 4 steps on random images."
+
+
+def test_peak_memory_is_that_of_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = machine.header
+    monkeypatch.setattr(networks.machine, "header", lambda: {**header(), "isa": "another"})
+    with pytest.raises(WorkbenchError, match="expected a process with another kernels"):
+        networks._peak(LENET, "contiguous")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from sparse_kernels import _cli_bench, cli
-from sparse_kernels.workbench.bench import layers, roofline
+from sparse_kernels import _cli_bench_nets, cli
+from sparse_kernels.workbench import machine
+from sparse_kernels.workbench.bench import index, layers, roofline
 
 CEILING = {"fma_per_second": 1e11, "bytes_per_second": 1e10, "how": "made up"}
 QUICK = "--rounds 1 --seconds 0 --threads 1"
@@ -28,7 +32,7 @@ COMMANDS = {
     "--dense-baseline contiguous --redistribution momentum",
     "patterns": "networks --net lenet-300-100 --batch-size 8 --patterns start,1 --steps 1 "
     "--threads 1 --dense-baseline contiguous",
-    "inference": f"inference --net lenet-300-100 --batch-size 8 --steps 2 {QUICK}",
+    "inference": f"inference --net lenet-300-100 --batch-size 8 --steps 4 {QUICK}",
 }  # fmt: skip
 FIGURES = {"ops": 0, "layers": 2, "scaling": 1, "peers": 1, "networks": 1}
 
@@ -36,6 +40,8 @@ FIGURES = {"ops": 0, "layers": 2, "scaling": 1, "peers": 1, "networks": 1}
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(roofline, "measure", lambda: CEILING)
+    for name in machine.environment():  # a command is told with what stands there
+        monkeypatch.delenv(name)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -94,13 +100,56 @@ def test_the_command_in_the_results_is_accepted_and_complete(
 def test_results_go_below_the_machine_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparse_kernels.workbench import machine
-
     monkeypatch.setattr(machine, "cpu_name", lambda: "Some (R) CPU @ 2.50GHz")
     monkeypatch.chdir(tmp_path)
     assert invoke(f"ops --size small --block 1x1 {QUICK}").exit_code == 0
     (table,) = (tmp_path / "benchmarks/results/some-r-cpu-2-50ghz").glob("*.md")
     assert table.name.startswith("ops-small-d5-1x1-1t-")
+
+
+def test_results_of_other_settings_have_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"peers --layer linear-small {QUICK} --out {tmp_path}"
+    assert invoke(words).exit_code == 0 and invoke(f"{words} --batch-size 8").exit_code == 0
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    assert invoke(words).exit_code == 0
+    isa = machine.header()["isa"].replace(" ", "-")
+    names = sorted(path.stem for path in tmp_path.glob("*.json"))
+    plain = f"1t-{isa}"
+    assert names == sorted(
+        f"peers-linear-small-d5-{end}" for end in (plain, f"b8-{plain}", f"{plain}-thp")
+    )
+    (thp,) = tmp_path.glob("*-thp.json")
+    assert json.loads(thp.read_text())["command"].startswith(
+        "THP_MEM_ALLOC_ENABLE=1 sparse-kernels bench peers --layer linear-small "
+    )
+
+
+def test_a_lower_instruction_set_holds_for_worker_processes(tmp_path: Path) -> None:
+    """As a process of its own: the set is chosen when the module is loaded."""
+    words = "networks --net lenet-300-100 --batch-size 8 --steps 1 --seconds 0 --threads 1 "
+    words += f"--dense-baseline contiguous --out {shlex.quote(str(tmp_path / 'r' / 'cpu'))}"
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "README.md").write_text(f"{index.BEGIN}\n{index.END}\n")
+    environment = {name: v for name, v in os.environ.items() if name not in machine.environment()}
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_kernels.cli", "bench", *shlex.split(words)],
+        env={**environment, "SPARSE_KERNELS_ISA": "baseline",
+             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "r" / "cpu").glob("*.json")
+    assert path.stem == "networks-lenet-300-100-d5-1x1-b8-1t-baseline"
+    found = json.loads(path.read_text())
+    assert found["machine"]["isa"] == "baseline"
+    assert set(found["peak_memory"]) == {"sparse", "sparse, signal", "contiguous"}
+    assert found["command"].startswith(
+        "SPARSE_KERNELS_ISA=baseline sparse-kernels bench networks --net lenet-300-100 "
+    )
+    # A benchmark puts itself into the index beside its machine's folder.
+    assert f"[{path.stem}](cpu/{path.stem}.md)" in (tmp_path / "r" / "README.md").read_text()
 
 
 def test_an_interrupted_benchmark_goes_on_unless_fresh(
@@ -150,5 +199,5 @@ def test_a_mistake_is_one_line(words: str, tmp_path: Path) -> None:
 
 
 def test_pattern_names_are_numbers_of_updates() -> None:
-    assert _cli_bench._updates("start,1,10") == (0, 1, 10)
-    assert _cli_bench._updates("3") == (3,)
+    assert _cli_bench_nets._updates("start,1,10") == (0, 1, 10)
+    assert _cli_bench_nets._updates("3") == (3,)

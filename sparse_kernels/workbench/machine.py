@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +17,21 @@ from .. import __version__
 from .._load import native_or_none
 from ..plan_cache import cpu_model
 
+# Variables that decide how fast memory is allocated and how threads wait. torch, the C library and
+# OpenMP read them when the process starts, so that they hold for every contender of a run alike.
+# Not the number of threads, which headers and commands tell in words of their own.
+_ENVIRONMENT = re.compile(
+    r"SPARSE_KERNELS_(ISA|BACKEND)|ATEN_CPU_CAPABILITY|THP_MEM_ALLOC_ENABLE|LD_PRELOAD|GLIBC_TUNABLES|MALLOC_\w+"
+    r"|MIMALLOC_\w+|TCMALLOC_\w+|JEMALLOC_\w+|_RJEM_MALLOC_CONF|(?!\w+_NUM_THREADS$)(OMP|GOMP|KMP|MKL|DNNL|ONEDNN)_\w+"
+)
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
 
 def header() -> dict[str, Any]:
-    """CPU, instruction set in use, cores, threads, memory, versions, commit and date (UTC)."""
+    """CPU, instruction set in use, cores, threads, memory, versions, commit and date (UTC).
+
+    "environment" and "huge_pages": what allocator and threads were told (see ``environment``).
+    """
     native = native_or_none()
     return {
         "cpu": cpu_name(),
@@ -26,6 +39,8 @@ def header() -> dict[str, Any]:
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": memory_gib(),
+        "environment": environment(),
+        "huge_pages": huge_pages(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -38,11 +53,50 @@ def header() -> dict[str, Any]:
 
 def one_line(machine: dict[str, Any]) -> str:
     """The header as one line of text, for tables and figures."""
+    tag = allocator_tag(machine.get("environment", {}))
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
+        f"{f'allocator {tag}, ' if tag else ''}"
         f"torch {machine['torch']}, sparse_kernels {machine['sparse_kernels']} "
         f"({machine['commit']}), {machine['date'][:10]}"
     )
+
+
+def environment() -> dict[str, str]:
+    """The variables of this process that change what is measured: allocator, threads, kernels.
+
+    Of preloaded libraries the names, without this machine's paths.
+    """
+    found = {name: os.environ[name] for name in sorted(os.environ) if _ENVIRONMENT.fullmatch(name)}
+    if "LD_PRELOAD" in found:
+        found["LD_PRELOAD"] = ":".join(map(os.path.basename, _preloaded(found)))
+    return found
+
+
+def _preloaded(variables: dict[str, str]) -> list[str]:
+    return [path for path in re.split(r"[ :]+", variables.get("LD_PRELOAD", "")) if path]
+
+
+def huge_pages() -> str | None:
+    """The kernel's transparent huge pages: "always", "madvise" (on request) or "never"."""
+    try:
+        found = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def allocator_tag(variables: dict[str, str]) -> str:
+    """What file names say of an allocator other than the C library's own; "" for that one.
+
+    "thp" for torch's huge pages, the name of each preloaded library, "malloc" for settings of it.
+    """
+    tags = ["thp"] if variables.get("THP_MEM_ALLOC_ENABLE") == "1" else []
+    for library in _preloaded(variables):
+        tags += re.findall(r"^(?:lib)?([a-z0-9_]+)", os.path.basename(library).lower())
+    if any(re.match(r"MALLOC_|GLIBC_|\w+MALLOC_", name) for name in variables):
+        tags.append("malloc")
+    return "-".join(tags)
 
 
 def cpu_name() -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn import densify
-from ...nn.base import DENSE_MASKED, SparseLayer
+from ...nn.base import COMPRESSED, SparseLayer
 from .. import account, models
 from ..config import TrainConfig
 from ..contenders import Contender
@@ -28,6 +28,10 @@ SEED = 0
 _LAYER_TOLERANCE = 1e-4
 # Of the whole net rounding is amplified, and a ReLU or a maximum near a tie goes the other way.
 _LOGITS_TOLERANCE, _GRADIENT_FLOOR, _TIMES_ROUNDING = 1e-3, 0.05, 20.0
+# Share of the layers whose gradient may be beyond dense float32 itself (see check_net).
+_MOST_UNDETERMINED = 0.25
+UNDETERMINED = "undetermined layers"
+_WEIGHTS = "weight gradients"
 
 
 def random_batch(config: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -62,7 +66,9 @@ def dataset_of(config: TrainConfig, examples: int | None = None) -> Dataset:
                        "random images")  # fmt: skip
     if examples is not None:
         train = train.select(torch.arange(min(examples, len(train))))
-    return Dataset(data.name, data.kind, train, data.test, data.mean, data.std, data.source)
+    # Results are published: they name the data, not where somebody keeps them.
+    source = data.source if config.data_dir is None else f"{data.name} of --data-dir"
+    return Dataset(data.name, data.kind, train, data.test, data.mean, data.std, source)
 
 
 def loader_of(data: Dataset, config: TrainConfig) -> BatchLoader:
@@ -81,18 +87,20 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 
 def stored_blocks(model: nn.Module) -> dict[str, int]:
-    """Stored blocks by layer (weights, where the layer is stored dense-masked)."""
+    """Stored blocks by layer; of a layer that is stored dense-masked those of its mask."""
     return {
-        name: int(layer.mask.sum()) if layer.storage == DENSE_MASKED else layer.pattern.nnzb
-        for name, layer in sparse_layers(model).items()
+        name: _as_compressed(layer).pattern.nnzb for name, layer in sparse_layers(model).items()
     }
+
+
+def _as_compressed(layer: SparseLayer) -> SparseLayer:
+    return layer if layer.storage == COMPRESSED else copy.deepcopy(layer).to_storage_(COMPRESSED)
 
 
 def check_counts(contender: Contender, start: dict[str, int]) -> None:
     """Raise WorkbenchError unless every layer holds the blocks it started with.
 
-    Where redistribution moves weights between layers the sum must hold (in blocks, if no layer
-    has become dense-masked, whose blocks are not recorded).
+    Where redistribution moves weights between layers the sum must hold.
     """
     now = stored_blocks(contender.model)
     if contender.config.redistribution == "none":
@@ -101,9 +109,7 @@ def check_counts(contender: Contender, start: dict[str, int]) -> None:
             listed = ", ".join(f"{n}: {start[n]} -> {now[n]}" for n in wrong)
             raise WorkbenchError(f"--redistribution none: the layers' blocks changed ({listed})")
         return
-    layers = sparse_layers(contender.model).values()
-    compressed = all(layer.storage != DENSE_MASKED for layer in layers)
-    if compressed and sum(now.values()) != sum(start.values()):
+    if sum(now.values()) != sum(start.values()):
         raise WorkbenchError(
             f"the net's blocks changed from {sum(start.values())} to {sum(now.values())}, expected "
             "the same number after every mask update"
@@ -138,7 +144,9 @@ def check_net(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float
     and "rounding", the largest of the latter when the dense net's images change by their last bit:
     a ReLU near zero then goes the other way. Dropout is off. Raises WorkbenchError if a layer is
     off by more than 1e-4, the logits by 1e-3 or a gradient of the net by 5 % and 20 times the
-    rounding (50 % at most).
+    rounding (50 % at most). A weight gradient of the net that dense float32 itself misses by more
+    than 5 % of float64's is no reference; it is left to the check of its layer and counted as
+    "undetermined layers", of which there may be a quarter.
     """
     images, labels = batch
     sparse = copy.deepcopy(model)
@@ -151,11 +159,33 @@ def check_net(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float
     # Not dense in channels_last: torch's batch norm there loses digits where the variance is small.
     ulp = torch.finfo(images.dtype).eps * torch.randn(images.shape, generator=_noise())
     again = _gradients(dense, images * (1 + ulp), labels, model)
-    own, rounding = _worst(ours, reference), max(_worst(again, reference).values())
+    rounding = max(_worst(again, reference).values())
+    limit = min(0.5, max(_GRADIENT_FLOOR, _TIMES_ROUNDING * rounding))
+    suspects = [
+        name for name, value in ours.items()
+        if name.startswith(_WEIGHTS) and not relative_error(value, reference[name]) <= limit
+    ]  # fmt: skip
+    if suspects:
+        wide = _gradients(dense.double(), images.double(), labels, model)
+        lost = _undetermined(suspects, reference, wide, len(sparse_layers(model)))
+        ours = {name: value for name, value in ours.items() if name not in lost}
+        errors[UNDETERMINED] = float(len(lost))
+    own = _worst(ours, reference)
     for what, error in own.items():
-        limit = min(0.5, max(_GRADIENT_FLOOR, _TIMES_ROUNDING * rounding))
         _expect(error, _LOGITS_TOLERANCE if what == "logits" else limit, f"the net's {what}")
     return {**errors, **own, "rounding": rounding}
+
+
+def _undetermined(
+    suspects: list[str], reference: dict[str, Tensor], wide: dict[str, Tensor], layers: int
+) -> list[str]:
+    """Those of the suspects whose dense float32 gradient is no reference; none if too many are.
+
+    A filter whose weights have all just been grown puts out a constant: the norm divides rounding
+    by the root of its epsilon, and the ReLU behind it passes or stops the gradient by chance.
+    """
+    lost = [n for n in suspects if relative_error(reference[n], wide[n]) > _GRADIENT_FLOOR]
+    return lost if len(lost) <= _MOST_UNDETERMINED * layers else []
 
 
 def _noise() -> torch.Generator:
@@ -214,7 +244,7 @@ def _gradients(net: nn.Module, x: Tensor, labels: Tensor, original: nn.Module) -
     assert x.grad is not None
     found = {"logits": logits.detach(), "input gradient": x.grad}
     for name, layer in sparse_layers(original).items():
-        found[f"weight gradients:{name}"] = weight_gradient(net.get_submodule(name), layer)
+        found[f"{_WEIGHTS}:{name}"] = weight_gradient(net.get_submodule(name), layer)
     return found
 
 

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ... import layout
 from ...training import window_length
-from .. import account
+from .. import account, machine
 from ..config import TrainConfig
 from ..contenders import Contender, build_sparse, drive, start_dense
 from ..errors import WorkbenchError
@@ -181,7 +181,14 @@ def _peak(config: TrainConfig, contender: str) -> int:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise WorkbenchError(f"peak memory of {contender} could not be measured: {lines[-1]}")
-    return int(done.stdout.strip().splitlines()[-1])
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    ours = machine.header()["isa"]
+    if answer["isa"] != ours:
+        raise WorkbenchError(
+            f"peak memory of {contender}: expected a process with {ours} kernels as in this one, "
+            f"it ran {answer['isa']}; set SPARSE_KERNELS_ISA for the whole command"
+        )
+    return int(answer["bytes"])
 
 
 def run_patterns(

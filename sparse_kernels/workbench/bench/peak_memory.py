@@ -1,6 +1,7 @@
 """By how many bytes a process grows to train: a process of its own, started by bench.networks.
 
-It reads {"net": "vgg16-d", "contender": "sparse", ...}, a TrainConfig, from its standard input.
+It reads {"net": "vgg16-d", "contender": "sparse", ...}, a TrainConfig, from its standard input
+and answers {"bytes": ..., "isa": ...}: it must run with the kernels of the process that asks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from .. import machine
 from ..config import TrainConfig
 from ..contenders import build_dense, build_sparse
 from .nets import FAR, random_batch
@@ -75,4 +77,5 @@ if __name__ == "__main__":
     request = json.load(sys.stdin)
     name = request.pop("contender")
     request["seeds"] = tuple(request["seeds"])
-    print(measure(TrainConfig(**request), name))
+    print(json.dumps({"bytes": measure(TrainConfig(**request), name),
+                      "isa": machine.header()["isa"]}))  # fmt: skip

@@ -17,7 +17,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000",
 )  # fmt: skip
 _CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, BLACK)
-_PART_COLOURS = dict(zip(PART_NAMES, (BLUE, SKY, ORANGE, YELLOW, GREEN, PINK, GREY), strict=True))
+PART_COLOURS = dict(zip(PART_NAMES, (BLUE, SKY, ORANGE, YELLOW, GREEN, PINK, GREY), strict=True))
 _MARKERS = "osD^vPX"
 Draw = Callable[[Any, dict[str, Any]], None]
 
@@ -41,7 +41,8 @@ def _subject(results: dict[str, Any]) -> str:
     return text + (f", block {settings['block']}" if "block" in settings else "")
 
 
-def _grid(axes: Any, axis: str) -> None:
+def plain_grid(axes: Any, axis: str) -> None:
+    """A pale grid along ``axis`` behind the marks, and no frame above and to the right."""
     axes.grid(axis=axis, alpha=0.3)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -69,7 +70,7 @@ def layer_speedups(results: dict[str, Any], path: Path) -> str | None:
         axes.set_xlabel("times faster than the best dense layout")
         axes.set_xlim(left=0)
         axes.margins(y=0.01)
-        _grid(axes, "x")
+        plain_grid(axes, "x")
         figure.legend(fontsize=8, loc="outside upper right", ncols=4, frameon=False)
 
     size = (8.0, 1.8 + 0.3 * len(rows))
@@ -123,20 +124,20 @@ def step_parts(results: dict[str, Any], path: Path) -> str | None:
             left = 0.0
             for part in PART_NAMES if name in parts else ():
                 width = 1e3 * parts[name][part]
-                axes.barh(place, width, 0.7, left=left, color=_PART_COLOURS[part])
+                axes.barh(place, width, 0.7, left=left, color=PART_COLOURS[part])
                 left += width
             if name not in parts:
                 axes.barh(place, 1e3 * median, 0.7, color="0.85", edgecolor="0.5", hatch="//")
             axes.text(1e3 * median, place, f"  {1e3 * median:.1f} ms, {best / median:.2f}x",
                       va="center", fontsize=8)  # fmt: skip
-        handles = [axes.barh(0, 0, color=colour) for colour in _PART_COLOURS.values()]
+        handles = [axes.barh(0, 0, color=colour) for colour in PART_COLOURS.values()]
         handles.append(axes.barh(0, 0, color="0.85", edgecolor="0.5", hatch="//"))
         axes.legend(handles, [*PART_NAMES, "compiled, not split"], fontsize=8, ncols=4,
                     loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)  # fmt: skip
         axes.set_yticks(places, names)
         axes.set_xlabel("milliseconds of a step (median); x: best dense step / this step")
         axes.set_xlim(0, 1.25e3 * max(t["median"] for t in timings.values()))
-        _grid(axes, "x")
+        plain_grid(axes, "x")
 
     net = results["settings"]["net"]
     title = f"A training step of {net}, {_subject(results)}"
@@ -147,27 +148,32 @@ def epoch(results: dict[str, Any], path: Path) -> str | None:
     """Seconds since the epoch's begin over steps, for both contenders."""
 
     def draw(figure: Any, _: dict[str, Any]) -> None:
-        axes = figure.subplots()
-        for name, colour in (("dense", ORANGE), ("sparse", BLUE)):
-            steps, seconds = [0], [0.0]
-            for row in results["blocks"]:
-                steps.append(row["stop"])
-                seconds.append(seconds[-1] + row[name]["seconds"])
-            label = f"{name}: {seconds[-1]:.1f} s"
-            axes.plot(steps, seconds, color=colour, marker=".", label=label)
-        start = results["steps"] - results["window_steps"]
-        axes.axvspan(start, results["steps"], color="0.9", zorder=0,
-                     label="growth window, then the mask update")  # fmt: skip
-        axes.set_xlabel("step")
-        axes.set_ylabel("seconds of training")
-        axes.set_xlim(0, results["steps"])
-        axes.set_ylim(bottom=0)
-        _grid(axes, "both")
-        axes.legend(fontsize=9)
+        draw_epoch(figure.subplots(), results)
 
     settings = results["settings"]
     title = f"One epoch of {settings['net']}, {_subject(results)}: {results['speedup']:.2f}x"
     return _figure(results, path, (7.0, 4.6), title, draw)
+
+
+def draw_epoch(axes: Any, results: dict[str, Any]) -> None:
+    """Seconds over steps of both contenders, the growth window shaded."""
+    for name, colour in (("dense", ORANGE), ("sparse", BLUE)):
+        steps, seconds = [0], [0.0]
+        for row in results["blocks"]:
+            steps.append(row["stop"])
+            seconds.append(seconds[-1] + row[name]["seconds"])
+        layout = results["dense_baseline"]["chosen"]
+        label = f"{name if name == 'sparse' else f'dense ({layout})'}: {seconds[-1]:.1f} s"
+        axes.plot(steps, seconds, color=colour, marker=".", label=label)
+    start = results["steps"] - results["window_steps"]
+    axes.axvspan(start, results["steps"], color="0.9", zorder=0,
+                 label="growth window, then the mask update")  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel("seconds of training")
+    axes.set_xlim(0, results["steps"])
+    axes.set_ylim(bottom=0)
+    plain_grid(axes, "both")
+    axes.legend(fontsize=9)
 
 
 def patterns(results: dict[str, Any], path: Path) -> str | None:
@@ -182,7 +188,7 @@ def patterns(results: dict[str, Any], path: Path) -> str | None:
         axes.axhline(1, color=BLACK, linewidth=1)
         axes.set_ylabel("times faster than the best dense step")
         axes.set_xlabel("mask updates")
-        _grid(axes, "y")
+        plain_grid(axes, "y")
 
     title = f"Steps of {results['settings']['net']} by pattern, {_subject(results)}"
     return _figure(results, path, (5.5, 4.2), title, draw)
@@ -291,7 +297,7 @@ def _grouped(
         axes.set_xticks(range(len(rows)), [text for text, _row in rows], fontsize=8,
                         rotation=25 if what == "layer" else 0)  # fmt: skip
         axes.set_ylabel("times faster than the best dense")
-        _grid(axes, "y")
+        plain_grid(axes, "y")
         axes.legend(fontsize=8)
 
     return _figure(results, path, (2.5 + 0.9 * len(rows), 4.6), title, draw)

@@ -20,7 +20,7 @@ from ..fetch import write_atomically
 
 Row = dict[str, Any]
 # What must be equal for rows to belong together.
-_SAME = ("cpu", "isa", "threads", "gpu", "torch", "commit")
+_SAME = ("cpu", "isa", "threads", "gpu", "torch", "commit", "environment", "huge_pages")
 
 
 def machine_folder(device: torch.device | None = None) -> str:
