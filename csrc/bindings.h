@@ -5,9 +5,10 @@
 
 namespace sk {
 
-void bind_dense(pybind11::module_& m);   // batch norm, pooling
-void bind_masked(pybind11::module_& m);  // the mask of a dense weight
-void bind_sparse(pybind11::module_& m);  // linear, conv2d, scratch
-void bind_cuda(pybind11::module_& m);    // cuda_* (without CUDA: functions that say why not)
+void bind_dense(pybind11::module_& m);     // batch norm, pooling
+void bind_masked(pybind11::module_& m);    // the mask of a dense weight
+void bind_sparse(pybind11::module_& m);    // linear, conv2d, scratch
+void bind_prepared(pybind11::module_& m);  // the products of a layer, prepared
+void bind_cuda(pybind11::module_& m);      // cuda_* (without CUDA: functions that say why not)
 
 }  // namespace sk
