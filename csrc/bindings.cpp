@@ -123,5 +123,6 @@ PYBIND11_MODULE(_native, m) {
   sk::bind_masked(m);
   sk::bind_sparse(m);
   sk::bind_wgrad(m);
+  sk::bind_prepared(m);
   sk::bind_cuda(m);
 }

@@ -27,15 +27,26 @@ struct TransposeArgs {
   int threads;
 };
 
-// grad[i] = 0 where mask[i] is 0, in place. Plain code of no instruction set: bound by memory.
+// out[i] = grad[i] where mask[i] is 1, else 0. Plain code of no instruction set: bound by memory.
 struct ClearOutsideArgs {
-  float* grad;          // [count], read and written
+  float* out;           // [count], written; may be grad itself
+  const float* grad;    // [count]
   const uint8_t* mask;  // [count], 0 or 1
   int64_t count;
   int threads;
 };
 
 void clear_outside(const ClearOutsideArgs&);
+
+// sums[c] = the sum of row c: the gradient of a bias, from the gradient of the output it was added
+// to. Each row is summed in fixed chunks, in double between them.
+struct ChannelSumsArgs {
+  float* sums;       // [channels], written
+  const float* src;  // [channels][count]
+  int64_t channels;
+  int64_t count;
+  int threads;
+};
 
 // y = relu?((x - mean) / sqrt(var + eps) * weight + bias [+ residual]), per channel.
 struct BatchNormForwardArgs {
@@ -193,6 +204,7 @@ struct TileWgradArgs {
 // One instruction set's launchers.
 struct DenseKernels {
   void (*transpose)(const TransposeArgs&);
+  void (*channel_sums)(const ChannelSumsArgs&);
   void (*batch_norm_forward)(const BatchNormForwardArgs&);
   void (*batch_norm_backward)(const BatchNormBackwardArgs&);
   void (*batch_norm_pool)(const BatchNormPoolArgs&);
@@ -209,6 +221,7 @@ struct DenseKernels {
 #ifdef SK_ISA
 namespace SK_ISA {
 void transpose(const TransposeArgs&);
+void channel_sums(const ChannelSumsArgs&);
 void batch_norm_forward(const BatchNormForwardArgs&);
 void batch_norm_backward(const BatchNormBackwardArgs&);
 void batch_norm_pool(const BatchNormPoolArgs&);

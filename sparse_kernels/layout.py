@@ -83,8 +83,8 @@ def is_feature_major(tensor: Tensor) -> bool:
     shape, strides = tensor.shape, tensor.stride()
     if len(shape) == 0:
         return False
-    if len(shape) == 2 and strides == (1, shape[0]):  # the usual case of a linear layer
-        return True
+    if len(shape) == 2 and strides in ((1, shape[0]), (shape[1], 1)):  # the usual cases
+        return strides[0] == 1 or shape[0] <= 1 or shape[1] == 0
     expected = 1  # a plain loop: this runs at every operator call
     for axis in (0, *range(len(shape) - 1, 0, -1)):
         if shape[axis] != 1 and strides[axis] != expected:
@@ -149,7 +149,7 @@ def holds_its_numbers(tensor: Tensor) -> bool:
     if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
         return False
     keys = torch._C._dispatch_keys(tensor).raw_repr()
-    return keys in _CPU_KEYS or keys in _plain_keys(tensor.device.type)
+    return keys in CPU_KEYS or keys in _plain_keys(tensor.device.type)
 
 
 @functools.cache
@@ -165,7 +165,8 @@ def _plain_keys(device: str) -> frozenset[int]:
     return frozenset(found)
 
 
-_CPU_KEYS = _plain_keys("cpu")
+#: Dispatch keys of the tensors on the CPU whose memory holds just their numbers.
+CPU_KEYS = _plain_keys("cpu")
 
 
 def _is_plain_float32(tensor: Tensor) -> bool:

@@ -33,6 +33,11 @@ def _forced_backend() -> str | None:
     return _forced
 
 
+def forced() -> str | None:
+    """Name of the backend that the environment or ``use_backend`` asks for, if any."""
+    return _forced
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serve every operator by one backend inside a ``with`` block (tests, comparisons).

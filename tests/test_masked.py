@@ -178,7 +178,7 @@ def test_clear_outside(size, threads) -> None:
     before = grad.clone()
     torch.testing.assert_close(clear_outside(grad, mask), expected, equal_nan=True)
     torch.testing.assert_close(grad, before, equal_nan=True)
-    native.clear_outside(grad.data_ptr(), mask.data_ptr(), grad.numel(), threads)
+    native.clear_outside(grad.data_ptr(), grad.data_ptr(), mask.data_ptr(), grad.numel(), threads)
     torch.testing.assert_close(grad, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -194,9 +194,9 @@ def test_native_arguments_are_checked() -> None:
     native = _load.native()
     a = torch.zeros(4).data_ptr()
     with pytest.raises(ValueError, match="clear_outside: mask must not be null"):
-        native.clear_outside(a, 0, 4, 1)
+        native.clear_outside(a, a, 0, 4, 1)
     with pytest.raises(ValueError, match="clear_outside: threads"):
-        native.clear_outside(a, a, 4, 0)
+        native.clear_outside(a, a, a, 4, 0)
     with pytest.raises(ValueError, match="transpose_each: rows must be at least 0"):
         native.transpose_each(a, a, 1, -1, 2, 1)
 

@@ -7,6 +7,7 @@ namespace SK_ISA {
 const DenseKernels& dense_kernels_table() {
   static const DenseKernels table = {
       transpose,
+      channel_sums,
       batch_norm_forward,
       batch_norm_backward,
       batch_norm_pool,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_kernels import ops
+from sparse_kernels.nn._operands import check_operand
 from sparse_kernels.ops.masked_conv2d import FORMATS, weight_from_matrix
 
 if TYPE_CHECKING:
@@ -28,41 +29,59 @@ SMALL_WEIGHT = 1 << 16
 
 
 def linear(layer: SparseLinear, x: Tensor) -> Tensor:
-    """[..., in] -> [..., out] of a dense-masked layer."""
-    if x.is_contiguous() and _mask_is_minded(layer, x):
-        return functional.linear(x, layer.values, layer.bias)
+    """[..., in] -> [..., out] of a dense-masked layer; ValueError or TypeError as check_operand."""
+    parameters = layer._parameters
+    values = parameters.get("values")  # nn.Module's own look-up takes as long as all checks here
+    if _mask_is_minded(layer, values, x) and x.is_contiguous() and "bias" in parameters:
+        return functional.linear(x, values, parameters["bias"])  # type: ignore[arg-type]
+    check_operand(layer, x)
     return ops.masked_linear(x, layer.values, layer.mask, layer.bias, layer.probe)
 
 
 def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor:
     """[N, C, H, W] or [C, H, W] -> the convolution's output, of a dense-masked layer."""
-    memory_format, geometry = FORMATS[layer.image_format], layer.geometry
-    pads = geometry[6:10]
+    g, parameters = layer.geometry, layer._parameters
+    values = parameters.get("values")
     if (
-        x.dim() == 4
-        and x.is_contiguous(memory_format=memory_format)
-        and pads[:2] == pads[2:]
-        and _mask_is_minded(layer, x)
+        _mask_is_minded(layer, values, x)
+        and x.dim() == 4
+        and x.is_contiguous(memory_format=FORMATS[layer.image_format])
+        and g.pad_top == g.pad_bottom
+        and g.pad_left == g.pad_right
+        and "bias" in parameters
     ):
-        weight = weight_from_matrix(layer.values, layer.weight_shape, memory_format)
-        return functional.conv2d(
-            x, weight, layer.bias, layer.stride, pads[:2], layer.dilation, layer.groups
-        )
+        assert values is not None
+        pads, bias = (g.pad_top, g.pad_left), parameters["bias"]
+        weight = _weight(layer, values)
+        return functional.conv2d(x, weight, bias, layer.stride, pads, layer.dilation, layer.groups)
+    check_operand(layer, x)
     return ops.masked_conv2d(
         x,
         layer.values,
         layer.mask,
         layer.bias,
         layer.probe,
-        geometry=geometry,
+        geometry=g,
         image_format=layer.image_format,
     )
 
 
-def _mask_is_minded(layer: SparseLayer, x: Tensor) -> bool:
+def _weight(layer: SparseConv2d, values: Tensor) -> Tensor:
+    """The weight in the layer's format, by as few operators as torch must differentiate."""
+    if layer.image_format == "channels_last":
+        (out, _), (height, width) = layer.matrix_shape, layer.kernel_size
+        return values.view(out, height, width, -1).permute(0, 3, 1, 2)
+    return weight_from_matrix(values, layer.weight_shape, FORMATS[layer.image_format])
+
+
+def _mask_is_minded(layer: SparseLayer, values: Tensor | None, x: Tensor) -> bool:
     """Whether a plain product with ``values`` is right: no gradient, or one that a hook masks."""
-    values = layer.values
-    if x.dtype != values.dtype or torch.compiler.is_compiling():
+    if (
+        values is None
+        or x.dtype is not values.dtype
+        or x.device != values.device
+        or torch.compiler.is_compiling()
+    ):
         return False
     if not (torch.is_grad_enabled() and (values.requires_grad or layer.probe is not None)):
         return True
@@ -70,8 +89,11 @@ def _mask_is_minded(layer: SparseLayer, x: Tensor) -> bool:
         return False
     # Looked up at the very tensor: a copied, loaded or swapped parameter has no hook yet.
     hooks = values._backward_hooks
-    if not hooks or not any(_is_of(hook, layer) for hook in hooks.values()):
-        values.register_hook(_MaskHook(layer))
+    if hooks:
+        for hook in hooks.values():  # a plain loop: this runs at every call
+            if type(hook) is _MaskHook and hook.layer() is layer:
+                return True
+    values.register_hook(_MaskHook(layer))
     return True
 
 

@@ -139,11 +139,15 @@ class SparseConv2d(SparseLayer):
                 f"[{self.in_channels}, H, W], got shape {tuple(x.shape)}; permute it to channels "
                 "first or build the layer with its number of channels"
             )
-        check_operand(self, x)
         if self.padding_mode != "zeros":
+            check_operand(self, x)
             x = functional.pad(x, self._image_pads, mode=self.padding_mode)
         if self.storage == DENSE_MASKED:
             return _masked.conv2d(self, x)
+        y = ops.short_conv2d(x, operands(self), self.geometry)
+        if y is not None:  # else something is unusual, or wrong
+            return y
+        check_operand(self, x)
         return ops.conv2d(x, *operands(self), geometry=self.geometry)
 
     @property

@@ -10,7 +10,7 @@ from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
-from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
+from sparse_kernels.nn.base import COMPRESSED, SparseLayer
 from sparse_kernels.pattern import SparsityPattern
 
 
@@ -71,9 +71,13 @@ class SparseLinear(SparseLayer):
                 f"{tuple(x.shape)}; reshape it or build the layer with in_features="
                 f"{x.shape[-1] if x.dim() else 1}"
             )
-        check_operand(self, x)
-        if self.storage == DENSE_MASKED:
+        if self.storage == COMPRESSED:
+            y = ops.short_linear(x, operands(self), self.out_features)
+            if y is not None:  # else something is unusual, or wrong
+                return y
+        else:
             return _masked.linear(self, x)
+        check_operand(self, x)
         return ops.linear(x, *operands(self), out_features=self.out_features)
 
     def matrix_to_weight(self, matrix: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sparse_kernels.ops._library import OPERATORS
-from sparse_kernels.ops.conv2d import SparseConv2dFunction, conv2d
+from sparse_kernels.ops.conv2d import SparseConv2dFunction, conv2d, short_conv2d
 from sparse_kernels.ops.dropout import dropout
-from sparse_kernels.ops.linear import SparseLinearFunction, linear
+from sparse_kernels.ops.linear import SparseLinearFunction, linear, short_linear
 from sparse_kernels.ops.masked import (
     MaskedWeightFunction,
     clear_outside,
@@ -33,4 +33,6 @@ __all__ = [
     "masked_linear",
     "masked_weight",
     "max_pool2d",
+    "short_conv2d",
+    "short_linear",
 ]

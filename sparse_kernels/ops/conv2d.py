@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_kernels import plan
+from sparse_kernels.backends import cpu
+from sparse_kernels.backends.cpu.prepared import Product, state_of
 from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.layout import empty_feature_major
+from sparse_kernels.ops import _short
 from sparse_kernels.ops._library import (
     INDEX,
     WEIGHT,
@@ -246,19 +250,10 @@ class SparseConv2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, values, *index, y = ctx.saved_tensors
-        needs, geometry = ctx.needs_input_grad, ctx.geometry
-        grad = convert_once(grads[0] if y is None else masked_grad(grads[0], y), values)
-        product = caller(grad, x, values, *index)
-        dx = dv = None
-        if needs[0]:
-            dx = product("conv2d_dgrad", grad, values, *index, x.shape[2], x.shape[3], geometry)
-        dp = product("conv2d_wgrad_dense", grad, x, geometry) if needs[8] else None
-        if needs[1] and dp is not None and readable(values):
-            dv = read_elements(dp, *index[:2])
-        elif needs[1]:
-            block = values.shape[1:]
-            dv = product("conv2d_wgrad", grad, x, *index, *block, geometry)
-        db = grad.sum((0, 2, 3)) if needs[7] else None
+        grad = grads[0] if y is None else masked_grad(grads[0], y)
+        n = ctx.needs_input_grad
+        needs = (n[0], n[1], n[7], n[8])
+        dx, dv, db, dp = _derivative(grad, x, values, index, needs, ctx.geometry)
         return dx, dv, None, None, None, None, None, db, dp, None, None
 
 
@@ -308,6 +303,52 @@ def _wgrad_dense_backward(ctx: Any, ggw: Tensor) -> tuple[Any, ...]:
 autograd("conv2d_wgrad_dense", _wgrad_dense_backward, lambda ctx, inputs, output: None)
 
 
+def _prepare(x: Tensor, operands: Sequence[Any], geometry: Sequence[int]) -> Product | None:
+    values, *index, bias, probe = operands
+    _check_forward(x, values, *index, bias, probe, geometry, False)
+    if plan.choose("conv2d", x, values) is not cpu:
+        return None
+    g = _geometry("conv2d", geometry)
+    crow, col, t_crow, t_row, t_perm = index
+    held = (crow, col, t_crow, t_row, t_perm)
+    out = (g.out_channels, *g.output_size(x.shape[2], x.shape[3]))
+    return Product(held, state_of(held), values.shape, tuple(x.shape[1:]), out, geometry, g)
+
+
+def _derivative(
+    grad: Tensor,
+    x: Tensor,
+    values: Tensor,
+    index: Index,
+    needs: Sequence[bool],
+    geometry: Sequence[int],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, values, bias and probe, each by its operator and differentiable again."""
+    grad = convert_once(grad, values)
+    product = caller(grad, x, values, *index)
+    dx = dv = None
+    if needs[0]:
+        dx = product("conv2d_dgrad", grad, values, *index, x.shape[2], x.shape[3], geometry)
+    dp = product("conv2d_wgrad_dense", grad, x, geometry) if needs[3] else None
+    if needs[1] and dp is not None and readable(values):
+        dv = read_elements(dp, *index[:2])
+    elif needs[1]:
+        dv = product("conv2d_wgrad", grad, x, *index, *values.shape[1:], geometry)
+    db = grad.sum((0, 2, 3)) if needs[2] else None
+    return dx, dv, db, dp
+
+
+def short_conv2d(x: Tensor, operands: Sequence[Any], geometry: Sequence[int]) -> Tensor | None:
+    """``conv2d`` of images x [N, C, H, W] by the short way (ops/_short.py), or None.
+
+    ``operands``: values, the five index tensors, bias and probe.
+    """
+    if x.dim() != 4:
+        return None
+    fixed = geometry if type(geometry) is Conv2dGeometry else tuple(geometry)  # not to be written
+    return _short.product(x, operands, x.shape[2:], fixed, _prepare, _derivative)
+
+
 def conv2d(
     x: Tensor,
     values: Tensor,
@@ -347,8 +388,12 @@ def conv2d(
         )
     x = autocast(x)
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    rest = (values, crow, col, t_crow, t_row, t_perm, bias, probe, list(geometry), relu)
-    if seen(batched, *rest):
+    operands = (values, crow, col, t_crow, t_row, t_perm, bias, probe)
+    y = None if relu else short_conv2d(batched, operands, geometry)
+    rest = (*operands, list(geometry), relu)
+    if y is not None:
+        pass
+    elif seen(batched, *rest):
         y = SparseConv2dFunction.apply(batched, *rest)
     else:
         if not batched.requires_grad:

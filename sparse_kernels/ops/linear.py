@@ -6,12 +6,18 @@ of (x, values, grad), so each is the derivative of the others and derivatives of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_kernels import plan
+from sparse_kernels.backends import cpu
+from sparse_kernels.backends.cpu.prepared import Product, state_of
+from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.layout import empty_feature_major, is_plain, to_feature_major
+from sparse_kernels.ops import _short
 from sparse_kernels.ops._library import (
     INDEX,
     WEIGHT,
@@ -188,17 +194,9 @@ class SparseLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, values, *index, y = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad = convert_once(grads[0] if y is None else masked_grad(grads[0], y), values)
-        product = caller(grad, x, values, *index)
-        dx = product("linear_dgrad", grad, values, *index, x.shape[1]) if needs[0] else None
-        dp = product("linear_wgrad_dense", grad, x) if needs[8] else None
-        dv = None
-        if needs[1] and dp is not None and readable(values):
-            dv = read_elements(dp, *index[:2])
-        elif needs[1]:
-            dv = product("linear_wgrad", grad, x, *index, values.shape[1], values.shape[2])
-        db = grad.sum(0) if needs[7] else None
+        grad = grads[0] if y is None else masked_grad(grads[0], y)
+        n = ctx.needs_input_grad
+        dx, dv, db, dp = _derivative(grad, x, values, index, (n[0], n[1], n[7], n[8]))
         return dx, dv, None, None, None, None, None, db, dp, None, None
 
 
@@ -262,6 +260,46 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def _prepare(x: Tensor, operands: Sequence[Any], out_features: int) -> Product | None:
+    values, *index, bias, probe = operands
+    _check_forward(x, values, *index, bias, probe, out_features, False)
+    if plan.choose("linear", x, values) is not cpu:
+        return None
+    inn = x.shape[1]
+    one_pixel = Conv2dGeometry(out_features, inn, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+    crow, col, t_crow, t_row, t_perm = index
+    held = (crow, col, t_crow, t_row, t_perm)
+    state = state_of(held)
+    return Product(held, state, values.shape, (inn,), (out_features,), out_features, one_pixel)
+
+
+def _derivative(
+    grad: Tensor, x: Tensor, values: Tensor, index: Index, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, values, bias and probe, each by its operator and differentiable again."""
+    grad = convert_once(grad, values)
+    product = caller(grad, x, values, *index)
+    dx = product("linear_dgrad", grad, values, *index, x.shape[1]) if needs[0] else None
+    dp = product("linear_wgrad_dense", grad, x) if needs[3] else None
+    dv = None
+    if needs[1] and dp is not None and readable(values):
+        dv = read_elements(dp, *index[:2])
+    elif needs[1]:
+        dv = product("linear_wgrad", grad, x, *index, values.shape[1], values.shape[2])
+    db = grad.sum(0) if needs[2] else None
+    return dx, dv, db, dp
+
+
+def short_linear(x: Tensor, operands: Sequence[Any], out_features: int) -> Tensor | None:
+    """``linear`` of a matrix x [N, in] by the short way (ops/_short.py), or None.
+
+    ``operands``: values, the five index tensors, bias and probe.
+    """
+    if x.dim() != 2:
+        return None
+    return _short.product(x, operands, None, out_features, _prepare, _derivative)
+
+
 def linear(
     x: Tensor,
     values: Tensor,
@@ -297,8 +335,12 @@ def linear(
         raise ValueError("linear: input must have at least 1 dimension, got a scalar")
     x = autocast(x)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    rest = (values, crow, col, t_crow, t_row, t_perm, bias, probe, out_features, relu)
-    if seen(flat, *rest):
+    operands = (values, crow, col, t_crow, t_row, t_perm, bias, probe)
+    y = None if relu else short_linear(flat, operands, out_features)
+    rest = (*operands, out_features, relu)
+    if y is not None:
+        pass
+    elif seen(flat, *rest):
         y = SparseLinearFunction.apply(flat, *rest)
     else:
         if not flat.requires_grad:

@@ -10,12 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.nn import functional
 
 from sparse_kernels._load import native_or_none
 from sparse_kernels.layout import is_feature_major, is_plain, to_feature_major
+from sparse_kernels.ops._short import plain
 from sparse_kernels.ops.linear import autocast
+
+_grad_enabled = _C.is_grad_enabled
+_modes = _C._len_torch_dispatch_stack
 
 
 def native_for(grad: Tensor) -> Any:
@@ -28,11 +32,19 @@ def native_for(grad: Tensor) -> Any:
 def clear_outside(grad: Tensor, mask: Tensor) -> Tensor:
     """A copy of ``grad`` [rows, cols] with zeros outside of ``mask`` (bool, alike)."""
     # On the way of every step of a small layer: no more calls than needed.
-    native = native_for(grad)
-    if native is None or not mask.is_contiguous():
+    if (
+        _grad_enabled()
+        or _modes()
+        or not plain(grad)
+        or not grad.is_contiguous()
+        or not mask.is_contiguous()
+        or (native := native_or_none()) is None
+    ):
         return grad.masked_fill(~mask, 0)  # not a product: inf * 0 would be NaN
-    out = grad.clone() if grad.is_contiguous() else grad.contiguous()
-    native.clear_outside(out.data_ptr(), mask.data_ptr(), out.numel(), torch.get_num_threads())
+    out = torch.empty_like(grad)
+    native.clear_outside(
+        out.data_ptr(), grad.data_ptr(), mask.data_ptr(), grad.numel(), torch.get_num_threads()
+    )
     return out
 
 
@@ -41,7 +53,8 @@ def cleared(grad: Tensor, mask: Tensor, own: bool) -> Tensor:
     native = native_for(grad) if own and grad.is_contiguous() and mask.is_contiguous() else None
     if native is None:
         return clear_outside(grad, mask)
-    native.clear_outside(grad.data_ptr(), mask.data_ptr(), grad.numel(), torch.get_num_threads())
+    at = grad.data_ptr()
+    native.clear_outside(at, at, mask.data_ptr(), grad.numel(), torch.get_num_threads())
     return grad
 
 
