@@ -233,6 +233,12 @@ GEOMETRIES = [
     Case(40, 300, 24, (9, 9), block=(1, 1), density=0.05),  # several bands of channels
     Case(24, 90, 20, (17, 35), block=(2, 1), density=0.1),  # several tiles
     Case(130, 200, 33, (4, 4), block=(2, 1), density=0.1),
+    # Flattened, by long rows or not; scattered input gradients; pixels cleared for a stride.
+    Case(16, 24, 40, (9, 10), (1, 1), padding=(0, 0, 0, 0), density=0.1),
+    Case(32, 24, 16, (7, 7), (1, 1), padding=(0, 0, 0, 0), groups=2, block=(4, 1)),
+    Case(32, 5, 12, (9, 11), density=0.1, relu=True),
+    Case(33, 3, 20, (17, 15), (7, 7), (2, 2), (3, 3, 3, 3), density=0.05),
+    Case(70, 40, 24, (7, 9), (1, 1), (2, 2), (0, 0, 0, 0), density=0.2),
     Case(8, 16, 16, (6, 6), density=0.0),
     Case(8, 16, 16, (6, 6), density=0.0, spare=0, bias=False),
     Case(8, 16, 16, (6, 6), density=1.0, spare=0, relu=True),
