@@ -119,7 +119,7 @@ class PreparedProduct {
     const SparseKernels& k = sparse_kernels();
     if (linear_) {
       k.linear_wgrad(dvalues, dy, in, crow_, col_, g.out_channels, g.in_channels, bh_, bw_,
-                     capacity_, g.batch, threads);
+                     capacity_, g.batch, forward_cache_, threads);
     } else {
       k.conv2d_wgrad(dvalues, dy, in, crow_, col_, g, bh_, bw_, capacity_, threads);
     }

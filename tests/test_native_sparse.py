@@ -238,6 +238,12 @@ GEOMETRIES = [
     Case(19, 300, 24, (3, 3), block=(4, 1)),
     Case(9, 48, 78, (5, 6), (3, 3), (2, 1), groups=2, block=(4, 1), density=0.5),
     Case(8, 301, 70, (1, 1), (1, 1), padding=(0, 0, 0, 0), block=(4, 1), density=0.6),
+    # Flattened, by long rows or not; scattered input gradients; pixels cleared for a stride.
+    Case(16, 24, 40, (9, 10), (1, 1), padding=(0, 0, 0, 0), density=0.1),
+    Case(32, 24, 16, (7, 7), (1, 1), padding=(0, 0, 0, 0), groups=2, block=(4, 1)),
+    Case(32, 5, 12, (9, 11), density=0.1, relu=True),
+    Case(33, 3, 20, (17, 15), (7, 7), (2, 2), (3, 3, 3, 3), density=0.05),
+    Case(70, 40, 24, (7, 9), (1, 1), (2, 2), (0, 0, 0, 0), density=0.2),
     Case(8, 16, 16, (6, 6), density=0.0),
     Case(8, 16, 16, (6, 6), density=0.0, spare=0, bias=False),
     Case(8, 16, 16, (6, 6), density=1.0, spare=0, relu=True),
