@@ -102,7 +102,7 @@ class _ShortFunction(torch.autograd.Function):
 
 
 # Function.apply without what it does for torch.func, which ``_watched`` has excluded: 5 us.
-_apply = super(torch.autograd.Function, _ShortFunction).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, _ShortFunction).apply
 
 
 def _dense_gradient(grad: Tensor, x: Tensor, product: prepared.Product) -> Tensor:
@@ -137,7 +137,7 @@ def product(
         size: what beside index tensors and geometry a prepared product depends on (hashable).
         geometry: what the product must have been made for.
         make: prepares the product of (x, operands, geometry) after all checks; raises what the
-            operator raises; None where another backend computes it.
+            operator raises; None where the operator must compute it.
         derivative: see ``_ShortFunction``.
     """
     values, crow, col, t_crow, t_row, t_perm, bias, probe = operands
@@ -146,10 +146,7 @@ def product(
     if bias is not None and not (plain(bias) and bias.is_contiguous()):
         return None
     index = (crow, col, t_crow, t_row, t_perm)
-    try:
-        found = prepared.find(index, size)
-    except RuntimeError:  # inference tensors
-        return None
+    found = prepared.find(index, size)
     if found is None or (found.geometry is not geometry and found.geometry != geometry):
         found = make(x, operands, geometry)
         if found is None:

@@ -304,13 +304,12 @@ autograd("conv2d_wgrad_dense", _wgrad_dense_backward, lambda ctx, inputs, output
 
 
 def _prepare(x: Tensor, operands: Sequence[Any], geometry: Sequence[int]) -> Product | None:
-    values, *index, bias, probe = operands
-    _check_forward(x, values, *index, bias, probe, geometry, False)
-    if plan.choose("conv2d", x, values) is not cpu:
-        return None
-    g = _geometry("conv2d", geometry)
-    crow, col, t_crow, t_row, t_perm = index
+    values, crow, col, t_crow, t_row, t_perm, bias, probe = operands
     held = (crow, col, t_crow, t_row, t_perm)
+    _check_forward(x, values, *held, bias, probe, geometry, False)
+    if plan.choose("conv2d", x, values) is not cpu or any(t.is_inference() for t in held):
+        return None  # inference tensors count no writes
+    g = _geometry("conv2d", geometry)
     out = (g.out_channels, *g.output_size(x.shape[2], x.shape[3]))
     return Product(held, state_of(held), values.shape, tuple(x.shape[1:]), out, geometry, g)
 

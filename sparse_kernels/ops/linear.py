@@ -261,14 +261,13 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _prepare(x: Tensor, operands: Sequence[Any], out_features: int) -> Product | None:
-    values, *index, bias, probe = operands
-    _check_forward(x, values, *index, bias, probe, out_features, False)
-    if plan.choose("linear", x, values) is not cpu:
-        return None
+    values, crow, col, t_crow, t_row, t_perm, bias, probe = operands
+    held = (crow, col, t_crow, t_row, t_perm)
+    _check_forward(x, values, *held, bias, probe, out_features, False)
+    if plan.choose("linear", x, values) is not cpu or any(t.is_inference() for t in held):
+        return None  # inference tensors count no writes
     inn = x.shape[1]
     one_pixel = Conv2dGeometry(out_features, inn, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
-    crow, col, t_crow, t_row, t_perm = index
-    held = (crow, col, t_crow, t_row, t_perm)
     state = state_of(held)
     return Product(held, state, values.shape, (inn,), (out_features,), out_features, one_pixel)
 

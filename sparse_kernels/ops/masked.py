@@ -33,7 +33,8 @@ def clear_outside(grad: Tensor, mask: Tensor) -> Tensor:
     """A copy of ``grad`` [rows, cols] with zeros outside of ``mask`` (bool, alike)."""
     # On the way of every step of a small layer: no more calls than needed.
     if (
-        _grad_enabled()
+        torch.compiler.is_compiling()
+        or _grad_enabled()
         or _modes()
         or not plain(grad)
         or not grad.is_contiguous()

@@ -176,7 +176,7 @@ _kept: dict[int, _Entry] = {}
 def state_of(index: Index) -> State:
     """Versions, addresses and lengths of index tensors: what a product was prepared for.
 
-    Raises RuntimeError for inference tensors, which count no writes.
+    Not for inference tensors, which count no writes (RuntimeError).
     """
     crow, col, t_crow, t_row, t_perm = index
     return (
