@@ -18,16 +18,20 @@ from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.pattern import SparsityPattern
 
 
+# Element and column blocks of a linear layer need no lists; these do.
+LISTED = (1, 2)
+
+
 def _product(pattern: SparsityPattern, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     y = ops.linear(x, values, *pattern.tensors(), out_features=pattern.shape[0])
     return y
 
 
 def test_lists_are_kept_while_the_index_is_unchanged() -> None:
-    pattern = SparsityPattern.random((40, 50), density=0.2)
+    pattern = SparsityPattern.random((40, 50), density=0.2, block=LISTED)
     first = lists_of(pattern.col_indices, pattern.crow_indices)
     assert lists_of(pattern.col_indices, pattern.crow_indices) is first
-    values = torch.randn(pattern.capacity, 1, 1)
+    values = torch.randn(pattern.capacity, *LISTED)
     _product(pattern, values, torch.randn(16, 50))
     held = first.bytes
     assert held > 0 and native().list_cache_bytes() >= held
@@ -38,9 +42,9 @@ def test_lists_are_kept_while_the_index_is_unchanged() -> None:
 
 
 def test_ever_new_batches_do_not_grow_the_lists_for_ever() -> None:
-    pattern = SparsityPattern.random((24, 32), density=0.3)
+    pattern = SparsityPattern.random((24, 32), density=0.3, block=LISTED)
     cache = lists_of(pattern.col_indices, pattern.crow_indices)
-    values = torch.randn(pattern.capacity, 1, 1)
+    values = torch.randn(pattern.capacity, *LISTED)
     sizes = []
     for batch in range(1, 41):
         x = torch.randn(batch, 32)
@@ -89,7 +93,7 @@ def test_products_follow_a_rewritten_pattern() -> None:
 def test_lists_die_with_the_pattern_and_do_not_travel() -> None:
     gc.collect()
     before = native().list_cache_bytes()
-    layer = SparseLinear(64, 64, density=0.2)
+    layer = SparseLinear(64, 64, density=0.2, block=LISTED)
     layer(torch.randn(16, 64)).sum().backward()
     held = native().list_cache_bytes()
     assert held > before
@@ -112,8 +116,8 @@ def test_inference_tensors_are_served_without_lists() -> None:
 
 
 def test_threads_share_the_lists() -> None:
-    pattern = SparsityPattern.random((128, 128), density=0.2)
-    values, x = torch.randn(pattern.capacity, 1, 1), torch.randn(64, 128)
+    pattern = SparsityPattern.random((128, 128), density=0.2, block=LISTED)
+    values, x = torch.randn(pattern.capacity, *LISTED), torch.randn(64, 128)
     expected = _product(pattern, values, x)
     pattern.col_indices.copy_(pattern.col_indices.clone())
     results: list[torch.Tensor] = []
@@ -194,7 +198,7 @@ def test_pooled_output_may_be_written_in_place() -> None:
 def test_the_account_of_memory_counts_kept_lists() -> None:
     from sparse_kernels.workbench import account
 
-    layer = SparseLinear(64, 64, density=0.2)
+    layer = SparseLinear(64, 64, density=0.2, block=LISTED)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     before = account.memory(layer, optimizer)["indices"]
     layer(torch.randn(16, 64, requires_grad=True)).sum().backward()

@@ -94,10 +94,12 @@ class _ShortFunction(torch.autograd.Function):
             grad = to_feature_major(grad)
         image = x if is_feature_major(x) else to_feature_major(x)
         dp = _dense_gradient(grad, x, product) if needs[3] else None
-        read = needs[1] and dp is not None and readable(values)
-        dx, dv, db = product.backward(grad, image, values, (needs[0], needs[1] and not read, needs[2]))
-        if read:
-            dv = read_elements(dp, *ctx.index[:2])
+        read = None
+        if needs[1] and dp is not None and readable(values):
+            read = read_elements(dp, *ctx.index[:2])
+        wanted = (needs[0], needs[1] and read is None, needs[2])
+        dx, dv, db = product.backward(grad, image, values, wanted)
+        dv = dv if read is None else read
         return dx, dv, db, dp, None, None, None
 
 

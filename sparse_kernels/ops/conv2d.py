@@ -40,9 +40,7 @@ from sparse_kernels.ops._library import (
     seen,
     with_check,
 )
-from sparse_kernels.ops.linear import autocast, convert_once, weight_dtype
-
-Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from sparse_kernels.ops.linear import Index, autocast, convert_once, weight_dtype
 
 
 def _geometry(op: str, geometry: Sequence[int]) -> Conv2dGeometry:
