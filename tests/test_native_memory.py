@@ -17,7 +17,6 @@ from sparse_kernels.backends.cpu.lists import lists_of
 from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.pattern import SparsityPattern
 
-
 # Element and column blocks of a linear layer need no lists; these do.
 LISTED = (1, 2)
 
