@@ -185,9 +185,8 @@ ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_
   const int64_t pixels = pixels_at_once(p.out_w, plan.max_log_r, log_v);
   const double per_row = p.per_channel * double(p.src_channels) / double(imax<int64_t>(1, p.rows));
   plan.gapless = p.src.batch == kLongStep && p.step_x == 1 && plan.slab.lanes == kLongStep;
-  plan.long_rows =
-      !plan.scatter && plan.gapless && p.every_x == 1 && plan.max_log_r == 0 &&
-      per_row <= kLongRowEntries;
+  plan.long_rows = !plan.scatter && plan.gapless && p.every_x == 1 && plan.max_log_r == 0 &&
+                   per_row <= kLongRowEntries;
   choose_bands(p, plan, pixels);
   if (plan.long_rows) {
     plan.band_channels = p.seg_channels;
