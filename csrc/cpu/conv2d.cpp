@@ -79,26 +79,14 @@ void phase_taps(int64_t at, int64_t pad, int64_t dil, int64_t stride, int64_t ke
   count = k[0] < imin(kernel, k[1]) ? (kernel - 1 - k[0]) / k[1] + 1 : 0;
 }
 
-SK_INLINE int32_t lower_bound(const int32_t* a, int32_t lo, int32_t hi, int64_t key) {
-  while (lo < hi) {
-    const int32_t mid = lo + (hi - lo) / 2;
-    if (a[mid] < key) {
-      lo = mid + 1;
-    } else {
-      hi = mid;
-    }
-  }
-  return lo;
-}
-
 // Stored blocks of one block column that belong to one group.
 void column_range(const ConvGeometry& g, const Blocks& b, const Weights& w, int64_t block_col,
                   int64_t group, int32_t& lo, int32_t& hi) {
   lo = w.crow[block_col];
   hi = w.crow[block_col + 1];
   if (g.groups > 1) {
-    lo = lower_bound(w.col, lo, hi, group * b.row_blocks);
-    hi = lower_bound(w.col, lo, hi, (group + 1) * b.row_blocks);
+    lo = int32_t(lower_bound(w.col, lo, hi, group * b.row_blocks));
+    hi = int32_t(lower_bound(w.col, lo, hi, (group + 1) * b.row_blocks));
   }
 }
 

@@ -109,17 +109,7 @@ void run_part(const Job& j, int64_t part, int64_t row_begin, int64_t row_end, Ke
 // First block row with at least `share` of the stored blocks before it.
 int64_t split_row(const PatternView& p, int64_t split, int64_t splits) {
   if (split == splits) return p.block_rows;
-  const int64_t target = int64_t(p.crow[p.block_rows]) * split / splits;
-  int64_t lo = 0, hi = p.block_rows;
-  while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2;
-    if (p.crow[mid] < target) {
-      lo = mid + 1;
-    } else {
-      hi = mid;
-    }
-  }
-  return lo;
+  return lower_bound(p.crow, 0, p.block_rows, int64_t(p.crow[p.block_rows]) * split / splits);
 }
 
 // The partial sums of one block row, part after part, into the order of the pattern.

@@ -21,18 +21,6 @@ ListKey key_of(const Lines& lines, int64_t kernel, int64_t multiple) {
 
 int64_t table_size(const Lines& lines) { return lines.count * (lines.bands + 1); }
 
-SK_INLINE int64_t first_from(const int32_t* index, int64_t begin, int64_t end, int64_t bound) {
-  while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
-    if (index[middle] < bound) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
 void fill_table(int32_t* table, const Lines& lines, int64_t multiple, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t line = 0; line < lines.count; ++line) {
@@ -41,7 +29,7 @@ void fill_table(int32_t* table, const Lines& lines, int64_t multiple, int thread
     int64_t at = begin;
     for (int64_t band = 0; band < lines.bands; ++band) {
       bounds[band] = int32_t(at);
-      const int64_t next = first_from(lines.index, at, end, (band + 1) * lines.width);
+      const int64_t next = lower_bound(lines.index, at, end, (band + 1) * lines.width);
       at = imin(end, begin + round_up(next - begin, multiple));
     }
     bounds[lines.bands] = int32_t(end);
@@ -112,17 +100,7 @@ void check_lines(const Lines& lines, const PatternArrays& arrays, int64_t capaci
 
 int64_t split_line(const Lines& lines, int64_t split, int64_t splits) {
   if (split == splits) return lines.count;
-  const int64_t target = lines.entries() * split / splits;
-  int64_t lo = 0, hi = lines.count;
-  while (lo < hi) {
-    const int64_t middle = (lo + hi) / 2;
-    if (lines.starts[middle] < target) {
-      lo = middle + 1;
-    } else {
-      hi = middle;
-    }
-  }
-  return lo;
+  return lower_bound(lines.starts, 0, lines.count, lines.entries() * split / splits);
 }
 
 }  // namespace SK_ISA

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "dot_sums.h"
+#include "sparse_rows.h"
 
 namespace sk {
 namespace SK_ISA {
@@ -68,21 +69,6 @@ SK_INLINE void store_sums(float* p, const Vec (&acc)[V], int64_t valid) {
   }
 }
 
-template <int R, int V>
-SK_INLINE void add_entry(Vec (&acc)[R][V], const float* x, const float* weights) {
-  if constexpr (R == 1) {
-    const Vec w = vset1(weights);
-    SK_UNROLL for (int v = 0; v < V; ++v) acc[0][v] = vfma(w, vload(x + v * kLanes), acc[0][v]);
-  } else {
-    Vec xs[V];
-    SK_UNROLL for (int v = 0; v < V; ++v) xs[v] = vload(x + v * kLanes);
-    SK_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec w = vset1(weights + r);
-      SK_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = vfma(w, xs[v], acc[r][v]);
-    }
-  }
-}
-
 // All entries of a line in a band.
 template <int R, int V, int A>
 SK_INLINE void add_line(const LinesCall& c, Vec (&acc)[A][R][V], int64_t e, int64_t stop) {
@@ -92,9 +78,9 @@ SK_INLINE void add_line(const LinesCall& c, Vec (&acc)[A][R][V], int64_t e, int6
   const float* w = c.weights + e * weight_step;
   for (; stop - e >= A; e += A, w += A * weight_step) {
     SK_UNROLL for (int a = 0; a < A; ++a)
-        add_entry<R, V>(acc[a], x + index[e + a] * pitch, w + a * weight_step);
+        accumulate_entry<R, V>(acc[a], x + index[e + a] * pitch, w + a * weight_step);
   }
-  for (; e < stop; ++e, w += weight_step) add_entry<R, V>(acc[0], x + index[e] * pitch, w);
+  for (; e < stop; ++e, w += weight_step) accumulate_entry<R, V>(acc[0], x + index[e] * pitch, w);
 }
 
 template <int R, int V>

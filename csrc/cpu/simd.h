@@ -158,6 +158,18 @@ template <class T>
 SK_INLINE T imax(T a, T b) {
   return a > b ? a : b;
 }
+// First of the places [lo, hi) of a sorted array whose number is not below `key`.
+SK_INLINE int64_t lower_bound(const int32_t* a, int64_t lo, int64_t hi, int64_t key) {
+  while (lo < hi) {
+    const int64_t mid = lo + (hi - lo) / 2;
+    if (a[mid] < key) {
+      lo = mid + 1;
+    } else {
+      hi = mid;
+    }
+  }
+  return lo;
+}
 SK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SK_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 SK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
