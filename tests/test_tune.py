@@ -54,7 +54,6 @@ class FakeTimes:
         samples = {name: [time] * 7 for name, time in times.items()}
         return Measured(times, samples, min(times, key=times.get), self.settled)
 
-
     def variants(self, candidates):
         self.variant_races += 1
         times = {name: 0.5 if name == self.quick else 1.0 for name in candidates}

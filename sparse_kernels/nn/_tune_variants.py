@@ -121,9 +121,7 @@ def measured(
             continue
         variants = site.variants(name)
         contenders = {variant: calls.of(name) for variant in variants.names}
-        choices[name] = plan_variants.choose(
-            variants, contenders, seconds=seconds, measure=measure
-        )
+        choices[name] = plan_variants.choose(variants, contenders, seconds=seconds, measure=measure)
     return choices
 
 

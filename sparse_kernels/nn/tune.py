@@ -75,7 +75,8 @@ def plan_layers(
 ) -> dict[SparseLayer, Decision]:
     """A decision for every sparse layer of ``model`` that a run on ``example`` calls.
 
-    Nothing is changed but the table of variants (``plan_variants``).  Equal problems at equal densities (to the bucket) are measured once.
+    Nothing is changed but the table of variants (``plan_variants``).  Equal problems at equal
+    densities (to the bucket) are measured once.
     Arguments are those of ``training.tune``; ``measure`` is ``plan_measure.measure`` or a stand-in.
     """
     found = _tune_problem.problems(model, example, training, layout)
@@ -120,7 +121,7 @@ def report(model: nn.Module, decisions: dict[SparseLayer, Decision]) -> TuneRepo
 def _others(made: Decision) -> dict[str, tuple[str, float]]:
     """The passes that do not go by the built-in rule."""
     choices = made.variants.items()
-    return {name: tuple(choice) for name, choice in choices if choice.name != plan_variants.RULE}
+    return {name: (c.name, c.gain) for name, c in choices if c.name != plan_variants.RULE}
 
 
 def _milliseconds(seconds: float | None) -> float | None:
