@@ -85,9 +85,7 @@ def main() -> None:
                 races.append(measure(candidates, seconds=seconds, clock=clock))
                 return races[-1]
 
-            made = plan_variants.choose(
-                variants, contenders, seconds=args.seconds, measure=timed
-            )
+            made = plan_variants.choose(variants, contenders, seconds=args.seconds, measure=timed)
             first = races[0] if races else None
             cells = [f"{'x'.join(map(str, sizes)):>16} {name:8}"]
             if first is not None:

@@ -61,7 +61,8 @@ def tune(
         cache: whether facts are read from and written to the disk cache (``plan_cache``).
 
     The environment variable SPARSE_KERNELS_TUNE=off switches measuring off: layers denser than
-    ``DENSE_MASKED_ABOVE`` are then dense-masked, and kernels go by the built-in rules.  In a distributed job rank 0 decides for all.
+    ``DENSE_MASKED_ABOVE`` are then dense-masked, and kernels go by the built-in rules.  In a
+    distributed job rank 0 decides for all.
 
     Returns:
         A ``TuneReport``; ``print`` it.
