@@ -124,5 +124,6 @@ PYBIND11_MODULE(_native, m) {
   sk::bind_sparse(m);
   sk::bind_wgrad(m);
   sk::bind_prepared(m);
+  sk::bind_variants(m);
   sk::bind_cuda(m);
 }

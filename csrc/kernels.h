@@ -47,7 +47,9 @@
 
 namespace sk {
 
-class ListCache;  // cpu/list_cache.h
+class ListCache;    // cpu/list_cache.h
+struct VariantKey;  // variants.h
+enum class Variant;
 
 // A convolution: torch.nn.functional.conv2d with asymmetric zero padding. Matrix: rows =
 // out_channels in `groups` segments, cols = kh*kw taps of in_channels/groups; no block spans two
@@ -90,6 +92,9 @@ struct SparseKernels {
   void (*conv2d_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow,
                        const int32_t* col, const ConvGeometry& geometry, int64_t bh, int64_t bw,
                        int64_t capacity, int threads);
+  // A number that tells apart how `variant` serves a problem from how others do: a variant that
+  // does not apply to it has the number of kRule. Throws as plan_product and plan_wgrad do.
+  uint64_t (*plan_print)(const VariantKey& key, Variant variant);
 };
 
 // Each instruction set's build defines `const SparseKernels& sparse_kernels_table()` in its

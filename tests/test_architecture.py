@@ -21,7 +21,7 @@ ROOMS = (
     ("_load", "_version"),
     ("pattern", "layout", "geometry"),
     ("backends",),
-    ("plan", "plan_cache", "plan_measure"),
+    ("plan", "plan_cache", "plan_measure", "plan_variants"),
     ("ops",),
     ("nn",),
     ("training",),

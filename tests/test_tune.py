@@ -22,6 +22,7 @@ from sparse_kernels.nn import tune as planning
 from sparse_kernels.nn.base import COMPRESSED, DENSE_MASKED, DENSE_MASKED_ABOVE
 from sparse_kernels.nn.tune import break_even_density
 from sparse_kernels.plan_measure import Measured
+from sparse_kernels.plan_variants import RULE
 
 ROOT = Path(sparse_kernels.__file__).resolve().parents[1]
 
@@ -36,8 +37,12 @@ class FakeTimes:
         self.break_even, self.settled, self.best_format = 0.2, "certain", "channels_last"
         self.densities: list[float] = []
         self.races = 0
+        self.quick = ""  # the variant that takes half of the rule's time
+        self.variant_races = 0
 
     def __call__(self, candidates, *, seconds):
+        if RULE in candidates:
+            return self.variants(candidates)
         self.races += 1
         times = {}
         for name, call in candidates.items():
@@ -48,6 +53,15 @@ class FakeTimes:
                 times[name] = call.module.density / self.break_even
         samples = {name: [time] * 7 for name, time in times.items()}
         return Measured(times, samples, min(times, key=times.get), self.settled)
+
+    def variants(self, candidates):
+        self.variant_races += 1
+        times = {name: 0.5 if name == self.quick else 1.0 for name in candidates}
+        for call in candidates.values():
+            call()
+        samples = {name: [time] * 7 for name, time in times.items()}
+        best = self.quick if self.quick in candidates else RULE
+        return Measured(times, samples, best, "certain")
 
 
 @pytest.fixture

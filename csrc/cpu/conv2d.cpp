@@ -2,6 +2,7 @@
 // sparse_product.h.
 #include "conv2d.h"
 
+#include "conv2d_walk.h"
 #include "pattern_check.h"
 #include "scatter_dgrad.h"
 #include "scatter_lists.h"
@@ -11,121 +12,6 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-struct Blocks {
-  int64_t bh, bw;
-  int64_t row_blocks, col_blocks;  // per group, per tap
-  int64_t seg_rows, seg_cols;      // matrix rows per group, columns per tap
-};
-
-Blocks blocks_of(const ConvGeometry& g, int64_t bh, int64_t bw) {
-  const int64_t rows = g.out_channels / g.groups, cols = g.in_channels / g.groups;
-  return {bh, bw, ceil_div(rows, bh), ceil_div(cols, bw), rows, cols};
-}
-
-struct Weights {
-  const float* values;
-  const int32_t *crow, *col, *perm;  // forward: crow, col; dgrad: t_crow, t_row, t_perm
-};
-
-// The stored blocks of one block row, tap by tap, channel by channel.
-void walk_forward(const ConvGeometry& g, const Blocks& b, const Weights& w, ChunkOwner owner,
-                  ListVisitor& visitor) {
-  const int64_t group = owner.block / b.row_blocks;
-  // Columns are sorted: taps are met in order, and no division per non-zero is needed (it would
-  // cost more than the products of a small batch).
-  int64_t tap_start = 0, tap_end = 0, ky = 0, kx = -1;
-  for (int64_t e = w.crow[owner.block]; e < w.crow[owner.block + 1]; ++e) {
-    if (w.col[e] >= tap_end) {
-      while (w.col[e] >= tap_end) {
-        tap_start = tap_end;
-        tap_end += b.col_blocks;
-        if (++kx == g.kw) {
-          kx = 0;
-          ++ky;
-        }
-      }
-      visitor.tap(ky, kx * g.dil_w - g.pad_left, group);
-    }
-    const int64_t c0 = (w.col[e] - tap_start) * b.bw;
-    const int64_t width = imin(b.bw, b.seg_cols - c0);
-    const int64_t block = (e * b.bh + owner.row) * b.bw;
-    for (int64_t c = 0; c < width; ++c) visitor.entry(c0 + c, block + c);
-  }
-}
-
-// One phase of dgrad: the taps that connect input pixels (y0 + i*stride_h, x0 + j*stride_w) to
-// output pixels.
-struct Phase {
-  int64_t y0, x0;
-  int64_t ky[2], kx[2];      // first tap and distance to the next; taps below kh, kw
-  int64_t count_y, count_x;  // number of taps
-};
-
-SK_INLINE int64_t gcd(int64_t a, int64_t b) {
-  while (b) {
-    const int64_t t = a % b;
-    a = b;
-    b = t;
-  }
-  return a;
-}
-
-// Taps k < kernel with (at + pad - k*dil) divisible by stride: an arithmetic progression.
-void phase_taps(int64_t at, int64_t pad, int64_t dil, int64_t stride, int64_t kernel, int64_t* k,
-                int64_t& count) {
-  k[0] = 0;
-  k[1] = stride / gcd(stride, dil);
-  while (k[0] < imin(kernel, k[1]) && (at + pad - k[0] * dil) % stride != 0) ++k[0];
-  count = k[0] < imin(kernel, k[1]) ? (kernel - 1 - k[0]) / k[1] + 1 : 0;
-}
-
-// Stored blocks of one block column that belong to one group.
-void column_range(const ConvGeometry& g, const Blocks& b, const Weights& w, int64_t block_col,
-                  int64_t group, int32_t& lo, int32_t& hi) {
-  lo = w.crow[block_col];
-  hi = w.crow[block_col + 1];
-  if (g.groups > 1) {
-    lo = int32_t(lower_bound(w.col, lo, hi, group * b.row_blocks));
-    hi = int32_t(lower_bound(w.col, lo, hi, (group + 1) * b.row_blocks));
-  }
-}
-
-int64_t count_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Weights& w,
-                    int64_t group, int64_t j) {
-  int64_t n = 0;
-  for (int64_t a = 0; a < f.count_y; ++a) {
-    for (int64_t c = 0; c < f.count_x; ++c) {
-      const int64_t tap = (f.ky[0] + a * f.ky[1]) * g.kw + f.kx[0] + c * f.kx[1];
-      int32_t lo, hi;
-      column_range(g, b, w, tap * b.col_blocks + j, group, lo, hi);
-      n += hi - lo;
-    }
-  }
-  return n * b.bh;
-}
-
-// Block column j of every tap of the phase. Taps run backwards, so that dy grows.
-void walk_dgrad(const ConvGeometry& g, const Blocks& b, const Phase& f, const Weights& w,
-                ChunkOwner owner, ListVisitor& visitor) {
-  const int64_t group = owner.block / b.col_blocks, j = owner.block % b.col_blocks;
-  for (int64_t s = 0; s < f.count_y; ++s) {
-    const int64_t ky = f.ky[0] + (f.count_y - 1 - s) * f.ky[1];
-    for (int64_t t = f.count_x - 1; t >= 0; --t) {
-      const int64_t kx = f.kx[0] + t * f.kx[1];
-      int32_t lo, hi;
-      column_range(g, b, w, (ky * g.kw + kx) * b.col_blocks + j, group, lo, hi);
-      if (lo == hi) continue;
-      visitor.tap(s, (f.x0 + g.pad_left - kx * g.dil_w) / g.stride_w, group);
-      for (int32_t e = lo; e < hi; ++e) {
-        const int64_t i = w.col[e] - group * b.row_blocks;
-        const int64_t height = imin(b.bh, b.seg_rows - i * b.bh);
-        const int64_t block = int64_t(w.perm[e]) * b.bh * b.bw + owner.row;
-        for (int64_t h = 0; h < height; ++h) visitor.entry(i * b.bh + h, block + h * b.bw);
-      }
-    }
-  }
-}
-
 // What a flattened slab may take of the second-level cache: of a 1x1 kernel, where the next one is
 // fetched meanwhile, and of taller ones.
 constexpr int64_t kFlatSlabBytes = 256 * 1024;
@@ -133,14 +19,17 @@ constexpr int64_t kFlatTallSlabBytes = 320 * 1024;
 // Pixels of a run: 8 KB are long enough, and the search for a divisor stays short.
 constexpr int64_t kFlatMostPixels = 128;
 
+// Least share of the registers that blocks of a run fill.
+constexpr double kFlatShare = 0.74;
+
 // Floats of a pixel of a flattened image: one cache line.
 constexpr int64_t kFlatBatch = 16;
 
-// Widest divisor of `pixels` up to `most` that fills registers well (blocks of 4 pixels); 0 where
-// none does.
-int64_t flat_width(int64_t pixels, int64_t most) {
+// Widest divisor of `pixels` up to `most` that fills registers well (blocks of 4 pixels), by more
+// than `least_share`; 0 where none does.
+int64_t flat_width(int64_t pixels, int64_t most, double least_share) {
   int64_t best = 0;
-  double best_share = 0.74;
+  double best_share = least_share;
   for (int64_t w = imin(pixels, most); w >= 4; --w) {
     if (pixels % w != 0) continue;
     const double share = double(w * w) / double((w + 1) * round_up(w, int64_t(4)));
@@ -154,7 +43,9 @@ int64_t flat_width(int64_t pixels, int64_t most) {
 // it by whole pixels: a batch of 128 is 8 pixels of 16 side by side, taps 8 times as far apart. A
 // 1x1 convolution has no rows either. What is packed, read and written then lies without gaps;
 // otherwise it is 64 bytes of each pixel. `channels`: of the source.
-ConvGeometry flatten(const ConvGeometry& g, int64_t channels) {
+ConvGeometry flatten(const ConvGeometry& g, int64_t channels, Variant variant) {
+  if (variant == Variant::kImage) return g;
+  const bool always = variant == Variant::kFlat;
   if (g.stride_w != 1 || g.stride_h != 1 || g.in_h * g.in_w == 1) return g;
   ConvGeometry flat = g;
   flat.batch = kFlatBatch;
@@ -164,7 +55,9 @@ ConvGeometry flatten(const ConvGeometry& g, int64_t channels) {
     if (floats % kFlatBatch != 0) return g;
     const int64_t pixels = floats / kFlatBatch;
     const int64_t most = kFlatSlabBytes / imax<int64_t>(1, channels * kFlatBatch * 4);
-    const int64_t width = flat_width(pixels, imin(imax<int64_t>(most, 8), kFlatMostPixels));
+    const int64_t width =
+        always ? flat_width(pixels, kFlatMostPixels, 0)
+               : flat_width(pixels, imin(imax<int64_t>(most, 8), kFlatMostPixels), kFlatShare);
     if (width == 0) return g;
     flat.in_w = flat.out_w = width;
     flat.in_h = flat.out_h = pixels / width;
@@ -175,7 +68,8 @@ ConvGeometry flatten(const ConvGeometry& g, int64_t channels) {
   // Taps reach further than before: strips must be wide against what neighbours pack both.
   const int64_t rows = (g.kh - 1) * g.dil_h + 1, reach = (g.kw - 1) * g.dil_w * f;
   const double column = double(channels) * double(rows) * double(kFlatBatch) * 4;
-  if (double(imin(3 * reach, g.out_w * f + reach)) * column > kFlatTallSlabBytes) return g;
+  const double slab = double(imin(3 * reach, g.out_w * f + reach)) * column;
+  if (slab > kFlatTallSlabBytes && !always) return g;
   flat.in_w *= f;
   flat.out_w *= f;
   flat.pad_left *= f;
@@ -185,15 +79,16 @@ ConvGeometry flatten(const ConvGeometry& g, int64_t channels) {
 }
 
 // `kernel`: 0 forward, else 1 + the phase of dgrad.
-ListKey key_of(const ConvGeometry& g, const Blocks& b, int64_t kernel) {
+ListKey key_of(const ConvGeometry& g, const Blocks& b, int64_t kernel, Variant variant) {
   ListKey key;
-  static_assert(sizeof(g) + 4 * 8 <= sizeof(key.fields), "ListKey must hold a geometry");
+  static_assert(sizeof(g) + 5 * 8 <= sizeof(key.fields), "ListKey must hold a geometry");
   std::memcpy(key.fields, &g, sizeof(g));
   int64_t* rest = key.fields + sizeof(g) / 8;
   rest[0] = b.bh;
   rest[1] = b.bw;
   rest[2] = kernel;
   rest[3] = kLanes;  // what tells the instruction sets' plans apart
+  rest[4] = int64_t(variant);
   return key;
 }
 
@@ -204,25 +99,87 @@ bool is_known(ListCache* cache, const ListKey& key) {
   return cache->find(key) != nullptr;
 }
 
-// The stored blocks of one input channel, for scatter_lists.h; blocks one column wide.
-template <class Visit>
-void walk_column(const ConvGeometry& g, const Blocks& b, const Phase& f, const Weights& w,
-                 int64_t channel, Visit visit) {
-  const int64_t group = channel / b.seg_cols, j = channel % b.seg_cols;
-  for (int64_t s = 0; s < f.count_y; ++s) {
-    const int64_t ky = f.ky[0] + (f.count_y - 1 - s) * f.ky[1];
-    for (int64_t t = 0; t < f.count_x; ++t) {
-      const int64_t kx = f.kx[0] + (f.count_x - 1 - t) * f.kx[1];
-      int32_t lo, hi;
-      column_range(g, b, w, (ky * g.kw + kx) * b.col_blocks + j, group, lo, hi);
-      for (int32_t e = lo; e < hi; ++e) visit(s, t, int64_t(w.col[e]), int64_t(w.perm[e]));
+// Without the addresses. `stored`: blocks.
+Product forward_product(const ConvGeometry& g, const Blocks& b, int64_t stored, Variant variant) {
+  Product p{};
+  p.src = {nullptr, g.in_h, g.in_w, g.batch};
+  p.src_channels = g.in_channels;
+  p.seg_channels = b.seg_cols;
+  p.rows = g.out_channels;
+  p.dst_height = p.out_h = g.out_h;
+  p.dst_width = p.out_w = g.out_w;
+  p.every_y = p.every_x = 1;
+  p.step_y = g.stride_h;
+  p.step_x = g.stride_w;
+  p.segments = g.kh;
+  p.dy_first = -g.pad_top;
+  p.dy_step = g.dil_h;
+  p.dx_first = -g.pad_left;
+  p.dx_last = (g.kw - 1) * g.dil_w - g.pad_left;
+  p.per_channel = double(stored) * double(b.bh * b.bw) / double(imax<int64_t>(1, g.in_channels));
+  p.variant = variant;
+  return p;
+}
+
+// One phase of dgrad without the addresses. `stored`: blocks, of all phases.
+Product phase_product(const ConvGeometry& g, const Blocks& b, const Phase& f, int64_t stored,
+                      Variant variant) {
+  Product p{};
+  p.src = {nullptr, g.out_h, g.out_w, g.batch};
+  p.src_channels = g.out_channels;
+  p.seg_channels = b.seg_rows;
+  p.rows = g.in_channels;
+  p.dst_height = g.in_h;
+  p.dst_width = g.in_w;
+  p.first_y = f.y0;
+  p.first_x = f.x0;
+  p.every_y = g.stride_h;
+  p.every_x = g.stride_w;
+  p.out_h = ceil_div(g.in_h - f.y0, g.stride_h);
+  p.out_w = ceil_div(g.in_w - f.x0, g.stride_w);
+  p.step_y = p.step_x = 1;
+  p.segments = f.count_y;
+  p.source_block = b.bw == 1 ? b.bh : 1;
+  p.taps_x = f.count_x;
+  const double per_channel =
+      double(stored) * double(b.bh * b.bw) / double(imax<int64_t>(1, g.out_channels));
+  p.per_channel = per_channel * double(f.count_y * f.count_x) / double(g.kh * g.kw);
+  // Exact divisions: phase_taps chose the taps so.
+  p.dy_first = (f.y0 + g.pad_top - (f.ky[0] + (f.count_y - 1) * f.ky[1]) * g.dil_h) / g.stride_h;
+  p.dy_step = f.ky[1] * g.dil_h / g.stride_h;
+  p.dx_first = (f.x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
+  p.dx_last = (f.x0 + g.pad_left - f.kx[0] * g.dil_w) / g.stride_w;
+  p.variant = variant;
+  return p;
+}
+
+// Calls run(phase) for every phase that a tap reaches, clear(y0, x0) for the others, where x0 < 0
+// stands for whole rows.
+template <class Run, class Clear>
+void each_phase(const ConvGeometry& g, Run run, Clear clear) {
+  for (int64_t y0 = 0; y0 < imin(g.stride_h, g.in_h); ++y0) {
+    Phase f;
+    f.y0 = y0;
+    phase_taps(y0, g.pad_top, g.dil_h, g.stride_h, g.kh, f.ky, f.count_y);
+    if (f.count_y == 0) {
+      clear(y0, -1);
+      continue;
+    }
+    for (int64_t x0 = 0; x0 < imin(g.stride_w, g.in_w); ++x0) {
+      f.x0 = x0;
+      phase_taps(x0, g.pad_left, g.dil_w, g.stride_w, g.kw, f.kx, f.count_x);
+      if (f.count_x == 0) {
+        clear(y0, x0);
+      } else {
+        run(f);
+      }
     }
   }
 }
 
 void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, const Product& p,
                const Weights& w, ListCache* cache, int threads) {
-  const ListKey key = key_of(g, b, 1 + f.y0 * g.stride_w + f.x0);
+  const ListKey key = key_of(g, b, 1 + f.y0 * g.stride_w + f.x0, p.variant);
   const ProductPlan plan = plan_product(p, g, b.bw);
   if (plan.scatter) {
     const SourceBlocks source{g.groups, b.row_blocks, b.seg_rows,
@@ -239,6 +196,11 @@ void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, const Pro
         return count_dgrad(g, b, f, w, block / b.col_blocks, block % b.col_blocks);
       },
       [&](ChunkOwner owner, ListVisitor& visitor) { walk_dgrad(g, b, f, w, owner, visitor); });
+}
+
+// Whether the input gradient is scattered without packing (scatter_dgrad.h).
+bool scatters_now(const ConvGeometry& g, int64_t stored, Variant variant) {
+  return variant == Variant::kRule ? scatters(g, stored) : variant == Variant::kScatter;
 }
 
 // Clears the input gradient's pixels that no tap reaches: whole rows [y0 + i * stride_h], or with
@@ -270,39 +232,25 @@ void clear_pixels(float* dx, const ConvGeometry& g, int64_t y0, int64_t x0, int 
 void conv2d(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
             const int32_t* col, const ConvGeometry& geometry, int64_t bh, int64_t bw,
             int64_t capacity, bool relu, ListCache* cache, int threads) {
-  const ConvGeometry g = flatten(geometry, geometry.in_channels);
+  const Variant variant = find_variant({Pass::kConv2d, geometry, bh, bw, capacity});
+  const ConvGeometry g = flatten(geometry, geometry.in_channels, variant);
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_rows = g.groups * b.row_blocks;
-  if (!is_known(cache, key_of(g, b, 0))) {
+  if (!is_known(cache, key_of(g, b, 0, variant))) {
     check_pattern(
         {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * b.col_blocks},
         capacity, threads);
   }
   if (g.batch * g.out_h * g.out_w * g.out_channels <= 0) return;
   const Weights w{values, crow, col, nullptr};
-  Product p{};
-  p.src = {x, g.in_h, g.in_w, g.batch};
-  p.src_channels = g.in_channels;
-  p.seg_channels = b.seg_cols;
-  p.rows = g.out_channels;
+  Product p = forward_product(g, b, crow[block_rows], variant);
+  p.src.data = x;
   p.dst = y;
-  p.dst_height = p.out_h = g.out_h;
-  p.dst_width = p.out_w = g.out_w;
-  p.every_y = p.every_x = 1;
-  p.step_y = g.stride_h;
-  p.step_x = g.stride_w;
-  p.segments = g.kh;
-  p.dy_first = -g.pad_top;
-  p.dy_step = g.dil_h;
-  p.dx_first = -g.pad_left;
-  p.dx_last = (g.kw - 1) * g.dil_w - g.pad_left;
   p.bias = bias;
   p.relu = relu;
-  p.per_channel =
-      double(crow[block_rows]) * double(bh * bw) / double(imax<int64_t>(1, g.in_channels));
   const RowBlocks rows{g.groups, b.row_blocks, b.seg_rows, bh};
   run_with_lists(
-      p, rows, g, values, bw, cache, key_of(g, b, 0), threads,
+      p, rows, g, values, bw, cache, key_of(g, b, 0, variant), threads,
       [&](int64_t block) { return int64_t(crow[block + 1] - crow[block]) * bw; },
       [&](ChunkOwner owner, ListVisitor& visitor) { walk_forward(g, b, w, owner, visitor); });
 }
@@ -310,63 +258,49 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
 void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32_t* t_crow,
                   const int32_t* t_row, const int32_t* t_perm, const ConvGeometry& geometry,
                   int64_t bh, int64_t bw, int64_t capacity, ListCache* cache, int threads) {
-  const ConvGeometry g = flatten(geometry, geometry.out_channels);
+  const Variant variant = find_variant({Pass::kConv2dDgrad, geometry, bh, bw, capacity});
+  const ConvGeometry g = flatten(geometry, geometry.out_channels, variant);
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_cols = g.kh * g.kw * b.col_blocks;
-  if (!is_known(cache, key_of(g, b, 1))) {
+  if (!is_known(cache, key_of(g, b, 1, variant))) {
     check_pattern({"t_crow", "t_row", t_crow, t_row, t_perm, block_cols, g.groups * b.row_blocks},
                   capacity, threads);
   }
   if (g.batch * g.in_h * g.in_w * g.in_channels <= 0) return;
-  if (scatters(geometry, int64_t(t_crow[block_cols]) * bh * bw)) {
+  if (scatters_now(geometry, int64_t(t_crow[block_cols]) * bh * bw, variant)) {
     scatter_dgrad(dx, grad, values, t_crow, t_row, t_perm, geometry, bh, bw, threads);
     return;
   }
-  const double per_channel =
-      double(t_crow[block_cols]) * double(bh * bw) / double(imax<int64_t>(1, g.out_channels));
   const Weights w{values, t_crow, t_row, t_perm};
-  for (int64_t y0 = 0; y0 < imin(g.stride_h, g.in_h); ++y0) {
-    Phase f;
-    f.y0 = y0;
-    phase_taps(y0, g.pad_top, g.dil_h, g.stride_h, g.kh, f.ky, f.count_y);
-    if (f.count_y == 0) {
-      clear_pixels(dx, g, y0, -1, threads);
-      continue;
-    }
-    for (int64_t x0 = 0; x0 < imin(g.stride_w, g.in_w); ++x0) {
-      f.x0 = x0;
-      phase_taps(x0, g.pad_left, g.dil_w, g.stride_w, g.kw, f.kx, f.count_x);
-      if (f.count_x == 0) {
-        clear_pixels(dx, g, y0, x0, threads);
-        continue;
-      }
-      Product p{};
-      p.src = {grad, g.out_h, g.out_w, g.batch};
-      p.src_channels = g.out_channels;
-      p.seg_channels = b.seg_rows;
-      p.rows = g.in_channels;
-      p.dst = dx;
-      p.dst_height = g.in_h;
-      p.dst_width = g.in_w;
-      p.first_y = y0;
-      p.first_x = x0;
-      p.every_y = g.stride_h;
-      p.every_x = g.stride_w;
-      p.out_h = ceil_div(g.in_h - y0, g.stride_h);
-      p.out_w = ceil_div(g.in_w - x0, g.stride_w);
-      p.step_y = p.step_x = 1;
-      p.segments = f.count_y;
-      p.source_block = b.bw == 1 ? b.bh : 1;
-      p.taps_x = f.count_x;
-      p.per_channel = per_channel * double(f.count_y * f.count_x) / double(g.kh * g.kw);
-      // Exact divisions: phase_taps chose the taps so.
-      p.dy_first = (y0 + g.pad_top - (f.ky[0] + (f.count_y - 1) * f.ky[1]) * g.dil_h) / g.stride_h;
-      p.dy_step = f.ky[1] * g.dil_h / g.stride_h;
-      p.dx_first = (x0 + g.pad_left - (f.kx[0] + (f.count_x - 1) * f.kx[1]) * g.dil_w) / g.stride_w;
-      p.dx_last = (x0 + g.pad_left - f.kx[0] * g.dil_w) / g.stride_w;
-      run_phase(g, b, f, p, w, cache, threads);
-    }
+  each_phase(
+      g,
+      [&](const Phase& f) {
+        Product p = phase_product(g, b, f, t_crow[block_cols], variant);
+        p.src.data = grad;
+        p.dst = dx;
+        run_phase(g, b, f, p, w, cache, threads);
+      },
+      [&](int64_t y0, int64_t x0) { clear_pixels(dx, g, y0, x0, threads); });
+}
+
+uint64_t conv2d_print(const VariantKey& key, Variant variant) {
+  const bool forward = key.pass == Pass::kConv2d;
+  if (!forward && scatters_now(key.g, key.capacity * key.bh * key.bw, variant)) return 1;
+  const ConvGeometry g = flatten(key.g, forward ? key.g.in_channels : key.g.out_channels, variant);
+  const Blocks b = blocks_of(g, key.bh, key.bw);
+  uint64_t print = mix_print(mix_print(0, g.batch), g.in_w);
+  if (forward) {
+    const Product p = forward_product(g, b, key.capacity, variant);
+    return mix_print(print, int64_t(plan_print(plan_product(p, g, key.bh))));
   }
+  each_phase(
+      g,
+      [&](const Phase& f) {
+        const Product p = phase_product(g, b, f, key.capacity, variant);
+        print = mix_print(print, int64_t(plan_print(plan_product(p, g, key.bw))));
+      },
+      [](int64_t, int64_t) {});
+  return print;
 }
 
 }  // namespace SK_ISA

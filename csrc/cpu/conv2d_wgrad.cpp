@@ -223,9 +223,16 @@ void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32
     zero_floats(dvalues, stored);
     return;
   }
-  const WgradPlan plan = plan_wgrad(g, bh, double(stored) / double(g.out_channels));
+  const WgradPlan plan = plan_wgrad(g, bh, double(stored) / double(g.out_channels),
+                                    find_variant({Pass::kConv2dWgrad, g, bh, bw, capacity}));
   const PatternView p{crow, col, bh, bw, seg_rows, seg_cols, row_blocks, col_blocks, block_rows};
   run_job(g, plan, p, grad, x, dvalues, stored, threads);
+}
+
+uint64_t conv2d_wgrad_print(const VariantKey& key, Variant variant) {
+  const double stored = double(key.capacity) * double(key.bh * key.bw);
+  const double per_row = stored / double(imax<int64_t>(1, key.g.out_channels));
+  return plan_print(plan_wgrad(key.g, key.bh, per_row, variant));
 }
 
 }  // namespace SK_ISA

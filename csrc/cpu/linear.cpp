@@ -25,25 +25,63 @@ constexpr int64_t kGathered = 128 * 1024;
 // What a ListCache keeps apart.
 enum { kForward = 1, kDgrad, kWgrad };
 
-Lines lines_of(const int32_t* starts, const int32_t* index, int64_t count, int64_t bound) {
+// Whether a product reads the pattern's lines as they are; else it takes the lists of the
+// convolutions.
+bool takes_lines(const VariantKey& key, Variant variant) {
+  const int64_t capacity = key.capacity;
+  const bool gathers = key.pass == Pass::kLinearDgrad;
+  if (gathers ? key.bh * key.bw != 1 : !is_column(key.g.out_channels, key.bh, key.bw)) return false;
+  if (variant == Variant::kLists) return false;
+  // The weights are gathered in the order of columns, each from another line of memory: dear where
+  // the values leave the second-level cache. The lists of the convolutions have no such order.
+  // And short columns are quicker with more of the batch at once.
+  const bool dear = gathers && (capacity > kGathered || capacity < 8 * key.g.in_channels);
+  return !dear || variant == Variant::kLines;
+}
+
+int band_log(Variant variant) {
+  return (variant == Variant::kFewerBands) - (variant == Variant::kMoreBands);
+}
+
+uint64_t plan_print(const VariantKey& key, Variant variant) {
+  if (key.pass == Pass::kConv2dWgrad) return conv2d_wgrad_print(key, variant);
+  if (key.pass == Pass::kConv2d || key.pass == Pass::kConv2dDgrad)
+    return conv2d_print(key, variant);
+  if (!takes_lines(key, variant)) return 1;
+  return mix_print(2, band_log(variant));
+}
+
+Lines lines_of(const int32_t* starts, const int32_t* index, int64_t count, int64_t bound,
+               Variant variant) {
   Lines lines{};
   lines.starts = starts;
   lines.index = index;
   lines.count = count;
   lines.bound = bound;
+  lines.band_log = band_log(variant);
   return lines;
 }
 
 void linear(float* y, const float* x, const float* values, const float* bias, const int32_t* crow,
             const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
             int64_t capacity, int64_t batch, bool relu, ListCache* cache, int threads) {
-  if (!is_column(rows, bh, bw)) {
+  const VariantKey key{Pass::kLinear, one_pixel(rows, cols, batch), bh, bw, capacity};
+  const Variant variant = find_variant(key);
+  if (!takes_lines(key, variant)) {
     conv2d(y, x, values, bias, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity, relu,
            cache, threads);
     return;
   }
-  LinearProduct p{
-      lines_of(crow, col, rows / bh, cols), y, x, values, bias, nullptr, batch, cols, bh, relu};
+  LinearProduct p{lines_of(crow, col, rows / bh, cols, variant),
+                  y,
+                  x,
+                  values,
+                  bias,
+                  nullptr,
+                  batch,
+                  cols,
+                  bh,
+                  relu};
   check_lines(p.lines, {"crow_indices", "col_indices", crow, col, nullptr, rows / bh, cols},
               capacity, cache, kForward, threads);
   if (batch > 0) run_linear(p, cache, kForward, threads);
@@ -53,15 +91,14 @@ void linear_dgrad(float* dx, const float* grad, const float* values, const int32
                   const int32_t* t_row, const int32_t* t_perm, int64_t rows, int64_t cols,
                   int64_t bh, int64_t bw, int64_t capacity, int64_t batch, ListCache* cache,
                   int threads) {
-  // The weights are gathered in the order of columns, each from another line of memory: dear where
-  // the values leave the second-level cache. The lists of the convolutions have no such order.
-  // And short columns are quicker with more of the batch at once.
-  if (bh * bw != 1 || capacity > kGathered || capacity < 8 * cols) {
+  const VariantKey key{Pass::kLinearDgrad, one_pixel(rows, cols, batch), bh, bw, capacity};
+  const Variant variant = find_variant(key);
+  if (!takes_lines(key, variant)) {
     conv2d_dgrad(dx, grad, values, t_crow, t_row, t_perm, one_pixel(rows, cols, batch), bh, bw,
                  capacity, cache, threads);
     return;
   }
-  LinearProduct p{lines_of(t_crow, t_row, cols, rows),
+  LinearProduct p{lines_of(t_crow, t_row, cols, rows, variant),
                   dx,
                   grad,
                   values,
@@ -79,12 +116,14 @@ void linear_dgrad(float* dx, const float* grad, const float* values, const int32
 void linear_wgrad(float* dvalues, const float* grad, const float* x, const int32_t* crow,
                   const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
                   int64_t capacity, int64_t batch, ListCache* cache, int threads) {
-  if (!is_column(rows, bh, bw)) {
+  const VariantKey key{Pass::kLinearWgrad, one_pixel(rows, cols, batch), bh, bw, capacity};
+  const Variant variant = find_variant(key);
+  if (!takes_lines(key, variant)) {
     conv2d_wgrad(dvalues, grad, x, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity,
                  threads);
     return;
   }
-  LinearWgrad w{lines_of(crow, col, rows / bh, cols), dvalues, grad, x, batch, bh};
+  LinearWgrad w{lines_of(crow, col, rows / bh, cols, variant), dvalues, grad, x, batch, bh};
   check_lines(w.lines, {"crow_indices", "col_indices", crow, col, nullptr, rows / bh, cols},
               capacity, cache, kForward, threads);
   const int64_t stored = w.lines.entries() * bh;
@@ -99,8 +138,8 @@ void linear_wgrad(float* dvalues, const float* grad, const float* x, const int32
 }  // namespace
 
 const SparseKernels& sparse_kernels_table() {
-  static const SparseKernels table = {linear, linear_dgrad, linear_wgrad,
-                                      conv2d, conv2d_dgrad, conv2d_wgrad};
+  static const SparseKernels table = {linear,       linear_dgrad, linear_wgrad, conv2d,
+                                      conv2d_dgrad, conv2d_wgrad, plan_print};
   return table;
 }
 

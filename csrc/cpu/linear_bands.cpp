@@ -45,6 +45,7 @@ void set_table(Lines& lines, const int32_t* table) {
 }  // namespace
 
 void plan_bands(Lines& lines, int64_t index_bytes, int64_t band_bytes) {
+  band_bytes = lines.band_log < 0 ? band_bytes >> -lines.band_log : band_bytes << lines.band_log;
   const int64_t most = lines.entries() / imax<int64_t>(1, lines.count) / kLeastEntries;
   lines.bands = imax<int64_t>(1, imin(most, ceil_div(lines.bound * index_bytes, band_bytes)));
   lines.width = ceil_div(lines.bound, lines.bands);

@@ -21,6 +21,7 @@ struct Lines {
   int64_t bands, width;    // of indices, in each but the last
   const int32_t *lo, *hi;  // band b of line i: [lo[i * step + b], hi[i * step + b])
   int64_t step;
+  int band_log;  // bands of 2^band_log times the bytes
 
   int64_t entries() const { return starts[count]; }
 };

@@ -59,6 +59,18 @@ double bands_cost(const Product& p, int64_t vectors, double footprint, double pe
          bands * kRowCost / double(vectors);
 }
 
+// More bands, or none.
+void vary_bands(const Product& p, ProductPlan& plan) {
+  if (p.variant == Variant::kOneBand) {
+    plan.band_channels = p.seg_channels;
+    plan.band_segs = p.segments;
+  } else if (p.variant == Variant::kMoreBands) {
+    // One of the two is cut at a time, see choose_bands.
+    int64_t& cut = plan.band_segs > 1 ? plan.band_segs : plan.band_channels;
+    cut = ceil_div(cut, int64_t(2));
+  }
+}
+
 // Bands so that what one reads for a pixel block stays in a near cache, as long as enough non-zeros
 // of a row are left in each to pay for parking the sums.
 void choose_bands(const Product& p, ProductPlan& plan, int64_t pixels) {
@@ -80,6 +92,7 @@ void choose_bands(const Product& p, ProductPlan& plan, int64_t pixels) {
   for (int64_t n = 1; n <= p.segments; ++n) consider(p.seg_channels, ceil_div(p.segments, n));
   for (int64_t n = 2; n <= imin<int64_t>(64, p.seg_channels); ++n)
     consider(ceil_div(p.seg_channels, n), 1);
+  vary_bands(p, plan);
   plan.channel_bands = ceil_div(p.seg_channels, plan.band_channels);
   plan.seg_bands = ceil_div(p.segments, plan.band_segs);
 }
@@ -98,6 +111,25 @@ double slab_cost(const Product& p, int lanes, int64_t h, int64_t w, int64_t pixe
   const double packed = double(h >= p.out_h ? s.height : imin(s.height, h * p.step_y)) / double(h);
   const double twice = double(round_up(w, pixels) - w) / double(w) * p.per_channel * 0.7;
   return kPackCost * columns * packed + moved + fill + twice;
+}
+
+// Half or twice the rows, or where that cannot be, half or twice the width.
+void vary_slab(const Product& p, ProductPlan& plan, int64_t pixels) {
+  const auto even = [&](int64_t h) { return ceil_div(p.out_h, ceil_div(p.out_h, h)); };
+  if (p.variant == Variant::kHalfSlab) {
+    if (plan.rows_h > 1) {
+      plan.rows_h = even(plan.rows_h / 2);
+    } else if (p.out_w / (2 * plan.strips) >= pixels) {
+      plan.strips *= 2;
+    }
+  } else if (p.variant == Variant::kDoubleSlab) {
+    const bool taller = plan.rows_h < p.out_h;
+    const int64_t h = taller ? even(imin(p.out_h, 2 * plan.rows_h)) : plan.rows_h;
+    const int64_t strips = taller ? plan.strips : ceil_div(plan.strips, int64_t(2));
+    if (slab_bytes(p, plan.slab.lanes, h, ceil_div(p.out_w, strips)) > kLargeSlabBytes) return;
+    plan.rows_h = h;
+    plan.strips = strips;
+  }
 }
 
 void choose_slab(const Product& p, ProductPlan& plan, int64_t pixels) {
@@ -120,6 +152,7 @@ void choose_slab(const Product& p, ProductPlan& plan, int64_t pixels) {
       plan.rows_h = h;
     }
   }
+  vary_slab(p, plan, pixels);
   plan.strip_w = ceil_div(p.out_w, plan.strips);
   plan.slab = shape_of(p, lanes, plan.rows_h, plan.strip_w);
 }
@@ -131,9 +164,18 @@ constexpr double kLeastRun = 6.0;
 // Blocks of an output row on average: its sums are loaded and cleared once more than in a gather.
 constexpr double kLeastBlocks = 10.0;
 
+bool scatter_pays(const Product& p, const ProductPlan& plan) {
+  const int64_t groups = p.src_channels / imax<int64_t>(1, p.seg_channels);
+  const int64_t reached = ceil_div(ceil_div(p.rows, groups), plan.scatter_rows);
+  if (p.per_channel < kLeastRun * double(p.taps_x * p.segments * reached)) return false;
+  const double per_row = p.per_channel * double(p.src_channels) / double(imax<int64_t>(1, p.rows));
+  return per_row >= kLeastBlocks * double(p.source_block);
+}
+
 // Whether to scatter, see scatter_rows.h; then lanes and blocks for it.
 bool choose_scatter(const Product& p, ProductPlan& plan, int line_log) {
   if (!kCanScatter || p.source_block < kMaxGroup || p.taps_x < 1) return false;
+  if (p.variant == Variant::kPixelBlocks || p.variant == Variant::kLongRows) return false;
   const int64_t vectors_there = ceil_div(p.src.batch, kLanes);
   int log_v = imin(line_log, log2_floor(vectors_there));
   while (log_v < kScatterLog && (p.out_w << log_v) < (1 << kScatterLog) &&
@@ -141,17 +183,43 @@ bool choose_scatter(const Product& p, ProductPlan& plan, int line_log) {
     ++log_v;
   plan.scatter_log = log_v + imin(kScatterLog - log_v, log2_floor(p.out_w));
   plan.scatter_rows = ceil_div(p.rows, ceil_div(p.rows, kScatterRows));
-  const int64_t groups = p.src_channels / imax<int64_t>(1, p.seg_channels);
-  const int64_t reached = ceil_div(ceil_div(p.rows, groups), plan.scatter_rows);
-  if (p.per_channel < kLeastRun * double(p.taps_x * p.segments * reached)) return false;
-  const double per_row = p.per_channel * double(p.src_channels) / double(imax<int64_t>(1, p.rows));
-  if (per_row < kLeastBlocks * double(p.source_block)) return false;
+  if (p.variant != Variant::kScatterRows && !scatter_pays(p, plan)) return false;
   plan.log_v = log_v;
   plan.max_log_r = 0;
   return true;
 }
 
+// log2 of the vectors per pixel: what the variant says, as far as batch and registers go, else
+// `log_v`.
+int vary_vectors(const Product& p, ProductPlan& plan, int log_v, int64_t block_rows_at_once) {
+  const int asked = int(p.variant) - int(Variant::kOneVector);
+  if (p.variant < Variant::kOneVector || p.variant > Variant::kFourVectors) return log_v;
+  log_v = 0;
+  while (log_v < asked && (int64_t(kLanes) << log_v) < p.src.batch) ++log_v;
+  plan.max_log_r = imin(imin(kMaxLog, log2_floor(block_rows_at_once)), kLogAccumulators - log_v);
+  return log_v;
+}
+
 }  // namespace
+
+uint64_t plan_print(const ProductPlan& plan) {
+  const int64_t fields[] = {plan.slab.lanes,
+                            plan.slab.row_pitch,
+                            plan.log_v,
+                            plan.max_log_r,
+                            plan.rows_h,
+                            plan.strips,
+                            plan.gapless,
+                            plan.long_rows,
+                            plan.band_channels,
+                            plan.band_segs,
+                            plan.scatter,
+                            plan.scatter ? plan.scatter_rows : 0,
+                            plan.scatter ? plan.scatter_log : 0};
+  uint64_t print = 0;
+  for (const int64_t field : fields) print = mix_print(print, field);
+  return print;
+}
 
 int64_t pixels_at_once(int64_t width, int log_r, int log_v) {
   return pow2_floor(
@@ -178,6 +246,7 @@ ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_
          (int64_t(kLanes) << log_v) < p.src.batch &&
          slab_bytes(p, kLanes << (log_v + 1), 1, 1) <= kSlabBytes / 2)
     ++log_v;
+  log_v = vary_vectors(p, plan, log_v, block_rows_at_once);
   plan.log_v = log_v;
   plan.scatter = choose_scatter(p, plan, line_log);
   log_v = plan.log_v;
@@ -186,7 +255,8 @@ ProductPlan plan_product(const Product& p, const ConvGeometry& g, int64_t block_
   const double per_row = p.per_channel * double(p.src_channels) / double(imax<int64_t>(1, p.rows));
   plan.gapless = p.src.batch == kLongStep && p.step_x == 1 && plan.slab.lanes == kLongStep;
   plan.long_rows = !plan.scatter && plan.gapless && p.every_x == 1 && plan.max_log_r == 0 &&
-                   per_row <= kLongRowEntries;
+                   p.variant != Variant::kPixelBlocks &&
+                   (per_row <= kLongRowEntries || p.variant == Variant::kLongRows);
   choose_bands(p, plan, pixels);
   if (plan.long_rows) {
     plan.band_channels = p.seg_channels;

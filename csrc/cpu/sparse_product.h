@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "../variants.h"
 #include "scatter_rows.h"
 #include "scratch.h"
 #include "slab.h"
@@ -35,6 +36,7 @@ struct Product {
   // Neighbouring source channels that share their stored columns (the height of a V x 1 block,
   // seen from its transposed side), 1 if none do; horizontal taps.
   int64_t source_block, taps_x;
+  Variant variant;
 };
 
 // How a product is cut. Chosen from shapes alone, never from the number of threads, wherever it can
@@ -61,6 +63,9 @@ struct ProductPlan {
   int64_t bands() const { return channel_bands * seg_bands; }
   int64_t strip_begin(const Product& p, int64_t strip) const { return p.out_w * strip / strips; }
 };
+
+// A number that tells plans apart.
+uint64_t plan_print(const ProductPlan& plan);
 
 // Output pixels that one kernel call keeps in registers.
 int64_t pixels_at_once(int64_t width, int log_r, int log_v);

@@ -98,7 +98,25 @@ Candidate choose(const ConvGeometry& g, int64_t bh, double per_row) {
   return best;
 }
 
+void vary(const ConvGeometry& g, Variant variant, Candidate& c) {
+  if (variant == Variant::kFewerBands) {
+    c.bands = imax<int64_t>(1, c.bands / 2);
+  } else if (variant == Variant::kMoreBands) {
+    c.bands = imin(imin(kMaxBands, g.in_channels), 2 * c.bands);
+  } else if (variant == Variant::kHalfTiles) {
+    int64_t& side = c.h > 1 ? c.h : c.w;
+    side = ceil_div(side, int64_t(2));
+  } else if (variant == Variant::kDoubleTiles) {
+    int64_t& side = c.h < g.out_h ? c.h : c.w;
+    side = imin(2 * side, &side == &c.h ? g.out_h : g.out_w);
+  }
+}
+
 }  // namespace
+
+uint64_t plan_print(const WgradPlan& plan) {
+  return mix_print(mix_print(mix_print(0, plan.band_channels), plan.tile_h), plan.tile_w);
+}
 
 WgradTile WgradPlan::locate(const ConvGeometry& g, int64_t index) const {
   WgradTile t;
@@ -157,8 +175,9 @@ int64_t WgradPlan::list_regions(const ConvGeometry& g, const WgradTile& t,
   return count;
 }
 
-WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, double per_row) {
-  const Candidate best = choose(g, bh, per_row);
+WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, double per_row, Variant variant) {
+  Candidate best = choose(g, bh, per_row);
+  vary(g, variant, best);
   WgradPlan plan;
   plan.pixel = g.batch;
   plan.x_row = g.in_w * g.batch;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "../variants.h"
 #include "sparse_dots.h"
 
 namespace sk {
@@ -51,7 +52,10 @@ struct WgradPlan {
 
 // `bh`: rows of a block; `per_row`: mean number of stored elements per row of the matrix. Throws
 // std::invalid_argument if a band of channels is beyond 32-bit offsets.
-WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, double per_row);
+WgradPlan plan_wgrad(const ConvGeometry& g, int64_t bh, double per_row, Variant variant);
+
+// A number that tells plans apart.
+uint64_t plan_print(const WgradPlan& plan);
 
 }  // namespace SK_ISA
 }  // namespace sk

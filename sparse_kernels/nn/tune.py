@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_kernels import plan_cache, plan_measure
-from sparse_kernels.nn import _tune_problem
+from sparse_kernels import plan_cache, plan_measure, plan_variants
+from sparse_kernels.nn import _tune_problem, _tune_variants
 from sparse_kernels.nn._tune_problem import Layout, Problem
 from sparse_kernels.nn.base import COMPRESSED, DENSE_MASKED, DENSE_MASKED_ABOVE, SparseLayer
 from sparse_kernels.nn.tune_report import Source, TuneReport, TuneRow
@@ -46,6 +46,7 @@ class Decision:
     source: Source = "rule"
     settled: str = ""
     input_shape: tuple[int, ...] = ()
+    variants: _tune_variants.Choices = field(default_factory=dict)
 
 
 def enabled() -> bool:
@@ -56,7 +57,10 @@ def enabled() -> bool:
 def by_rule(density: float, input_shape: tuple[int, ...]) -> Decision:
     """The decision without measurement: dense-masked above ``DENSE_MASKED_ABOVE``."""
     storage = DENSE_MASKED if density > DENSE_MASKED_ABOVE else COMPRESSED
-    return Decision(storage, "channels_last", DENSE_MASKED_ABOVE, input_shape=input_shape)
+    variants = _tune_variants.all_by_rule()
+    return Decision(
+        storage, "channels_last", DENSE_MASKED_ABOVE, input_shape=input_shape, variants=variants
+    )
 
 
 def plan_layers(
@@ -71,7 +75,8 @@ def plan_layers(
 ) -> dict[SparseLayer, Decision]:
     """A decision for every sparse layer of ``model`` that a run on ``example`` calls.
 
-    Nothing is changed.  Equal problems at equal densities (to the bucket) are measured once.
+    Nothing is changed but the table of variants (``plan_variants``).  Equal problems at equal
+    densities (to the bucket) are measured once.
     Arguments are those of ``training.tune``; ``measure`` is ``plan_measure.measure`` or a stand-in.
     """
     found = _tune_problem.problems(model, example, training, layout)
@@ -107,9 +112,16 @@ def report(model: nn.Module, decisions: dict[SparseLayer, Decision]) -> TuneRepo
                 break_even=layer.dense_above,
                 source="not called" if made is None else made.source,
                 settled="" if made is None else made.settled,
+                variants={} if made is None else _others(made),
             )
         )
     return TuneReport(rows)
+
+
+def _others(made: Decision) -> dict[str, tuple[str, float]]:
+    """The passes that do not go by the built-in rule."""
+    choices = made.variants.items()
+    return {name: (c.name, c.gain) for name, c in choices if c.name != plan_variants.RULE}
 
 
 def _milliseconds(seconds: float | None) -> float | None:
@@ -152,6 +164,7 @@ def _decide(
         source,
         point["settled"],
         problem.shape,
+        _tune_variants.from_entry(point["variants"]),
     )
 
 
@@ -164,6 +177,7 @@ def _checked(entry: dict[str, Any] | None) -> dict[str, Any] | None:
         for point in entry["points"].values():
             assert min(float(point[k]) for k in ("ratio", "compressed", "dense_masked")) > 0
             assert isinstance(point["settled"], str)
+            _tune_variants.from_entry(point["variants"])
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
         return None
     return entry
@@ -177,6 +191,8 @@ def _measured(
     masked = _tune_problem.dense_masked_calls(problem)
     if entry is not None:
         masked = {entry["image_format"]: masked[entry["image_format"]]}
+    # First, so that the storages are compared with the variants in use.
+    choices = _tune_variants.measured(problem, layer.pattern, seconds / 2, measure)
     here = _tune_problem.compressed_call(problem, layer.pattern.clone())
     result = measure({COMPRESSED: here, **masked}, seconds=seconds)
     image_format = min(masked, key=lambda name: result.ratio(name, COMPRESSED))
@@ -186,6 +202,7 @@ def _measured(
         "compressed": result.seconds[COMPRESSED],
         "dense_masked": result.seconds[image_format],
         "settled": result.settled,
+        "variants": _tune_variants.to_entry(choices),
     }
     if entry is not None:
         return {**entry, "points": {**entry["points"], bucket: point}}
@@ -304,5 +321,8 @@ def agreed(
 
 
 def apply(layer: SparseLayer, made: Decision) -> None:
-    """Give the layer the facts of a decision; moving it to its storage is the caller's part."""
+    """Give the layer the facts of a decision, and its variants to the native core; moving it to
+    its storage is the caller's part.
+    """
+    _tune_variants.use(layer, made.input_shape, made.variants)
     layer.dense_above, layer.image_format = made.break_even, made.image_format

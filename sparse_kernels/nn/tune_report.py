@@ -27,6 +27,8 @@ class TuneRow:
             model (the layer then keeps what it had).
         settled: "certain", "equal" (a difference that does not matter) or "time" (the cap came
             first); empty where nothing was measured.
+        variants: of the passes (forward, dgrad, wgrad) that do not go by the built-in rule where
+            the layer is compressed, the variant and how much faster it was (time / time).
     """
 
     name: str
@@ -42,11 +44,12 @@ class TuneRow:
     break_even: float
     source: Source
     settled: str = ""
+    variants: dict[str, tuple[str, float]] = field(default_factory=dict)
 
 
 _HEAD = (
     *("layer", "weight", "input", "density", "compressed", "dense-masked", "dense"),
-    *("chosen", "break-even", "from"),
+    *("chosen", "break-even", "variants", "from"),
 )
 
 
@@ -87,5 +90,6 @@ def _cells(row: TuneRow) -> tuple[str, ...]:
         *("-" if time is None else f"{time:.3f}" for time in times),
         row.chosen,
         f"{100 * row.break_even:.3g} %",
+        ", ".join(f"{name} {variant}" for name, (variant, _) in row.variants.items()) or "-",
         origin,
     )
