@@ -19,8 +19,8 @@ bool is_column(int64_t rows, int64_t bh, int64_t bw) {
   return bw == 1 && rows % bh == 0 && (bh <= 2 || bh % 4 == 0);
 }
 
-// Weights that dgrad's own kernel gathers: 512 KB.
-constexpr int64_t kGathered = 128 * 1024;
+// Weights that dgrad's own kernel gathers: 1 MB.
+constexpr int64_t kGathered = 256 * 1024;
 
 // What a ListCache keeps apart.
 enum { kForward = 1, kDgrad, kWgrad };
@@ -55,8 +55,7 @@ void linear_dgrad(float* dx, const float* grad, const float* values, const int32
                   int threads) {
   // The weights are gathered in the order of columns, each from another line of memory: dear where
   // the values leave the second-level cache. The lists of the convolutions have no such order.
-  // And short columns are quicker with more of the batch at once.
-  if (bh * bw != 1 || capacity > kGathered || capacity < 8 * cols) {
+  if (bh * bw != 1 || capacity > kGathered) {
     conv2d_dgrad(dx, grad, values, t_crow, t_row, t_perm, one_pixel(rows, cols, batch), bh, bw,
                  capacity, cache, threads);
     return;
