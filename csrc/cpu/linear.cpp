@@ -19,8 +19,8 @@ bool is_column(int64_t rows, int64_t bh, int64_t bw) {
   return bw == 1 && rows % bh == 0 && (bh <= 2 || bh % 4 == 0);
 }
 
-// Weights that dgrad's own kernel gathers: 512 KB.
-constexpr int64_t kGathered = 128 * 1024;
+// Weights that dgrad's own kernel gathers: 1 MB.
+constexpr int64_t kGathered = 256 * 1024;
 
 // What a ListCache keeps apart.
 enum { kForward = 1, kDgrad, kWgrad };
@@ -28,14 +28,12 @@ enum { kForward = 1, kDgrad, kWgrad };
 // Whether a product reads the pattern's lines as they are; else it takes the lists of the
 // convolutions.
 bool takes_lines(const VariantKey& key, Variant variant) {
-  const int64_t capacity = key.capacity;
   const bool gathers = key.pass == Pass::kLinearDgrad;
   if (gathers ? key.bh * key.bw != 1 : !is_column(key.g.out_channels, key.bh, key.bw)) return false;
   if (variant == Variant::kLists) return false;
   // The weights are gathered in the order of columns, each from another line of memory: dear where
   // the values leave the second-level cache. The lists of the convolutions have no such order.
-  // And short columns are quicker with more of the batch at once.
-  const bool dear = gathers && (capacity > kGathered || capacity < 8 * key.g.in_channels);
+  const bool dear = gathers && key.capacity > kGathered;
   return !dear || variant == Variant::kLines;
 }
 

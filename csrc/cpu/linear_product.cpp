@@ -2,8 +2,13 @@
 // is packed in groups of lanes.
 //
 // In [feature][batch] the pieces of one group of lanes lie a power of two apart and share few cache
-// sets; packed as [group][feature][lanes] a band of them fills a cache evenly, every load is
-// aligned, and the batch's last lanes are zeros in memory.
+// sets; packed as [feature][lanes] a band of them fills a cache evenly, every load is aligned, and
+// the batch's last lanes are zeros in memory.
+//
+// Every thread packs what it reads itself. What another core has just written is read at the speed
+// of the link between two cores, which can be slower than memory, and small layers would wait for
+// it longer than they compute. So threads share out groups of lanes first, lines only where there
+// are more threads than groups.
 #include "linear_product.h"
 
 #include "linear_lines.h"
@@ -12,8 +17,8 @@ namespace sk {
 namespace SK_ISA {
 namespace {
 
-// Below so many multiply-adds of a vector, waking other threads costs more than it saves.
-constexpr int64_t kWorthThreads = 1 << 14;
+// So many multiply-adds of a vector are worth a thread; fewer cost less than waking it.
+constexpr int64_t kWorthThread = 1 << 13;
 
 // What one pass over the packed operand may read at random: half of a second-level cache of 512 KB.
 constexpr int64_t kBandBytes = 256 * 1024;
@@ -30,18 +35,14 @@ LinesKernel kernel_for(int rows, int64_t vectors) {
   return lines_kernel_of<1, max_vectors(1)>(vectors);
 }
 
-// Source rows [begin, end) into [group][source][lanes of the group].
-void pack(float* packed, const LinearProduct& p, const LaneGroups& groups, int64_t begin,
-          int64_t end) {
-  for (int64_t source = begin; source < end; ++source) {
+// All source rows' lanes of one group as [source][lanes of the group].
+void pack(float* packed, const LinearProduct& p, const LaneGroups& groups, int64_t group) {
+  const int64_t first = groups.first(group), size = groups.size(group);
+  for (int64_t source = 0; source < p.sources; ++source, packed += size * kLanes) {
     const float* row = p.x + source * p.batch;
-    for (int64_t group = 0; group < groups.count; ++group) {
-      const int64_t first = groups.first(group), size = groups.size(group);
-      float* to = packed + (first * p.sources + source * size) * kLanes;
-      for (int64_t v = 0; v < size; ++v) {
-        const int64_t at = (first + v) * kLanes, rest = p.batch - at;
-        vstore(to + v * kLanes, rest >= kLanes ? vload(row + at) : vload_part(row + at, rest));
-      }
+    for (int64_t v = 0; v < size; ++v) {
+      const int64_t at = (first + v) * kLanes, rest = p.batch - at;
+      vstore(packed + v * kLanes, rest >= kLanes ? vload(row + at) : vload_part(row + at, rest));
     }
   }
 }
@@ -53,7 +54,7 @@ void run_lines(const LinearProduct& p, const LaneGroups& groups, int64_t group, 
   const int rows = p.line_rows % 4 == 0 ? 4 : int(p.line_rows);
   const LinesKernel run = kernel_for(rows, size);
   LinesCall c{};
-  c.x = packed ? packed + first * p.sources * kLanes : p.x;
+  c.x = packed ? packed : p.x;
   c.x_pitch = size * kLanes;
   c.step = p.lines.step;
   c.index = p.lines.index;
@@ -76,46 +77,55 @@ void run_lines(const LinearProduct& p, const LaneGroups& groups, int64_t group, 
   }
 }
 
+int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
+
+// Share `share` of `shares`: groups of lanes in order, each cut in as many stretches of lines as
+// give all shares the same.
+void run_share(const LinearProduct& p, const LaneGroups& groups, int64_t share, int64_t shares,
+               float* packed, const float* weights) {
+  const int64_t splits = shares / common_divisor(groups.count, shares);
+  const int64_t items = groups.count * splits;
+  int64_t held = -1;
+  for (int64_t item = items * share / shares; item < items * (share + 1) / shares; ++item) {
+    const int64_t group = item / splits, split = item % splits;
+    if (packed && group != held) pack(packed, p, groups, group);
+    held = group;
+    run_lines(p, groups, group, packed, weights, split_line(p.lines, split, splits),
+              split_line(p.lines, split + 1, splits));
+  }
+}
+
 }  // namespace
 
 void run_linear(LinearProduct& p, ListCache* cache, int64_t kernel, int threads) {
   LaneGroups groups;
   groups.vectors = ceil_div(p.batch, kLanes);
   groups.count = ceil_div(groups.vectors, max_vectors(p.line_rows % 4 == 0 ? 4 : int(p.line_rows)));
-  plan_bands(p.lines, ceil_div(groups.vectors, groups.count) * kVecBytes, kBandBytes);
+  const int64_t widest = ceil_div(groups.vectors, groups.count) * kVecBytes;
+  plan_bands(p.lines, widest, kBandBytes);
   const int64_t entries = p.lines.entries();
-  if (entries * p.line_rows * groups.vectors < kWorthThreads) threads = 1;
+  const int64_t worth = entries * p.line_rows * groups.vectors / kWorthThread;
+  threads = int(imax<int64_t>(1, imin<int64_t>(threads, worth)));
   const bool packs = groups.count > 1 || p.batch % kLanes != 0;
-  const size_t packed_bytes = packs ? size_t(p.sources * groups.vectors) * kVecBytes : 0;
+  const size_t packed_bytes = packs ? ScratchLease::padded(size_t(p.sources * widest)) : 0;
   const size_t weight_bytes = p.perm ? size_t(entries) * 4 : 0;
-  ScratchLease lease(bands_scratch(p.lines) + ScratchLease::padded(packed_bytes) +
+  ScratchLease lease(bands_scratch(p.lines) + packed_bytes * size_t(threads) +
                      ScratchLease::padded(weight_bytes));
   find_bands(p.lines, 1, cache, kernel, lease, threads);
-  float* packed = packs ? static_cast<float*>(lease.take(packed_bytes)) : nullptr;
+  char* packed = packs ? static_cast<char*>(lease.take(packed_bytes * size_t(threads))) : nullptr;
   float* gathered = p.perm ? static_cast<float*>(lease.take(weight_bytes)) : nullptr;
   const float* weights = gathered ? gathered : p.values;
-  const int64_t splits =
-      threads == 1 ? 1 : imin(p.lines.count, ceil_div(4 * int64_t(threads), groups.count));
-  const int64_t pieces = threads == 1 ? 1 : 4 * int64_t(threads);
 #pragma omp parallel num_threads(threads)
   {
-    if (packed) {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < pieces; ++i)
-        pack(packed, p, groups, p.sources * i / pieces, p.sources * (i + 1) / pieces);
-    }
     if (gathered) {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < pieces; ++i)
-        for (int64_t e = entries * i / pieces; e < entries * (i + 1) / pieces; ++e)
-          gathered[e] = p.values[p.perm[e]];
+#pragma omp for schedule(static)
+      for (int64_t e = 0; e < entries; ++e) gathered[e] = p.values[p.perm[e]];
     }
-#pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < groups.count * splits; ++item) {
-      const int64_t group = item / splits, split = item % splits;
-      run_lines(p, groups, group, packed, weights, split_line(p.lines, split, splits),
-                split_line(p.lines, split + 1, splits));
+#pragma omp for schedule(static, 1)
+    for (int64_t share = 0; share < threads; ++share) {
+      run_share(p, groups, share, threads,
+                packed ? reinterpret_cast<float*>(packed + packed_bytes * size_t(share)) : nullptr,
+                weights);
     }
   }
 }
