@@ -58,7 +58,7 @@ def draw(seed: int, index: int, largest: float = LARGEST) -> dict[str, Any]:
             row["in"], row["out"] = rng.choice(sizes), rng.choice(sizes[1:])
             row["kernel"], row["stride"] = rng.choice([1, 3, 3, 3, 5, 7]), rng.choice([1, 1, 1, 2])
             row["image"] = rng.choice([2, 4, 7, 8, 14, 16, 28, 32, 56])
-            pixels = -((-row["image"] // row["stride"]) ** 2)
+            pixels = (-(-row["image"] // row["stride"])) ** 2
             work = row["batch"] * row["in"] * row["out"] * row["kernel"] ** 2 * pixels
         if work <= largest:
             return row

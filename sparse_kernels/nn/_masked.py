@@ -47,11 +47,11 @@ def linear(layer: SparseLinear, x: Tensor) -> Tensor | None:
     try:
         if not (_grad_enabled() and values.requires_grad):  # type: ignore[union-attr]
             return functional.linear(x, values, bias)  # type: ignore[arg-type]
-        if bias is not None and x.dim() == 2 and not _autocast():
+        if x.dim() == 2 and not _autocast():
             # What functional.linear makes of these: its view of the weight serves as ours.
             weight = values.t()  # type: ignore[union-attr]
             _hook(weight, layer, "transposed", _transposed)
-            return torch.addmm(bias, x, weight)
+            return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
         weight = values.view_as(values)  # type: ignore[union-attr,arg-type]
         _hook(weight, layer, "itself", _itself)
         return functional.linear(x, weight, bias)

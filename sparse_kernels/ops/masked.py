@@ -69,7 +69,7 @@ def clearing_hook(mask: Tensor) -> Callable[[Tensor], Tensor | None]:
     when the hook is called.
     """
     native, count = native_or_none(), mask.numel()
-    orders = _orders(mask) if native is not None and mask.device.type == "cpu" else frozenset()
+    orders = _orders(mask) if native is not None and mask.device.type == "cpu" else ()
 
     def clear(grad: Tensor) -> Tensor | None:
         # Dispatch keys are not looked at: the gradient is a product's own result.  Those of a
@@ -88,13 +88,13 @@ def clearing_hook(mask: Tensor) -> Callable[[Tensor], Tensor | None]:
     return clear
 
 
-def _orders(mask: Tensor) -> frozenset[tuple[int, ...]]:
+def _orders(mask: Tensor) -> tuple[tuple[int, ...], ...]:
     """Strides by which a tensor of ``mask``'s shape has the mask's memory order."""
     found = {mask.stride()}
     for name in (torch.contiguous_format, torch.channels_last) if mask.dim() == 4 else ():
         if mask.is_contiguous(memory_format=name):  # a size of 1 may have any stride
             found.add(torch.empty(mask.shape, device="meta", memory_format=name).stride())
-    return frozenset(found)
+    return tuple(found)
 
 
 def in_dtype_of(x: Tensor, dense: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
