@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ ORDERS = {
 def way(request, monkeypatch):
     """Both ways of masking: the hook for small weights, the Function for the others."""
     if request.param == "function":
-        monkeypatch.setattr(_masked, "SMALL_WEIGHT", 0)
+        monkeypatch.setattr(_masked, "_is_usual", lambda *_: False)
     return request.param
 
 
@@ -132,17 +133,76 @@ def test_second_derivatives(order, way) -> None:
         assert torch.autograd.gradgradcheck(function, (x, weight))
 
 
-def test_the_hook_stays_one_and_goes_with_the_storage() -> None:
+def test_the_hook_is_on_no_parameter_and_goes_with_the_mask() -> None:
     layer = masked(SparseLinear(6, 5, density=0.4))
     other = layer.values.detach().clone().requires_grad_()
-    for _ in range(3):
-        layer(torch.randn(2, 6)).sum().backward()
-        torch.func.functional_call(layer, {"values": other}, (torch.randn(2, 6),)).sum().backward()
-    assert len(layer.values._backward_hooks) == len(other._backward_hooks) == 1
-    assert not other.grad[~layer.mask].any()
+    x = torch.randn(2, 6)
+    layer(x).sum().backward()
+    torch.func.functional_call(layer, {"values": other}, (x,)).sum().backward()
+    assert not layer.values._backward_hooks and not other._backward_hooks
+    assert torch.equal(other.grad, layer.values.grad) and not other.grad[~layer.mask].any()
+    layer.zero_grad()
+    before, y = layer.mask, layer(x)
+    layer.mask = ~before  # another mask: the old graph has its own
+    layer(x).sum().backward()
+    assert not layer.values.grad[before].any() and layer.values.grad[~before].any()
+    layer.zero_grad()
+    y.sum().backward()
+    assert torch.equal(layer.values.grad, other.grad)
     layer.to_storage_("compressed")
-    assert not layer.values._backward_hooks
-    layer(torch.randn(2, 6)).sum().backward()
+    layer(x).sum().backward()
+
+
+USES = {
+    "linear": (lambda: masked(SparseLinear(6, 5, density=0.4)), (4, 6)),
+    "without bias": (lambda: masked(SparseLinear(6, 5, False, density=0.4)), (4, 6)),
+    "three dimensions": (lambda: masked(SparseLinear(6, 5, density=0.4)), (2, 3, 6)),
+    "conv": (lambda: make(CONVS[0]), (2, 8, 5, 5)),
+    "1x1": (lambda: make(CONVS[1]), (2, 8, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("image_format", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("use", USES)
+def test_a_layer_used_twice_and_graphs_used_twice(use, image_format, way) -> None:
+    build, shape = USES[use]
+    layer = build()
+    layer.image_format = image_format
+    order = ORDERS[image_format] if len(shape) == 4 else ORDERS["contiguous"]
+    a, b = (order(torch.randn(shape)) for _ in range(2))
+    once = [torch.autograd.grad((layer(x) ** 2).sum(), layer.values)[0] for x in (a, b)]
+    assert all(g.any() and not g[~layer.mask].any() for g in once)
+    loss = (layer(a) ** 2).sum() + (layer(b) ** 2).sum()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(layer.values.grad, once[0] + once[1])
+    loss.backward()
+    torch.testing.assert_close(layer.values.grad, 2 * (once[0] + once[1]))
+
+
+def test_a_graph_outlives_its_layer(way) -> None:
+    layer = masked(SparseLinear(6, 5, density=0.4))
+    values, mask, gone = layer.values, layer.mask, weakref.ref(layer)
+    y = layer(torch.randn(2, 6))
+    del layer
+    assert gone() is None, "the graph keeps its layer alive"
+    y.sum().backward()
+    assert values.grad.any() and not values.grad[~mask].any()
+
+
+def test_a_missing_gradient_is_no_error(way) -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    layer = masked(SparseLinear(6, 5, density=0.4))
+    Nothing.apply(layer(torch.randn(2, 6))).sum().backward()
+    grad = layer.values.grad  # the Function is handed zeros
+    assert grad is None or not grad.any()
 
 
 def test_copies_and_loaded_layers_mask_too() -> None:
@@ -158,13 +218,23 @@ def test_copies_and_loaded_layers_mask_too() -> None:
 
 
 def test_nobody_elses_gradient_is_touched() -> None:
-    """values + other hands ONE gradient tensor to both; masking in place would ruin the other's."""
+    """values + other hands ONE gradient tensor to both; what masks in place must not see it."""
     layer = masked(SparseLinear(6, 5, density=0.4))
     other = nn.Parameter(torch.zeros(5, 6))
-    layer(torch.randn(2, 6))  # registers the hook
-    ((layer.values + other) * torch.ones(5, 6)).sum().backward()
+    seen: list[torch.Tensor] = []
+    layer.values.register_hook(seen.append)
+    weight = layer.dense_matrix() + other  # the differentiable weight, whose gradient is masked
+    (weight * torch.ones(5, 6)).sum().backward()
     assert torch.equal(other.grad, torch.ones(5, 6))
     assert torch.equal(layer.values.grad, layer.mask.float())
+    # Together with the layer itself: its share is masked, the others' gradients are theirs.
+    layer.zero_grad()
+    x = torch.randn(2, 6)
+    (layer(x).sum() + ((layer.values + other) * torch.ones(5, 6)).sum()).backward()
+    assert torch.equal(other.grad, torch.full((5, 6), 2.0))
+    expected = torch.where(layer.mask, x.sum(0).expand(5, 6), 0) + 1
+    torch.testing.assert_close(layer.values.grad, expected)
+    torch.testing.assert_close(seen[-1], expected)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (40, 1000), (257, 300)])

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels.nn import _checkpoint, _masked
+from sparse_kernels.nn import _checkpoint
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
 from sparse_kernels.nn._parameter import replace_data
 from sparse_kernels.nn._weight_view import read_only
@@ -57,6 +57,8 @@ class SparseLayer(nn.Module, abc.ABC):
     t_perm: Tensor
     mask: Tensor
     probe: Tensor | None
+    #: What ``_masked`` hooks to views of the values: the mask, the view's name, the hooks.
+    _mask_hooks: tuple[Tensor, str, dict[int, Callable[[Tensor], Tensor | None]]] | None = None
 
     def __init__(
         self,
@@ -149,7 +151,7 @@ class SparseLayer(nn.Module, abc.ABC):
         self._buffers["mask"] = None
         self.storage = COMPRESSED
         self._pattern = pattern
-        _masked.remove_hook(self)
+        self._mask_hooks = None
 
     def _register_mask(self, mask: Tensor) -> None:
         for name in _INDEX_NAMES:
@@ -349,7 +351,8 @@ class SparseLayer(nn.Module, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the pattern view is rebuilt, a probe is not copied."""
-        return {**self.__dict__, "_pattern": None, "_pattern_source": None, "probe": None}
+        fresh = dict.fromkeys(("_pattern", "_pattern_source", "_mask_hooks", "probe"))
+        return {**self.__dict__, **fresh}
 
     def _load_from_state_dict(
         self,

@@ -16,7 +16,7 @@ from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
-from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
+from sparse_kernels.nn.base import COMPRESSED, DENSE_MASKED, SparseLayer
 from sparse_kernels.pattern import SparsityPattern
 
 Size = int | Sequence[int]
@@ -133,22 +133,30 @@ class SparseConv2d(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H_out, W_out], or both unbatched; ValueError otherwise."""
+        y = None
+        if self.padding_mode == "zeros":
+            if self.storage == DENSE_MASKED:
+                y = _masked.conv2d(self, x)
+            elif x.dim() == 4 and x.shape[1] == self.in_channels:
+                y = ops.short_conv2d(x, operands(self), self.geometry)
+        return self._checked_forward(x) if y is None else y
+
+    def _checked_forward(self, x: Tensor) -> Tensor:
+        """``forward`` for all that is unusual, or wrong."""
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
                 f"SparseConv2d expected an input [N, {self.in_channels}, H, W] or "
                 f"[{self.in_channels}, H, W], got shape {tuple(x.shape)}; permute it to channels "
                 "first or build the layer with its number of channels"
             )
-        if self.padding_mode != "zeros":
-            check_operand(self, x)
-            x = functional.pad(x, self._image_pads, mode=self.padding_mode)
-        if self.storage == DENSE_MASKED:
-            return _masked.conv2d(self, x)
-        y = ops.short_conv2d(x, operands(self), self.geometry)
-        if y is not None:  # else something is unusual, or wrong
-            return y
         check_operand(self, x)
-        return ops.conv2d(x, *operands(self), geometry=self.geometry)
+        if self.padding_mode != "zeros":
+            x = functional.pad(x, self._image_pads, mode=self.padding_mode)
+        g = self.geometry
+        if self.storage == COMPRESSED:
+            return ops.conv2d(x, *operands(self), geometry=g)
+        rest = (self.values, self.mask, self.bias, self.probe)
+        return ops.masked_conv2d(x, *rest, geometry=g, image_format=self.image_format)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from sparse_kernels.nn import _masked
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
-from sparse_kernels.nn.base import COMPRESSED, SparseLayer
+from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
 from sparse_kernels.pattern import SparsityPattern
 
 
@@ -65,19 +65,24 @@ class SparseLinear(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]; ValueError for another last dimension."""
+        y = None
+        if self.storage == DENSE_MASKED:
+            y = _masked.linear(self, x)
+        elif x.dim() == 2 and x.shape[1] == self.in_features:
+            y = ops.short_linear(x, operands(self), self.out_features)
+        return self._checked_forward(x) if y is None else y
+
+    def _checked_forward(self, x: Tensor) -> Tensor:
+        """``forward`` for all that is unusual, or wrong."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"SparseLinear expected an input [..., {self.in_features}], got shape "
                 f"{tuple(x.shape)}; reshape it or build the layer with in_features="
                 f"{x.shape[-1] if x.dim() else 1}"
             )
-        if self.storage == COMPRESSED:
-            y = ops.short_linear(x, operands(self), self.out_features)
-            if y is not None:  # else something is unusual, or wrong
-                return y
-        else:
-            return _masked.linear(self, x)
         check_operand(self, x)
+        if self.storage == DENSE_MASKED:
+            return ops.masked_linear(x, self.values, self.mask, self.bias, self.probe)
         return ops.linear(x, *operands(self), out_features=self.out_features)
 
     def matrix_to_weight(self, matrix: Tensor) -> Tensor:

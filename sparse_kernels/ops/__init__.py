@@ -9,6 +9,7 @@ from sparse_kernels.ops.linear import SparseLinearFunction, linear, short_linear
 from sparse_kernels.ops.masked import (
     MaskedWeightFunction,
     clear_outside,
+    clearing_hook,
     masked_linear,
     masked_weight,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_pool",
     "clear_outside",
+    "clearing_hook",
     "conv2d",
     "dropout",
     "linear",

@@ -7,6 +7,7 @@ input (which BLAS reads as it is) gives a feature-major output and gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sparse_kernels.ops.linear import autocast
 
 _grad_enabled = _C.is_grad_enabled
 _modes = _C._len_torch_dispatch_stack
+_transforms = _C._are_functorch_transforms_active
 
 
 def native_for(grad: Tensor) -> Any:
@@ -57,6 +59,42 @@ def cleared(grad: Tensor, mask: Tensor, own: bool) -> Tensor:
     at = grad.data_ptr()
     native.clear_outside(at, at, mask.data_ptr(), grad.numel(), torch.get_num_threads())
     return grad
+
+
+def clearing_hook(mask: Tensor) -> Callable[[Tensor], Tensor | None]:
+    """A hook for a tensor of ``mask``'s shape that clears its gradient outside of the mask.
+
+    In place where the gradient is float32 in the mask's memory order: only for a tensor that one
+    product reads, so that nobody else can hold its gradient.  ``mask`` may be a view; it is read
+    when the hook is called.
+    """
+    native, count = native_or_none(), mask.numel()
+    orders = _orders(mask) if native is not None and mask.device.type == "cpu" else ()
+
+    def clear(grad: Tensor) -> Tensor | None:
+        # Dispatch keys are not looked at: the gradient is a product's own result.  Those of a
+        # batched, traced or user-defined kind show in what is asked here.
+        if (
+            type(grad) is Tensor
+            and grad.dtype is torch.float32
+            and not (_grad_enabled() or _modes() or _transforms())
+            and grad.stride() in orders
+        ):
+            at = grad.data_ptr()
+            native.clear_outside(at, at, mask.data_ptr(), count, torch.get_num_threads())
+            return None
+        return None if grad is None else grad.masked_fill(~mask, 0)
+
+    return clear
+
+
+def _orders(mask: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Strides by which a tensor of ``mask``'s shape has the mask's memory order."""
+    found = {mask.stride()}
+    for name in (torch.contiguous_format, torch.channels_last) if mask.dim() == 4 else ():
+        if mask.is_contiguous(memory_format=name):  # a size of 1 may have any stride
+            found.add(torch.empty(mask.shape, device="meta", memory_format=name).stride())
+    return tuple(found)
 
 
 def in_dtype_of(x: Tensor, dense: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
