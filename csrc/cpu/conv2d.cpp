@@ -184,26 +184,6 @@ ConvGeometry flatten(const ConvGeometry& g, int64_t channels) {
   return flat;
 }
 
-// `kernel`: 0 forward, else 1 + the phase of dgrad.
-ListKey key_of(const ConvGeometry& g, const Blocks& b, int64_t kernel) {
-  ListKey key;
-  static_assert(sizeof(g) + 4 * 8 <= sizeof(key.fields), "ListKey must hold a geometry");
-  std::memcpy(key.fields, &g, sizeof(g));
-  int64_t* rest = key.fields + sizeof(g) / 8;
-  rest[0] = b.bh;
-  rest[1] = b.bw;
-  rest[2] = kernel;
-  rest[3] = kLanes;  // what tells the instruction sets' plans apart
-  return key;
-}
-
-// Whether lists of this key, and therefore checked indices, are in the cache.
-bool is_known(ListCache* cache, const ListKey& key) {
-  if (!cache) return false;
-  const ListLock lock(*cache);
-  return cache->find(key) != nullptr;
-}
-
 // The stored blocks of one input channel, for scatter_lists.h; blocks one column wide.
 template <class Visit>
 void walk_column(const ConvGeometry& g, const Blocks& b, const Phase& f, const Weights& w,
@@ -222,7 +202,7 @@ void walk_column(const ConvGeometry& g, const Blocks& b, const Phase& f, const W
 
 void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, const Product& p,
                const Weights& w, ListCache* cache, int threads) {
-  const ListKey key = key_of(g, b, 1 + f.y0 * g.stride_w + f.x0);
+  const ListKey key = list_key(g, b.bh, b.bw, 1 + f.y0 * g.stride_w + f.x0);
   const ProductPlan plan = plan_product(p, g, b.bw);
   if (plan.scatter) {
     const SourceBlocks source{g.groups, b.row_blocks, b.seg_rows,
@@ -273,7 +253,7 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
   const ConvGeometry g = flatten(geometry, geometry.in_channels);
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_rows = g.groups * b.row_blocks;
-  if (!is_known(cache, key_of(g, b, 0))) {
+  if (!is_known(cache, list_key(g, b.bh, b.bw, 0))) {
     check_pattern(
         {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * b.col_blocks},
         capacity, threads);
@@ -302,7 +282,7 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
       double(crow[block_rows]) * double(bh * bw) / double(imax<int64_t>(1, g.in_channels));
   const RowBlocks rows{g.groups, b.row_blocks, b.seg_rows, bh};
   run_with_lists(
-      p, rows, g, values, bw, cache, key_of(g, b, 0), threads,
+      p, rows, g, values, bw, cache, list_key(g, b.bh, b.bw, 0), threads,
       [&](int64_t block) { return int64_t(crow[block + 1] - crow[block]) * bw; },
       [&](ChunkOwner owner, ListVisitor& visitor) { walk_forward(g, b, w, owner, visitor); });
 }
@@ -313,7 +293,7 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
   const ConvGeometry g = flatten(geometry, geometry.out_channels);
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_cols = g.kh * g.kw * b.col_blocks;
-  if (!is_known(cache, key_of(g, b, 1))) {
+  if (!is_known(cache, list_key(g, b.bh, b.bw, 1))) {
     check_pattern({"t_crow", "t_row", t_crow, t_row, t_perm, block_cols, g.groups * b.row_blocks},
                   capacity, threads);
   }

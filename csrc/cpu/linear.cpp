@@ -80,7 +80,7 @@ void linear_wgrad(float* dvalues, const float* grad, const float* x, const int32
                   const int32_t* col, int64_t rows, int64_t cols, int64_t bh, int64_t bw,
                   int64_t capacity, int64_t batch, ListCache* cache, int threads) {
   if (!is_column(rows, bh, bw)) {
-    conv2d_wgrad(dvalues, grad, x, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity,
+    conv2d_wgrad(dvalues, grad, x, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity, cache,
                  threads);
     return;
   }
