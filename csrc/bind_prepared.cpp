@@ -121,7 +121,7 @@ class PreparedProduct {
       k.linear_wgrad(dvalues, dy, in, crow_, col_, g.out_channels, g.in_channels, bh_, bw_,
                      capacity_, g.batch, forward_cache_, threads);
     } else {
-      k.conv2d_wgrad(dvalues, dy, in, crow_, col_, g, bh_, bw_, capacity_, threads);
+      k.conv2d_wgrad(dvalues, dy, in, crow_, col_, g, bh_, bw_, capacity_, forward_cache_, threads);
     }
   }
 

@@ -113,7 +113,7 @@ void Conv2dDgrad(Address dx, Address grad, Address values, Address t_crow, Addre
 
 void Conv2dWgrad(Address dvalues, Address grad, Address x, Address crow, Address col,
                  const std::vector<int64_t>& geom, int64_t bh, int64_t bw, int64_t capacity,
-                 int64_t threads) {
+                 int64_t threads, ListCache* cache) {
   const char* kernel = "conv2d_wgrad";
   const ConvGeometry g = Geometry(kernel, geom);
   RequireWeight(kernel, crow, col, bh, bw, capacity);
@@ -123,7 +123,7 @@ void Conv2dWgrad(Address dvalues, Address grad, Address x, Address crow, Address
   RequireThreads(kernel, threads);
   sparse_kernels().conv2d_wgrad(Pointer<float>(dvalues), Pointer<const float>(grad),
                                 Pointer<const float>(x), Pointer<const int32_t>(crow),
-                                Pointer<const int32_t>(col), g, bh, bw, capacity,
+                                Pointer<const int32_t>(col), g, bh, bw, capacity, cache,
                                 static_cast<int>(threads));
 }
 
@@ -179,7 +179,7 @@ void BindConv2d(py::module_& m) {
         Release(), "dx: the transposed convolution of grad; see csrc/kernels.h.");
   m.def("conv2d_wgrad", &Conv2dWgrad, py::arg("dvalues"), py::arg("grad"), py::arg("x"),
         py::arg("crow"), py::arg("col"), py::arg("geom"), py::arg("bh"), py::arg("bw"),
-        py::arg("capacity"), py::arg("threads"), Release(),
+        py::arg("capacity"), py::arg("threads"), py::arg("cache") = nullptr, Release(),
         "dvalues: the weight's gradient at the pattern; see csrc/kernels.h.");
 }
 

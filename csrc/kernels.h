@@ -29,11 +29,12 @@
 //              pixels and batch entries that a kernel takes at once (`least`) are more than 80 KB,
 //              at most min(4 * least, max(32 MB, 2 * least)). conv2d_dgrad of few input channels
 //              packs nothing: 16 bytes per stored element, 4 per output channel. wgrad packs
-//              nothing: 40 bytes per stored element (lists and up to 8 partial sums; stored
-//              elements of partial blocks count in full), 128 * taps + 4 per block row, and 96 *
-//              taps per thread. The linear launchers' own kernels (blocks of one column): 4 bytes
-//              per element of x, its batch rounded up to vectors; 4 per stored element in dgrad; 4
-//              per block row and band. Never rows x cols, never an im2col matrix.
+//              nothing: 40 bytes per stored element (lists, in the cache if there is one, and up to
+//              8 partial sums; stored elements of partial blocks count in full), 128 * taps + 4 per
+//              block row, and 96 * taps per thread. The linear launchers' own kernels (blocks of
+//              one column): 4 bytes per element of x, its batch rounded up to vectors; 4 per stored
+//              element in dgrad; 4 per block row and band. Never rows x cols, never an im2col
+//              matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
 //              range or not increasing within a line) or if a tile (wgrad: the pixels of a band of
@@ -91,7 +92,7 @@ struct SparseKernels {
   // block.
   void (*conv2d_wgrad)(float* dvalues, const float* grad, const float* x, const int32_t* crow,
                        const int32_t* col, const ConvGeometry& geometry, int64_t bh, int64_t bw,
-                       int64_t capacity, int threads);
+                       int64_t capacity, ListCache* cache, int threads);
   // A number that tells apart how `variant` serves a problem from how others do: a variant that
   // does not apply to it has the number of kRule. Throws as plan_product and plan_wgrad do.
   uint64_t (*plan_print)(const VariantKey& key, Variant variant);

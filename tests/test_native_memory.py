@@ -40,6 +40,33 @@ def test_lists_are_kept_while_the_index_is_unchanged() -> None:
     assert first.bytes > held, "another batch is cut in another way"
 
 
+@pytest.mark.parametrize("block", [(1, 1), (4, 1), (2, 3)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_kept_lists_give_the_weight_gradient_of_fresh_ones(
+    block: tuple[int, int], kernel: int
+) -> None:
+    """Bit for bit, at the first and at later calls, whatever was computed in between."""
+    pad = kernel // 2
+    g = Conv2dGeometry(16, 20, kernel, kernel, 1, 1, pad, pad, pad, pad)
+    pattern = SparsityPattern.random(
+        g.matrix_shape, density=0.2, block=block, col_parts=kernel * kernel
+    )
+    crow, col = pattern.crow_indices, pattern.col_indices
+    cache = native().ListCache()
+    for batch, size in ((24, 6), (8, 5), (24, 6), (24, 6)):
+        x, grad = torch.randn(20, size, size, batch), torch.randn(16, size, size, batch)
+        geometry = [batch, size, size, size, size, *g]
+        made = []
+        for lists in (None, cache):
+            dv = torch.full((pattern.capacity, *block), float("nan"))
+            arrays = (t.data_ptr() for t in (dv, grad, x, crow, col))
+            native().conv2d_wgrad(*arrays, geometry, *block, pattern.capacity, 2, lists)
+            made.append(dv)
+        assert torch.equal(*made) and made[0].abs().sum() > 0
+        held = cache.bytes
+    assert held > 0, "lists were kept"
+
+
 def test_ever_new_batches_do_not_grow_the_lists_for_ever() -> None:
     pattern = SparsityPattern.random((24, 32), density=0.3, block=LISTED)
     cache = lists_of(pattern.col_indices, pattern.crow_indices)

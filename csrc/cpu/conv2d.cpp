@@ -78,27 +78,6 @@ ConvGeometry flatten(const ConvGeometry& g, int64_t channels, Variant variant) {
   return flat;
 }
 
-// `kernel`: 0 forward, else 1 + the phase of dgrad.
-ListKey key_of(const ConvGeometry& g, const Blocks& b, int64_t kernel, Variant variant) {
-  ListKey key;
-  static_assert(sizeof(g) + 5 * 8 <= sizeof(key.fields), "ListKey must hold a geometry");
-  std::memcpy(key.fields, &g, sizeof(g));
-  int64_t* rest = key.fields + sizeof(g) / 8;
-  rest[0] = b.bh;
-  rest[1] = b.bw;
-  rest[2] = kernel;
-  rest[3] = kLanes;  // what tells the instruction sets' plans apart
-  rest[4] = int64_t(variant);
-  return key;
-}
-
-// Whether lists of this key, and therefore checked indices, are in the cache.
-bool is_known(ListCache* cache, const ListKey& key) {
-  if (!cache) return false;
-  const ListLock lock(*cache);
-  return cache->find(key) != nullptr;
-}
-
 // Without the addresses. `stored`: blocks.
 Product forward_product(const ConvGeometry& g, const Blocks& b, int64_t stored, Variant variant) {
   Product p{};
@@ -179,7 +158,7 @@ void each_phase(const ConvGeometry& g, Run run, Clear clear) {
 
 void run_phase(const ConvGeometry& g, const Blocks& b, const Phase& f, const Product& p,
                const Weights& w, ListCache* cache, int threads) {
-  const ListKey key = key_of(g, b, 1 + f.y0 * g.stride_w + f.x0, p.variant);
+  const ListKey key = list_key(g, b.bh, b.bw, 1 + f.y0 * g.stride_w + f.x0, p.variant);
   const ProductPlan plan = plan_product(p, g, b.bw);
   if (plan.scatter) {
     const SourceBlocks source{g.groups, b.row_blocks, b.seg_rows,
@@ -236,7 +215,7 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
   const ConvGeometry g = flatten(geometry, geometry.in_channels, variant);
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_rows = g.groups * b.row_blocks;
-  if (!is_known(cache, key_of(g, b, 0, variant))) {
+  if (!is_known(cache, list_key(g, b.bh, b.bw, 0, variant))) {
     check_pattern(
         {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * b.col_blocks},
         capacity, threads);
@@ -250,7 +229,7 @@ void conv2d(float* y, const float* x, const float* values, const float* bias, co
   p.relu = relu;
   const RowBlocks rows{g.groups, b.row_blocks, b.seg_rows, bh};
   run_with_lists(
-      p, rows, g, values, bw, cache, key_of(g, b, 0, variant), threads,
+      p, rows, g, values, bw, cache, list_key(g, b.bh, b.bw, 0, variant), threads,
       [&](int64_t block) { return int64_t(crow[block + 1] - crow[block]) * bw; },
       [&](ChunkOwner owner, ListVisitor& visitor) { walk_forward(g, b, w, owner, visitor); });
 }
@@ -262,7 +241,7 @@ void conv2d_dgrad(float* dx, const float* grad, const float* values, const int32
   const ConvGeometry g = flatten(geometry, geometry.out_channels, variant);
   const Blocks b = blocks_of(g, bh, bw);
   const int64_t block_cols = g.kh * g.kw * b.col_blocks;
-  if (!is_known(cache, key_of(g, b, 1, variant))) {
+  if (!is_known(cache, list_key(g, b.bh, b.bw, 1, variant))) {
     check_pattern({"t_crow", "t_row", t_crow, t_row, t_perm, block_cols, g.groups * b.row_blocks},
                   capacity, threads);
   }

@@ -6,6 +6,7 @@
 // for every number of threads.
 #include "conv2d.h"
 #include "pattern_check.h"
+#include "product_lists.h"
 #include "scratch.h"
 #include "wgrad_lists.h"
 
@@ -30,7 +31,7 @@ struct Job {
   const ConvGeometry& g;
   const WgradPlan& plan;
   const PatternView& pattern;
-  const ColumnLists& lists;
+  const ColumnLists lists;
   const float *grad, *x;
 };
 
@@ -152,33 +153,24 @@ void clear_rows(const Job& j, float* partial, int64_t begin, int64_t end) {
   }
 }
 
-// Scratch of one call.
+// Scratch of one call beside the lists.
 struct Layout {
-  size_t list, bounds, partial, regions;
+  size_t partial, regions;
   Layout(const WgradPlan& plan, const PatternView& p, int64_t stored) {
-    const auto padded = [](int64_t words) { return ScratchLease::padded(size_t(words) * 4); };
     const bool in_place = lists_are_pattern(plan, p) && plan.parts == 1;
-    list = padded(list_count(plan, p));
-    bounds = padded(bounds_count(plan, p));
-    partial = in_place ? 0 : padded(plan.parts * stored);
+    partial = in_place ? 0 : ScratchLease::padded(size_t(plan.parts * stored) * 4);
     regions = ScratchLease::padded(size_t(plan.keys) * sizeof(KeyRegion));
   }
-  size_t bytes(int threads) const {
-    return 2 * list + bounds + partial + size_t(threads) * regions;
-  }
+  size_t bytes(int threads) const { return partial + size_t(threads) * regions; }
 };
 
-void run_job(const ConvGeometry& g, const WgradPlan& plan, const PatternView& p, const float* grad,
-             const float* x, float* dvalues, int64_t stored, int threads) {
+void run_job(const Job& j, float* dvalues, int64_t stored, int threads) {
+  const WgradPlan& plan = j.plan;
+  const PatternView& p = j.pattern;
   const Layout layout(plan, p, stored);
   ScratchLease lease(layout.bytes(threads));
-  int32_t* offset = static_cast<int32_t*>(lease.take(layout.list));
-  int32_t* value = static_cast<int32_t*>(lease.take(layout.list));
-  int32_t* bounds = static_cast<int32_t*>(lease.take(layout.bounds));
   float* partial = layout.partial ? static_cast<float*>(lease.take(layout.partial)) : dvalues;
   char* scratch = static_cast<char*>(lease.take(size_t(threads) * layout.regions));
-  const ColumnLists lists = make_lists(plan, p, g, bounds, offset, value, threads);
-  const Job j{g, plan, p, lists, grad, x};
   // Rows are independent: cut them when there are fewer parts than threads.
   int64_t splits = 1;
   while (splits < p.block_rows && plan.parts * splits < 4 * threads &&
@@ -209,13 +201,17 @@ void run_job(const ConvGeometry& g, const WgradPlan& plan, const PatternView& p,
 
 void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32_t* crow,
                   const int32_t* col, const ConvGeometry& g, int64_t bh, int64_t bw,
-                  int64_t capacity, int threads) {
+                  int64_t capacity, ListCache* cache, int threads) {
   const int64_t seg_rows = g.out_channels / g.groups, seg_cols = g.in_channels / g.groups;
   const int64_t row_blocks = ceil_div(seg_rows, bh), col_blocks = ceil_div(seg_cols, bw);
   const int64_t block_rows = row_blocks * g.groups;
-  check_pattern(
-      {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * col_blocks},
-      capacity, threads);
+  const Variant variant = find_variant({Pass::kConv2dWgrad, g, bh, bw, capacity});
+  const ListKey key = list_key(g, bh, bw, kWgradLists, variant);
+  if (!is_known(cache, key)) {
+    check_pattern(
+        {"crow_indices", "col_indices", crow, col, nullptr, block_rows, g.kh * g.kw * col_blocks},
+        capacity, threads);
+  }
   const int64_t stored = int64_t(crow[block_rows]) * bh * bw;
   zero_floats(dvalues + stored, capacity * bh * bw - stored);
   if (stored == 0) return;
@@ -223,10 +219,16 @@ void conv2d_wgrad(float* dvalues, const float* grad, const float* x, const int32
     zero_floats(dvalues, stored);
     return;
   }
-  const WgradPlan plan = plan_wgrad(g, bh, double(stored) / double(g.out_channels),
-                                    find_variant({Pass::kConv2dWgrad, g, bh, bw, capacity}));
+  const WgradPlan plan = plan_wgrad(g, bh, double(stored) / double(g.out_channels), variant);
   const PatternView p{crow, col, bh, bw, seg_rows, seg_cols, row_blocks, col_blocks, block_rows};
-  run_job(g, plan, p, grad, x, dvalues, stored, threads);
+  with_lists<ColumnSizes>(
+      cache, key, [&] { return column_sizes(plan, p); },
+      [&](const ColumnSizes&, const ColumnArrays& arrays) {
+        fill_lists(plan, p, g, arrays, threads);
+      },
+      [&](const ColumnSizes&, const ColumnArrays& arrays) {
+        run_job({g, plan, p, view_lists(plan, p, arrays), grad, x}, dvalues, stored, threads);
+      });
 }
 
 uint64_t conv2d_wgrad_print(const VariantKey& key, Variant variant) {

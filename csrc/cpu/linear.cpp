@@ -117,7 +117,7 @@ void linear_wgrad(float* dvalues, const float* grad, const float* x, const int32
   const VariantKey key{Pass::kLinearWgrad, one_pixel(rows, cols, batch), bh, bw, capacity};
   const Variant variant = find_variant(key);
   if (!takes_lines(key, variant)) {
-    conv2d_wgrad(dvalues, grad, x, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity,
+    conv2d_wgrad(dvalues, grad, x, crow, col, one_pixel(rows, cols, batch), bh, bw, capacity, cache,
                  threads);
     return;
   }

@@ -82,16 +82,21 @@ bool lists_are_pattern(const WgradPlan& plan, const PatternView& p) {
   return plan.taps == 1 && p.bw == 1;
 }
 
-int64_t bounds_count(const WgradPlan& plan, const PatternView& p) {
-  return p.block_rows * (plan.bands * plan.keys + 1) + 1;
+ColumnSizes column_sizes(const WgradPlan& plan, const PatternView& p) {
+  return {p.block_rows * (plan.bands * plan.keys + 1) + 1,
+          lists_are_pattern(plan, p) ? 0 : p.crow[p.block_rows] * p.bw};
 }
 
-int64_t list_count(const WgradPlan& plan, const PatternView& p) {
-  return lists_are_pattern(plan, p) ? 0 : p.crow[p.block_rows] * p.bw;
+ColumnLists view_lists(const WgradPlan& plan, const PatternView& p, const ColumnArrays& arrays) {
+  if (lists_are_pattern(plan, p))
+    return {p.col, nullptr, arrays.bounds, plan.x_channel, plan.bands + 1, 1};
+  return {arrays.offset, arrays.value, arrays.bounds,
+          plan.pixel,    plan.keys,    p.block_rows * plan.keys};
 }
 
-ColumnLists make_lists(const WgradPlan& plan, const PatternView& p, const ConvGeometry& g,
-                       int32_t* bounds, int32_t* offset, int32_t* value, int threads) {
+void fill_lists(const WgradPlan& plan, const PatternView& p, const ConvGeometry& g,
+                const ColumnArrays& arrays, int threads) {
+  int32_t* const bounds = arrays.bounds;
   if (lists_are_pattern(plan, p)) {
     const int64_t step = plan.bands + 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -101,10 +106,10 @@ ColumnLists make_lists(const WgradPlan& plan, const PatternView& p, const ConvGe
         for (int64_t b = band + 1; b < step; ++b) bounds[row * step + b] = int32_t(end);
       });
     }
-    return {p.col, nullptr, bounds, plan.x_channel, step, 1};
+    return;
   }
-  const int64_t keys = plan.keys, all = p.block_rows * plan.bands * keys;
-  const ColumnLists lists{offset, value, bounds, plan.pixel, keys, p.block_rows * keys};
+  const ColumnLists lists = view_lists(plan, p, arrays);
+  const int64_t all = p.block_rows * plan.bands * plan.keys;
   std::memset(bounds, 0, size_t(all + 1) * 4);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < p.block_rows; ++row) count_columns(plan, p, g, row, lists, bounds);
@@ -116,8 +121,7 @@ ColumnLists make_lists(const WgradPlan& plan, const PatternView& p, const ConvGe
   }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < p.block_rows; ++row)
-    fill_columns(plan, p, g, row, lists, bounds, offset, value);
-  return lists;
+    fill_columns(plan, p, g, row, lists, bounds, arrays.offset, arrays.value);
 }
 
 }  // namespace SK_ISA

@@ -1,6 +1,7 @@
 // Which stored columns the weight gradient works off together.
 #pragma once
 
+#include "scratch.h"
 #include "wgrad_plan.h"
 
 namespace sk {
@@ -34,12 +35,26 @@ struct ColumnLists {
 // True if the order of the pattern serves.
 bool lists_are_pattern(const WgradPlan& plan, const PatternView& p);
 
-// Numbers of int32 to provide for `bounds`, and for `offset` and `value` each.
-int64_t bounds_count(const WgradPlan& plan, const PatternView& p);
-int64_t list_count(const WgradPlan& plan, const PatternView& p);
+// Where lists lie in one block of memory; what with_lists (product_lists.h) keeps.
+struct ColumnArrays {
+  int32_t *bounds, *offset, *value;
+};
+struct ColumnSizes {
+  int64_t bounds, list;
+  size_t list_bytes() const { return ScratchLease::padded(size_t(list) * 4); }
+  size_t bytes() const { return ScratchLease::padded(size_t(bounds) * 4) + 2 * list_bytes(); }
+  ColumnArrays at(void* block) const {
+    char* const lists = static_cast<char*>(block) + ScratchLease::padded(size_t(bounds) * 4);
+    return {static_cast<int32_t*>(block), reinterpret_cast<int32_t*>(lists),
+            reinterpret_cast<int32_t*>(lists + list_bytes())};
+  }
+};
 
-ColumnLists make_lists(const WgradPlan& plan, const PatternView& p, const ConvGeometry& g,
-                       int32_t* bounds, int32_t* offset, int32_t* value, int threads);
+ColumnSizes column_sizes(const WgradPlan& plan, const PatternView& p);
+void fill_lists(const WgradPlan& plan, const PatternView& p, const ConvGeometry& g,
+                const ColumnArrays& arrays, int threads);
+// What filled arrays say, of the pattern that they were filled from.
+ColumnLists view_lists(const WgradPlan& plan, const PatternView& p, const ColumnArrays& arrays);
 
 }  // namespace SK_ISA
 }  // namespace sk

@@ -227,5 +227,6 @@ def conv2d_wgrad(
         bw,
         capacity,
         torch.get_num_threads(),
+        lists_of(col, crow),
     )
     return dv
