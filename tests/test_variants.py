@@ -56,7 +56,9 @@ WIDE_LINEAR = (
     LinearCase("blocks", 64, 2048, 128, 0.2, (4, 1)),
     LinearCase("odd", 37, 301, 70, 0.3, (2, 1)),
     LinearCase("thin", 48, 512, 64, 0.05),
-    LinearCase("heavy", 33, 1000, 1100, 0.26),  # more weights than its gathering dgrad takes by rule
+    LinearCase(
+        "heavy", 33, 1000, 1100, 0.26
+    ),  # more weights than its gathering dgrad takes by rule
 )
 
 

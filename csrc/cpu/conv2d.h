@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../kernels.h"
-#include "list_cache.h"
 #include "../variants.h"
+#include "list_cache.h"
 #include "simd.h"
 
 namespace sk {
