@@ -1,7 +1,7 @@
-"""Tile sizes of the block kernels: a few candidates per class of problem, the first one the default.
+"""Tile sizes of the block kernels: a few candidates per class of problem, the default first.
 
 No Triton here. ``plan`` may time the candidates; all of them are compiled for every supported chip
-by tests/triton/compile_table.py, so none spills registers or outgrows the shared memory.
+by tests/triton_kernels/compile_table.py, so none spills registers or outgrows the shared memory.
 """
 
 from __future__ import annotations

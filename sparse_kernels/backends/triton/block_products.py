@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.backends.triton import unsupported_block
-from sparse_kernels.backends.triton._block_index_kernels import column_lists
-from sparse_kernels.backends.triton._block_product_kernels import block_product
 from sparse_kernels.backends.triton.block_config import (
     Problem,
     ProductConfig,
     default_product,
     sides,
 )
+from sparse_kernels.backends.triton.kernels.block_lists import column_lists
+from sparse_kernels.backends.triton.kernels.block_product import block_product
 from sparse_kernels.backends.triton.operands import (
     Launch,
     allows_tf32,
@@ -43,8 +43,6 @@ class Lists(NamedTuple):
     source: Tensor
     place: Tensor
     order: Tensor
-
-
 
 
 def linear(
@@ -268,38 +266,57 @@ def product_launch(
     """
     bh, bw = block = (values.shape[1], values.shape[2])
     transposed = op.endswith("_dgrad")
-    images, y_size, x_size = y.shape[0], image_size(y), image_size(x)
-    y_blocks, x_blocks = blocks_per_group(g, block)
-    if transposed:
-        y_blocks, x_blocks = x_blocks, y_blocks
-    phases = g.stride_h * g.stride_w if transposed else 1
-    lattice = y_size
-    if transposed:
-        lattice = (-(-y_size[0] // g.stride_h), -(-y_size[1] // g.stride_w))
-    total = images * lattice[0] * lattice[1]
-    tf32 = allows_tf32(op)
-    problem = Problem(op, x.dtype, block, total, tf32)
-    config = config or default_product(problem)
-    rows = g.groups * phases * y_blocks
-    x_group, y_group = x.shape[1] // g.groups, y.shape[1] // g.groups
-    tile_n = sides(problem)[0]
-    block_n, block_k = (bw, bh) if transposed else (bh, bw)
     values = values.to(x.dtype).contiguous()
-    arguments: dict[str, Any] = dict(
-        y=y,
-        x=x,
+    arguments = _shape_arguments(y, x, g, block, transposed)
+    problem = Problem(op, x.dtype, block, arguments["total"], allows_tf32(op))
+    config = config or default_product(problem)
+    block_n, block_k = (bw, bh) if transposed else (bh, bw)
+    tile_n = sides(problem)[0]
+    uneven = arguments["x_group"] % block_k != 0 or block_k % config.tile_k != 0
+    arguments.update(
         values=values,
         bias=values if bias is None else bias.detach().contiguous(),
-        pointer=lists.pointer,
-        source=lists.source,
-        place=lists.place,
-        order=lists.order,
-        total=total,
-        rows=rows,
+        **lists._asdict(),
+        **window(g),
+        BLOCK_ROWS=bh,
+        BLOCK_COLS=bw,
+        TRANSPOSED=transposed,
+        SPATIAL=is_spatial(g),
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        PRECISION="tf32" if problem.tf32 else "ieee",
+        LONG=needs_long(x, y, values),
+        K_MASKED=config.paired or uneven,
+        N_MASKED=block_n != tile_n,
+        PAIRED=config.paired,
+        TILE_M=config.tile_m,
+        TILE_N=tile_n,
+        TILE_K=config.tile_k,
+    )
+    grid = (arguments["rows"] * -(-arguments["total"] // config.tile_m),)
+    return Launch(block_product, grid, arguments, config.num_warps, config.num_stages)
+
+
+def _shape_arguments(
+    y: Tensor, x: Tensor, g: Conv2dGeometry, block: Size, transposed: bool
+) -> dict[str, Any]:
+    """The kernel's images and the integers that describe them."""
+    y_size, x_size = image_size(y), image_size(x)
+    y_blocks, x_blocks = blocks_per_group(g, block)
+    phases, lattice = 1, y_size
+    if transposed:
+        y_blocks, x_blocks = x_blocks, y_blocks
+        phases = g.stride_h * g.stride_w
+        lattice = (-(-y_size[0] // g.stride_h), -(-y_size[1] // g.stride_w))
+    return dict(
+        y=y,
+        x=x,
+        total=y.shape[0] * lattice[0] * lattice[1],
+        rows=g.groups * phases * y_blocks,
         y_blocks=y_blocks,
         x_blocks=x_blocks,
-        y_group=y_group,
-        x_group=x_group,
+        y_group=y.shape[1] // g.groups,
+        x_group=x.shape[1] // g.groups,
         y_channels=y.shape[1],
         x_channels=x.shape[1],
         lattice_h=lattice[0],
@@ -308,24 +325,7 @@ def product_launch(
         y_w=y_size[1],
         x_h=x_size[0],
         x_w=x_size[1],
-        **window(g),
-        BLOCK_ROWS=bh,
-        BLOCK_COLS=bw,
-        TRANSPOSED=transposed,
-        SPATIAL=is_spatial(g),
-        HAS_BIAS=bias is not None,
-        RELU=relu,
-        PRECISION="tf32" if tf32 else "ieee",
-        LONG=needs_long(x, y, values),
-        K_MASKED=config.paired or x_group % block_k != 0 or block_k % config.tile_k != 0,
-        N_MASKED=block_n != tile_n,
-        PAIRED=config.paired,
-        TILE_M=config.tile_m,
-        TILE_N=tile_n,
-        TILE_K=config.tile_k,
     )
-    grid = (rows * -(-total // config.tile_m),)
-    return Launch(block_product, grid, arguments, config.num_warps, config.num_stages)
 
 
 def image_size(images: Tensor) -> Size:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sparse_kernels.backends.triton import unsupported_block
-from sparse_kernels.backends.triton._block_wgrad_kernels import block_wgrad, sum_parts
 from sparse_kernels.backends.triton.block_config import (
     Problem,
     WgradConfig,
@@ -23,6 +22,7 @@ from sparse_kernels.backends.triton.block_products import (
     is_spatial,
     window,
 )
+from sparse_kernels.backends.triton.kernels.block_wgrad import block_wgrad, sum_parts
 from sparse_kernels.backends.triton.operands import (
     Launch,
     allows_tf32,
@@ -60,9 +60,7 @@ def conv2d_wgrad(
     config: WgradConfig | None = None,
 ) -> Tensor:
     """dvalues [capacity, bh, bw] of grad [N, C_out, H', W'] and x; see the backend's function."""
-    return _wgrad(
-        "conv2d_wgrad", grad, x, crow, col, (bh, bw), Conv2dGeometry(*geometry), config
-    )
+    return _wgrad("conv2d_wgrad", grad, x, crow, col, (bh, bw), Conv2dGeometry(*geometry), config)
 
 
 def _wgrad(

@@ -35,8 +35,8 @@ class Launch(NamedTuple):
 
 def allows_tf32(op: str) -> bool:
     """Whether torch.backends lets float32 products of ``op`` be rounded to TF32."""
-    backends = torch.backends
-    holder: Any = backends.cudnn.conv if op.startswith("conv2d") else backends.cuda.matmul
+    backends: Any = torch.backends  # its stubs lack cudnn.conv
+    holder = backends.cudnn.conv if op.startswith("conv2d") else backends.cuda.matmul
     return bool(holder.fp32_precision == "tf32")
 
 

@@ -9,7 +9,7 @@ second kernel in a fixed order: no atomics, equal inputs give equal bits.
 import triton
 import triton.language as tl
 
-from sparse_kernels.backends.triton._block_product_kernels import image_row_column, tap_shift
+from sparse_kernels.backends.triton.kernels.block_product import image_row_column, tap_shift
 
 
 @triton.jit

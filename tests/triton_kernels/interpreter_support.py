@@ -7,7 +7,7 @@ from typing import Any
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HOW = (
-    "the interpreter is chosen before triton is imported: TRITON_INTERPRET=1 pytest tests/triton "
+    "the interpreter is chosen before triton is imported: TRITON_INTERPRET=1 pytest tests/triton_kernels "
     "(on a GPU these tests run compiled)"
 )
 

