@@ -1,12 +1,13 @@
 """Compiles every configuration of the block kernels for real chips, without a GPU, and judges it.
 
-    python tests/triton_kernels/compile_table.py --minutes 3 --journal build/triton-compile.jsonl
-    python tests/triton_kernels/compile_table.py --journal build/triton-compile.jsonl --table docs/gpu.md
+    python tests/triton_kernels/compile_table.py --minutes 3         # as often as it takes
+    python tests/triton_kernels/compile_table.py --table docs/gpu.md
 
-Each row of the journal is one compilation; a second run goes on where the first one stopped. The
-table replaces what stands between the two markers in the document. Needs triton (its package brings
-ptxas and cuobjdump), no GPU. A row fails if it uses local memory, more shared memory than the chip
-has, no tensor core where one is claimed, or one where strict float32 was asked for.
+Each row of the journal (build/triton-compile.jsonl) is one compilation; a second run goes on where
+the first one stopped. The table replaces what stands between the two markers in the document. Needs
+triton (its package brings ptxas and cuobjdump), no GPU. A row fails if it uses local memory, more
+shared memory than the chip has, no tensor core where one is claimed, or one where strict float32
+was asked for.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def launch_of(case: Case) -> Any:
     from sparse_kernels.backends.triton import block_products, block_wgrad
 
     dtype, tf32 = PRECISIONS[case.precision]
-    for holder in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+    backends: Any = torch.backends
+    for holder in (backends.cuda.matmul, backends.cudnn.conv):
         holder.fp32_precision = "tf32" if tf32 else "ieee"
     channels = 512 if case.shape == "even" else 509
     spatial = case.op.startswith("conv2d")
@@ -163,23 +165,24 @@ def source_of(launch: Any) -> Any:
 def compile_case(case: Case) -> dict[str, Any]:
     """Compile a case; what its machine code uses, and what is wrong with that."""
     import triton
-    from triton.backends.compiler import GPUTarget
 
-    launch = launch_of(case)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     start = time.monotonic()
-    target = GPUTarget("cuda", case.arch, 32)
-    kernel = triton.compile(source_of(launch), target=target, options=options)
+    found = compile_launch(launch_of(case), case.arch)
     seconds = time.monotonic() - start
-    found = read_cubin(kernel.asm["cubin"])
-    found.update(
-        key=case.key,
-        triton=triton.__version__,
-        shared=int(kernel.metadata.shared),
-        seconds=round(seconds, 1),
-    )
+    found.update(key=case.key, triton=triton.__version__, seconds=round(seconds, 1))
     found["faults"] = faults_of(case, found)
     return found
+
+
+def compile_launch(launch: Any, arch: int) -> dict[str, Any]:
+    """Compile a launch for a chip; what its machine code uses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    target = GPUTarget("cuda", arch, 32)
+    kernel = triton.compile(source_of(launch), target=target, options=options)
+    return {**read_cubin(kernel.asm["cubin"]), "shared": int(kernel.metadata.shared)}
 
 
 def read_cubin(cubin: bytes) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The Triton tests: interpreted on the CPU, or compiled, on a GPU or for one that is not there.
 
-TRITON_INTERPRET=1 pytest tests/triton_kernels -m "not slow"      kernels interpreted
-pytest tests/triton_kernels                                       compiled for sm_80, sm_90, sm_100
+    TRITON_INTERPRET=1 pytest tests/triton_kernels -m "not slow"     # kernels interpreted
+    pytest tests/triton_kernels                                      # compiled for three chips
 
 The folder must not be called `triton`: tests/ is on the path, and torch takes a folder of that name
 for the package where the package is not installed.

@@ -7,8 +7,8 @@ from typing import Any
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HOW = (
-    "the interpreter is chosen before triton is imported: TRITON_INTERPRET=1 pytest tests/triton_kernels "
-    "(on a GPU these tests run compiled)"
+    "the interpreter is chosen before triton is imported: "
+    "TRITON_INTERPRET=1 pytest tests/triton_kernels (on a GPU these tests run compiled)"
 )
 
 
