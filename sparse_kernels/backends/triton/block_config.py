@@ -87,7 +87,8 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
         return tuple(found)
     wide = 64 if problem.dtype != torch.float32 else 32
     k = min(side_k, wide)
-    warps = 8 if n > 64 and tall > 64 else 4
+    # Four warps hold 128 x 64 sums, but with float32 operands sm_80 runs out of registers.
+    warps = 8 if n > (64 if wide == 64 else 32) and tall > 64 else 4
     pair = k < wide  # small blocks: two of them keep the pipeline as full as one large one
     found = [ProductConfig(tall, k, pair, warps, 3)]
     found.append(ProductConfig(tall, k, pair, warps, 4))
