@@ -107,10 +107,12 @@ def block_wgrad(
         j = tl.arange(0, PER * SIDE)
         block, w = first + j // SIDE, j % SIDE
         stored = (block < last) & (w < BLOCK_COLS)
-        if PER == 1:
-            found = tl.load(col + first)
-        else:
-            found = tl.load(col + block, mask=stored, other=0)
+        # One by one: a vector of 128 list items counts as an expensive load, which Triton will not
+        # repeat in another layout; it would move masks through shared memory in the loop instead.
+        found = tl.load(col + first)
+        for p in tl.static_range(1, PER):
+            item = tl.load(col + first + p, mask=first + p < last, other=0)
+            found = tl.where(j // SIDE == p, item, found)
         x_channel = (found % x_blocks) * BLOCK_COLS + w
         x_inside = stored & (x_channel < x_group)
         x_channel += (row // y_blocks) * x_group
