@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,19 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         reason = str(backend.supports("linear", x, torch.zeros(1, *block)))
         assert "16 to 128" in reason and str(block) in reason
     assert backend.supports("linear", x, torch.zeros(1, 128, 24)) is None
+
+
+@pytest.mark.parametrize("block, served", [((16, 16), True), ((64, 128), True), ((1, 1), False)])
+def test_tensors_of_a_gpu_are_served(
+    monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], served: bool
+) -> None:
+    """The device is faked: what decides is device, dtype and block, no GPU and no nvcc."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "installed", lambda: True)
+    x: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    for op in OPERATORS:
+        reason = backend.supports(op, x, torch.zeros(1, *block))
+        assert (reason is None) == served, reason
 
 
 def test_the_package_imports_neither_triton_nor_its_kernels() -> None:

@@ -5,7 +5,11 @@ Small, because the interpreter takes a second or more for each product.
 
 from __future__ import annotations
 
+import random
+
 from cases import CONV_CASES, LINEAR_CASES, ConvCase, LinearCase, _conv
+
+from sparse_kernels.geometry import Conv2dGeometry
 
 BLOCKS = ((16, 16), (32, 32), (64, 64), (16, 32), (64, 16), (128, 128))
 
@@ -70,6 +74,28 @@ CONV: tuple[ConvCase, ...] = (
         for b in BLOCKS[1:]
     ),
 )
+
+
+def random_conv_cases(count: int, seed: int) -> list[ConvCase]:
+    """Small convolutions of 16 to 40 channels per group with any window, stride and dilation."""
+    rng = random.Random(seed)
+    found = []
+    for i in range(count):
+        groups = rng.choice((1, 1, 2))
+        g = Conv2dGeometry(
+            groups * rng.randint(16, 40),
+            groups * rng.randint(16, 40),
+            *(rng.randint(1, 3) for _ in range(4)),
+            *(rng.randint(0, 2) for _ in range(4)),
+            *(rng.randint(1, 2) for _ in range(2)),
+            groups,
+        ).validate()
+        height = max(1, g.dilation_h * (g.kernel_height - 1) + 1 - g.pad_top - g.pad_bottom)
+        width = max(1, g.dilation_w * (g.kernel_width - 1) + 1 - g.pad_left - g.pad_right)
+        size = (height + rng.randint(0, 3), width + rng.randint(0, 3))
+        found.append(ConvCase(f"random-{i}", rng.randint(1, 2), *size, g, 0.4, (16, 16)))
+    return found
+
 
 #: Run on every push, in float32: each says something that no other here says.
 CORE_LINEAR = ("batch1", "empty-row", "odd-16x16", "odd-16x32", "sides-24x40", "full")

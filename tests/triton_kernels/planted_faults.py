@@ -86,6 +86,8 @@ def run_tests(root: Path) -> tuple[bool, str, float]:
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=False
     )
+    if done.returncode < 0:  # killed by a signal: the fault wrote or read outside of its tensors
+        return False, f"signal {-done.returncode}", time.monotonic() - start
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.M)

@@ -148,6 +148,12 @@ def test_against_float64(case: LinearCase | ConvCase, dtype: str) -> None:
     run(case, DTYPES[dtype])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", block_cases.random_conv_cases(16, seed=5), ids=lambda c: c.id)
+def test_random_convolutions(case: ConvCase) -> None:
+    run(case, torch.float32)
+
+
 HALF_CASES = [
     LinearCase("half", 20, 40, 50, 0.4, (16, 16), relu=True),
     ConvCase("half", 1, 4, 3, Conv2dGeometry(36, 24, 2, 2, 1, 1, 1, 1), 0.4, (16, 16)),

@@ -85,6 +85,16 @@ def test_the_small_kernels_compile(arch: int) -> None:
     assert (found["spills"], found["local"]) == (0, 0)
 
 
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_wgrad"])
+def test_the_variant_for_large_tensors_compiles(op: str) -> None:
+    """64-bit offsets take more registers."""
+    case = next(case for case in ALL if case.key.startswith(f"{op} bf16 64x64"))
+    launch = launch_of(case)
+    launch.arguments["LONG"] = True
+    found = compile_launch(launch, 80)
+    assert (found["spills"], found["local"]) == (0, 0)
+
+
 def test_a_launch_names_every_parameter() -> None:
     """What the launcher passes is what the kernel takes, no more and no less."""
     for op in ("linear", "linear_dgrad", "linear_wgrad", "conv2d_dgrad"):

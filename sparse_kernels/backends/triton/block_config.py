@@ -147,4 +147,6 @@ def wgrad_parts(problem: Problem, config: WgradConfig, capacity: int, block_rows
     tiles = -(-problem.points // config.tile_m)
     part_bytes = max(1, capacity * problem.block[0] * problem.block[1] * 4)
     parts = min(-(-_WANTED_PROGRAMS // programs), tiles // 4, _MAX_PARTS)
-    return max(1, min(parts, _MAX_PARTS_BYTES // part_bytes))
+    parts = max(1, min(parts, _MAX_PARTS_BYTES // part_bytes))
+    steps = -(-tiles // parts)
+    return -(-tiles // steps)  # none without a tile
