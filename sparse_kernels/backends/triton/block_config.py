@@ -144,9 +144,9 @@ def wgrad_parts(problem: Problem, config: WgradConfig, capacity: int, block_rows
     Enough programs for a large GPU, at least four tiles per part, partial sums within 64 MiB.
     """
     programs = capacity // config.per + block_rows
-    tiles = -(-problem.points // config.tile_m)
+    tiles = max(1, -(-problem.points // config.tile_m))
     part_bytes = max(1, capacity * problem.block[0] * problem.block[1] * 4)
     parts = min(-(-_WANTED_PROGRAMS // programs), tiles // 4, _MAX_PARTS)
     parts = max(1, min(parts, _MAX_PARTS_BYTES // part_bytes))
     steps = -(-tiles // parts)
-    return -(-tiles // steps)  # none without a tile
+    return -(-tiles // steps)  # no part without a tile
