@@ -89,7 +89,9 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     k = min(side_k, wide)
     # Four warps hold 128 x 64 sums, but with float32 operands sm_80 runs out of registers.
     warps = 8 if n > (64 if wide == 64 else 32) and tall > 64 else 4
-    pair = k < wide  # small blocks: two of them keep the pipeline as full as one large one
+    # Small blocks: two of them keep the pipeline as full as a large one. In float32 one does, and
+    # two spill a few registers on sm_100.
+    pair = k < wide and wide == 64
     found = [ProductConfig(tall, k, pair, warps, 3)]
     found.append(ProductConfig(tall, k, pair, warps, 4))
     if tall > 64:
