@@ -42,7 +42,7 @@ CONV: tuple[ConvCase, ...] = (
     ConvCase("pointwise-stride2", 2, 5, 4, _conv((48, 40), (1, 1), stride=2), 0.5, (16, 32)),
     ConvCase("pointwise-groups", 2, 3, 3, _conv((64, 72), (1, 1), groups=2), 0.5, (16, 16)),
     ConvCase("stride2", 2, 6, 7, _conv((40, 32), (3, 3), stride=2, pad=1), 0.3, (16, 16)),
-    ConvCase("stride3-gaps", 2, 7, 8, _conv((32, 40), (2, 2), stride=3), 0.4, (16, 16)),
+    ConvCase("stride3-gaps", 2, 7, 8, _conv((32, 40), (2, 2), stride=3, pad=1), 0.4, (16, 16)),
     ConvCase(
         "stride2x1-dilation",
         1,

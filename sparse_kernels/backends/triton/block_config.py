@@ -87,8 +87,10 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
         return tuple(found)
     wide = 64 if problem.dtype != torch.float32 else 32
     k = min(side_k, wide)
-    # Four warps hold 128 x 64 sums, but with float32 operands sm_80 runs out of registers.
-    warps = 8 if n > (64 if wide == 64 else 32) and tall > 64 else 4
+    # Four warps hold 128 x 64 sums, but with float32 operands a few registers spill: on sm_80 from
+    # 64 columns, on sm_100 from 32 with narrow tiles.
+    most = 64 if wide == 64 else 32 if k > 16 else 16
+    warps = 8 if n > most and tall > 64 else 4
     # Small blocks: two of them keep the pipeline as full as a large one. In float32 one does, and
     # two spill a few registers on sm_100.
     pair = k < wide and wide == 64
