@@ -47,6 +47,15 @@ def test_every_problem_has_two_to_six_candidates_and_one_default() -> None:
         assert default(problem) == found[0], problem
 
 
+def test_small_problems_get_more_and_smaller_tiles() -> None:
+    """64 block rows and a batch of 128: tiles of 128 would use 64 of 132 multiprocessors."""
+    large = tiles.Problem("linear", torch.bfloat16, (64, 64), 128)
+    assert tiles.default_product(large).tile_m == 128
+    assert tiles.default_product(large._replace(lists=64)).tile_m == 32
+    assert tiles.default_product(large._replace(lists=70)).tile_m == 64
+    assert tiles.default_product(large._replace(points=5, lists=1)).tile_m == 16
+
+
 def test_tiles_are_powers_of_two_that_the_tensor_cores_take() -> None:
     for problem in problems():
         for config in tiles.candidates(problem):

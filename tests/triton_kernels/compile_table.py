@@ -67,14 +67,20 @@ class Case(NamedTuple):
         return f"{self.op} {self.precision} {bh}x{bw} {config} sm_{self.arch} {self.shape}"
 
 
-def problem(op: str, precision: str, block: tuple[int, int]) -> tiles.Problem:
-    """A large problem of the class: full tiles."""
+def problem(
+    op: str, precision: str, block: tuple[int, int], points: int = 1 << 15
+) -> tiles.Problem:
+    """A problem of the class; by default a large one, with full tiles."""
     dtype, tf32 = PRECISIONS[precision]
-    return tiles.Problem(op, dtype, block, 1 << 15, tf32)
+    return tiles.Problem(op, dtype, block, points, tf32)
 
 
-def every_case() -> Iterator[Case]:
+def every_case() -> list[Case]:
     """All cases, those that matter most first: a run that is cut short has done these."""
+    return list(dict.fromkeys(_cases()))
+
+
+def _cases() -> Iterator[Case]:
     for first in (True, False):
         for op in OPERATORS[:3]:
             for precision in ("bf16", "tf32", "fp32"):
@@ -92,6 +98,14 @@ def every_case() -> Iterator[Case]:
         for block in BLOCKS:
             config = tiles.candidates(problem(op, precision, block))[0]
             yield Case(op, precision, block, tuple(config), 90, shape)
+    # Few points: smaller tiles.
+    for points in (16, 64):
+        for op in OPERATORS[:2]:
+            for precision in ("bf16", "tf32", "fp32"):
+                for block in BLOCKS:
+                    config = tiles.candidates(problem(op, precision, block, points))[0]
+                    for arch in (80, 90):
+                        yield Case(op, precision, block, tuple(config), arch)
 
 
 def launch_of(case: Case) -> Any:

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:triton"),
 ]
 
-ALL = list(every_case())
+ALL = every_case()
 #: One per operator, each with another chip or precision.
 CORE = (
     "conv2d bf16 64x64 128-64-0-4-3 sm_90 even",

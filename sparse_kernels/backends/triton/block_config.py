@@ -13,9 +13,11 @@ import torch
 #: Dynamic shared memory that one program may use, in bytes: sm_80, sm_90 and sm_100.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-#: Programs that a weight gradient is split for: four on each of the 132 multiprocessors of an H100.
-#: A constant, not the number of the machine at hand: results must not depend on it.
-_WANTED_PROGRAMS = 528
+#: Multiprocessors of an H100. A constant, not the number of the machine at hand: results must not
+#: depend on it.
+_MULTIPROCESSORS = 132
+#: Programs that a weight gradient is split for.
+_WANTED_PROGRAMS = 4 * _MULTIPROCESSORS
 _MAX_PARTS = 64
 _MAX_PARTS_BYTES = 64 * 2**20
 
@@ -28,6 +30,7 @@ class Problem(NamedTuple):
     block: tuple[int, int]
     points: int  # rows of the batch, or pixels of the result (wgrad: of the gradient)
     tf32: bool = False  # float32 products may be rounded to TF32
+    lists: int = 1 << 20  # lists of blocks (forward: block rows), each of which a tile walks
 
 
 class ProductConfig(NamedTuple):
@@ -79,7 +82,7 @@ def candidates(problem: Problem) -> tuple[ProductConfig, ...] | tuple[WgradConfi
 def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     """Candidates of forward and input gradient."""
     n, side_k = sides(problem)
-    tall = min(128, max(16, next_power(max(1, problem.points))))
+    tall = _tile_m(problem)
     if strict(problem):
         # The plain cores read both operands from shared memory: small tiles keep the registers.
         warps = 8 if n > 64 else 4
@@ -103,6 +106,14 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     elif k > 32 or (k > 16 and wide == 32):
         found.append(ProductConfig(tall, k // 2, False, warps, 5))
     return tuple(config for config in found if _product_bytes(problem, config) <= _smallest())
+
+
+def _tile_m(problem: Problem) -> int:
+    """Points per tile: 128, fewer for few points, or where the GPU would have idle processors."""
+    tall = min(128, max(16, next_power(max(1, problem.points))))
+    while tall > 32 and problem.lists * -(-problem.points // tall) < _MULTIPROCESSORS:
+        tall //= 2
+    return tall
 
 
 def _product_bytes(problem: Problem, config: ProductConfig) -> int:

@@ -268,7 +268,8 @@ def product_launch(
     transposed = op.endswith("_dgrad")
     values = values.to(x.dtype).contiguous()
     arguments = _shape_arguments(y, x, g, block, transposed)
-    problem = Problem(op, x.dtype, block, arguments["total"], allows_tf32(op))
+    total, lists_count = arguments["total"], arguments["rows"]
+    problem = Problem(op, x.dtype, block, total, allows_tf32(op), lists_count)
     config = config or default_product(problem)
     block_n, block_k = (bw, bh) if transposed else (bh, bw)
     tile_n = sides(problem)[0]
@@ -293,7 +294,7 @@ def product_launch(
         TILE_N=tile_n,
         TILE_K=config.tile_k,
     )
-    grid = (arguments["rows"] * -(-arguments["total"] // config.tile_m),)
+    grid = (lists_count * -(-total // config.tile_m),)
     return Launch(block_product, grid, arguments, config.num_warps, config.num_stages)
 
 
