@@ -137,7 +137,7 @@ def wgrad_candidates(problem: Problem) -> tuple[WgradConfig, ...]:
     found = []
     for width in (128, 64):
         per = max(1, width // side)
-        warps = 8 if rows * per * side > 128 * 64 else 4
+        warps = 8 if rows * per * side > 64 * 64 else 4  # more sums per thread spill on sm_80
         found += [WgradConfig(deep, per, warps, 3), WgradConfig(deep // 2, per, warps, 4)]
     return tuple(dict.fromkeys(found))
 
