@@ -85,7 +85,8 @@ def blocks_of(layer: Layer, side: int) -> int:
 def product_cost(layer: Layer, side: int, precision: str, op: str) -> Cost:
     """Forward or input gradient: each block reads one tile of x per tile of points."""
     dtype = DTYPES[precision]
-    problem = tiles.Problem(op, dtype, (side, side), layer.points, precision == "tf32")
+    lists = (layer.inputs if op.endswith("_dgrad") else layer.outputs) // side
+    problem = tiles.Problem(op, dtype, (side, side), layer.points, precision == "tf32", lists)
     tile = tiles.default_product(problem).tile_m
     blocks, size = blocks_of(layer, side), dtype.itemsize
     l2_bytes = blocks * -(-layer.points // tile) * (tile + side) * side * size

@@ -5,9 +5,9 @@
 
 Each row of the journal (build/triton-compile.jsonl) is one compilation; a second run goes on where
 the first one stopped. The table replaces what stands between the two markers in the document. Needs
-triton (its package brings ptxas and cuobjdump), no GPU. A row fails if it uses local memory, more
-shared memory than the chip has, no tensor core where one is claimed, or one where strict float32
-was asked for.
+triton (its package brings ptxas and cuobjdump) and sparse_kernels (installed, or PYTHONPATH=.), no
+GPU. A row fails if it uses local memory, more shared memory than the chip has, no tensor core where
+one is claimed, or one where strict float32 was asked for.
 """
 
 from __future__ import annotations

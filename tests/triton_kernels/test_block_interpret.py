@@ -27,6 +27,7 @@ DEVICE = "cpu" if INTERPRETING else "cuda"
 pytestmark = [
     pytest.mark.skipif(not backend.installed(), reason="triton is not installed"),
     pytest.mark.skipif(not INTERPRETING and not HAS_GPU, reason=HOW),
+    *([] if INTERPRETING else [pytest.mark.gpu]),
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
