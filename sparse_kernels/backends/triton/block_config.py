@@ -102,7 +102,8 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     if tall > 64:
         found.append(ProductConfig(64, k, pair, 4, 4))
     if pair:
-        found.append(ProductConfig(tall, k, False, warps, 5))
+        deep_warps = 8 if n > 32 and tall > 64 else warps  # four spill on sm_80
+        found.append(ProductConfig(tall, k, False, deep_warps, 5))
     elif k > 32 or (k > 16 and wide == 32):
         found.append(ProductConfig(tall, k // 2, False, warps, 5))
     return tuple(config for config in found if _product_bytes(problem, config) <= _smallest())
