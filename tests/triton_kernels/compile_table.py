@@ -277,20 +277,29 @@ def compile_missing(path: Path, seconds: float, only: str) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line per row, sorted by operator and block."""
-    head = "| kernel | precision | block | configuration | chip | shape | triton | registers |"
-    head += " shared KB | spills | tensor core | FFMA | verdict |"
-    lines = [head, "|" + "---|" * 13]
+    """Markdown: a line per kernel and configuration, a column per chip."""
+    chips = [f"sm_{arch}" for arch in ARCHITECTURES]
+    lines = [
+        f"| kernel | precision | block | configuration | shape | triton | {' | '.join(chips)} |",
+        "|" + "---|" * (6 + len(chips)),
+    ]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         op, precision, block, config, chip, shape = row["key"].split()
-        tensor = ", ".join(f"{n} {name}" for name, n in sorted(row["tensor"].items())) or "none"
-        verdict = "; ".join(row["faults"]) or "passes"
-        lines.append(
-            f"| {op} | {precision} | {block} | {config} | {chip} | {shape} | {row['triton']} "
-            f"| {row['registers']} | {row['shared'] / 1024:.0f} | {row['spills']} | {tensor} "
-            f"| {row['ffma']} | {verdict} |"
-        )
+        line = (op, precision, block, config, shape, row["triton"])
+        cells.setdefault(line, {})[chip] = cell(row)
+    for line, found in cells.items():
+        lines.append(f"| {' | '.join((*line, *(found.get(chip, '') for chip in chips)))} |")
     return "\n".join(lines)
+
+
+def cell(row: dict[str, Any]) -> str:
+    """Registers, shared memory and the products' instructions of a compilation, or its faults."""
+    if row["faults"]:
+        return f"FAULT: {'; '.join(row['faults'])}"
+    counts = row["tensor"] or {"FFMA": row["ffma"]}
+    products = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+    return f"{row['registers']} r, {row['shared'] / 1024:.0f} KB, {products}"
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -300,7 +309,10 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         raise ValueError(f"{path}: expected the markers {BEGIN} and {END}, found none")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     faulty = sum(bool(row["faults"]) for row in rows)
-    count = f"{len(rows)} compilations, {faulty} with faults."
+    versions = Counter(row["triton"] for row in rows)
+    by_version = ", ".join(f"{n} with Triton {v}" for v, n in sorted(versions.items()))
+    count = f"{len(rows)} compilations ({by_version}; {len(every_case())} cases exist), "
+    count += f"{faulty} with faults. Seconds of compilation: {sum(r['seconds'] for r in rows):.0f}."
     path.write_text(f"{before}{BEGIN}\n{count}\n\n{table(rows)}\n{END}{after}", encoding="utf-8")
 
 
