@@ -86,8 +86,8 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     if strict(problem):
         # The plain cores read both operands from shared memory: small tiles keep the registers.
         warps = 8 if n > 64 else 4
-        found = [ProductConfig(min(tall, 64), 16, False, warps, stages) for stages in (3, 4)]
-        return tuple(found)
+        first = ProductConfig(min(tall, 64), 16, False, warps, 3)
+        return first, first._replace(tile_m=min(tall, 32), num_stages=4)
     wide = 64 if problem.dtype != torch.float32 else 32
     k = min(side_k, wide)
     # Four warps hold 128 x 64 sums, but with float32 operands a few registers spill: on sm_80 from
