@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparse_kernels import plan
 from sparse_kernels.backends import triton as backend
 from sparse_kernels.backends.triton import block_config as tiles
 
@@ -125,6 +126,27 @@ def test_tensors_of_a_gpu_are_served(
     for op in OPERATORS:
         reason = backend.supports(op, x, torch.zeros(1, *block))
         assert (reason is None) == served, reason
+
+
+def test_plan_gives_blocks_on_a_gpu_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the native CUDA kernels do not serve: a GPU without nvcc is served by Triton alone."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(plan, "_forced", None)
+    monkeypatch.setattr(plan, "_cache", {})  # the fake device must not stay in the real one
+    monkeypatch.setattr(backend, "installed", lambda: True)
+    x: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    blocks, elements = torch.zeros(1, 32, 16), torch.zeros(1, 1, 1)
+    for op in OPERATORS:
+        values = None if op.endswith("_wgrad") else blocks
+        assert plan.choose(op, x, values) is plan.BACKENDS["triton"]
+    with pytest.raises(plan.BackendError, match=r"triton: serves blocks .* got \(1, 1\)"):
+        plan.choose("conv2d", x, elements)
+    monkeypatch.setattr(plan, "_cache", {})
+    monkeypatch.setattr(backend, "installed", lambda: False)
+    with pytest.raises(plan.BackendError, match="triton: triton is not installed"):
+        plan.choose("conv2d", x, blocks)
+    cpu: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    assert "serves CUDA tensors" in str(plan.reasons("linear", cpu, blocks)["triton"])
 
 
 def test_the_package_imports_neither_triton_nor_its_kernels() -> None:
