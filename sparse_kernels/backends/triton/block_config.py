@@ -98,13 +98,16 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     # two spill a few registers on sm_100.
     pair = k < wide and wide == 64
     found = [ProductConfig(tall, k, pair, warps, 3)]
-    found.append(ProductConfig(tall, k, pair, warps, 4))
     if tall > 64:
         found.append(ProductConfig(64, k, pair, 4, 4))
-    if pair:
+    # The input gradient's TF32 tiles take registers to transpose; deeper ones spill on sm_100.
+    deep = wide == 64 or not problem.op.endswith("_dgrad")
+    if deep or tall <= 64:
+        found.append(ProductConfig(tall, k, pair, warps, 4))
+    if deep and pair:
         deep_warps = 8 if n > 32 and tall > 64 else warps  # four spill on sm_80
         found.append(ProductConfig(tall, k, False, deep_warps, 5))
-    elif k > 32 or (k > 16 and wide == 32):
+    elif deep and (k > 32 or (k > 16 and wide == 32)):
         found.append(ProductConfig(tall, k // 2, False, warps, 5))
     return tuple(config for config in found if _product_bytes(problem, config) <= _smallest())
 
