@@ -25,7 +25,7 @@ pytestmark = [
 ALL = every_case()
 #: One per operator, each with another chip or precision.
 CORE = (
-    "conv2d bf16 64x64 128-64-0-4-3 sm_90 even",
+    "conv2d bf16 64x64 128-64-0-8-3 sm_90 even",
     "conv2d_dgrad tf32 32x32 128-32-0-4-3 sm_80 even",
     "conv2d_wgrad bf16 16x16 64-8-4-3 sm_100 even",
     "conv2d fp32 128x128 64-16-0-8-3 sm_80 even",

@@ -90,23 +90,22 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
         return first, first._replace(tile_m=min(tall, 32), num_stages=4)
     wide = 64 if problem.dtype != torch.float32 else 32
     k = min(side_k, wide)
-    # Four warps hold 128 x 64 sums, but with float32 operands a few registers spill: on sm_80 from
-    # 64 columns, on sm_100 from 32 with narrow tiles.
-    most = 64 if wide == 64 else 32 if k > 16 else 16
+    # Four warps hold 128 x 64 sums, but registers spill where operands are float32 or channels odd
+    # (no asynchronous copy), and on sm_100 with narrow float32 tiles from 32 columns.
+    most = 32 if wide == 64 or k > 16 else 16
     warps = 8 if n > most and tall > 64 else 4
     # Small blocks: two of them keep the pipeline as full as a large one. In float32 one does, and
     # two spill a few registers on sm_100.
     pair = k < wide and wide == 64
     found = [ProductConfig(tall, k, pair, warps, 3)]
     if tall > 64:
-        found.append(ProductConfig(64, k, pair, 4, 4))
+        found.append(ProductConfig(64, k, pair, 8 if n > 64 else 4, 4))
     # The input gradient's TF32 tiles take registers to transpose; deeper ones spill on sm_100.
     deep = wide == 64 or not problem.op.endswith("_dgrad")
     if deep or tall <= 64:
         found.append(ProductConfig(tall, k, pair, warps, 4))
     if deep and pair:
-        deep_warps = 8 if n > 32 and tall > 64 else warps  # four spill on sm_80
-        found.append(ProductConfig(tall, k, False, deep_warps, 5))
+        found.append(ProductConfig(tall, k, False, warps, 5))
     elif deep and (k > 32 or (k > 16 and wide == 32)):
         found.append(ProductConfig(tall, k // 2, False, warps, 5))
     return tuple(config for config in found if _product_bytes(problem, config) <= _smallest())
@@ -142,7 +141,9 @@ def wgrad_candidates(problem: Problem) -> tuple[WgradConfig, ...]:
     for width in (128, 64):
         per = max(1, width // side)
         warps = 8 if rows * per * side > 64 * 64 else 4  # more sums per thread spill on sm_80
-        found += [WgradConfig(deep, per, warps, 3), WgradConfig(deep // 2, per, warps, 4)]
+        found.append(WgradConfig(deep, per, warps, 3))
+        if width == 128:
+            found.append(WgradConfig(deep // 2, per, warps, 4))
     return tuple(dict.fromkeys(found))
 
 
