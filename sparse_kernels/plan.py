@@ -13,9 +13,15 @@ from types import ModuleType
 
 import torch
 
-from sparse_kernels.backends import cpu, cuda, reference
+from sparse_kernels.backends import cpu, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
+#: In the order in which they are asked. The room of Triton imports triton when it is called.
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}
 
 _forced: str | None = os.environ.get("SPARSE_KERNELS_BACKEND") or None
 _cache: dict[tuple[object, ...], ModuleType] = {}

@@ -92,7 +92,10 @@ def test_the_weight_gradient_on_cuda_is_refused() -> None:
     pattern = SparsityPattern.full((8, 6)).to("cuda")
     values = torch.ones(pattern.capacity, 1, 1, device="cuda", requires_grad=True)
     y = ops.linear(torch.ones(4, 6, device="cuda"), values, *pattern.tensors(), out_features=8)
-    with pytest.raises(plan.BackendError, match="linear_wgrad.*cuda: has kernels for"):
+    # With triton installed it is asked, and refuses the block itself.
+    with pytest.raises(
+        (plan.BackendError, ValueError), match="linear_wgrad.*(cuda: has|16 to 128)"
+    ):
         y.sum().backward()
 
 
