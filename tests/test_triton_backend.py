@@ -201,5 +201,5 @@ def test_the_longest_lists_of_an_input_gradient_come_first() -> None:
     g = Conv2dGeometry(64, 32, 2, 2, 2, 2)  # four taps, one per phase; two input blocks of 16
     counts = torch.tensor([[1, 2], [0, 4], [3, 3], [0, 1]])
     t_crow = torch.cat([torch.zeros(1, dtype=torch.int64), counts.flatten().cumsum(0)])
-    lengths = block_products._list_lengths(t_crow.int(), g, 2)
+    lengths = block_products.list_lengths(t_crow.int(), g, 2)
     assert lengths.tolist() == counts.flatten().tolist()

@@ -18,6 +18,7 @@ def correct_interpreter() -> None:
 
     _take_range_bounds(interpreter)
     _multiply_bfloat16(interpreter)
+    _keep_booleans(interpreter)
     # Every integer operation is repeated in 64 bits to see an overflow; the offsets of these small
     # cases have none, and the check is half of the running time.
     interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = False
@@ -34,6 +35,23 @@ def _take_range_bounds(interpreter: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+
+
+def _keep_booleans(interpreter: Any) -> None:
+    """A scalar condition spread over a tile becomes int32 there, which no load takes as a mask."""
+    import numpy
+
+    builder = type(interpreter.interpreter_builder)
+    handle = interpreter.TensorHandle
+    spread = builder.create_splat
+
+    def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
+        if arg.data.dtype != numpy.bool_:
+            return spread(self, ret_ty, arg)
+        data = numpy.full(ret_ty.shape, arg.data.reshape(-1)[0], dtype=numpy.bool_)
+        return handle(data, arg.dtype.scalar)
+
+    builder.create_splat = create_splat
 
 
 def _multiply_bfloat16(interpreter: Any) -> None:

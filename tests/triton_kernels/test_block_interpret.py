@@ -6,131 +6,27 @@ and without that variable, the same tests run what the compiler made of them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import block_cases
 import pytest
 import torch
-from cases import ConvCase, LinearCase, make_conv, make_linear, relative_error, tolerance
+from cases import ConvCase, LinearCase, make_linear
+from float64_parity import DEVICE, DTYPES, check, made, run
 from interpreter_support import HOW, INTERPRETING
 
 from sparse_kernels.backends import reference
 from sparse_kernels.backends import triton as backend
 from sparse_kernels.backends.triton import block_config as tiles
 from sparse_kernels.geometry import Conv2dGeometry
-from sparse_kernels.pattern import SparsityPattern
 
 HAS_GPU = torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETING else "cuda"
 pytestmark = [
     pytest.mark.skipif(not backend.installed(), reason="triton is not installed"),
     pytest.mark.skipif(not INTERPRETING and not HAS_GPU, reason=HOW),
     *([] if INTERPRETING else [pytest.mark.gpu]),
 ]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@pytest.fixture(autouse=True)
-def strict_products() -> Iterator[None]:
-    """float32 means float32, whatever ran before; the interpreter knows no TF32 anyway."""
-    holders = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [holder.fp32_precision for holder in holders]
-    for holder in holders:
-        holder.fp32_precision = "ieee"
-    yield
-    for holder, precision in zip(holders, before, strict=True):
-        holder.fp32_precision = precision
-
-
-def check(out: torch.Tensor, exact: torch.Tensor, length: int) -> None:
-    """`out` agrees with the float64 result of sums of `length` products."""
-    assert relative_error(out, exact) <= tolerance(out.dtype, length)
-
-
-def check_gradient(dvalues: torch.Tensor, exact: torch.Tensor, t: dict[str, Any], n: int) -> None:
-    """float32 whatever the activations were; nothing in the tail or outside of the matrix."""
-    pattern: SparsityPattern = t["pattern"]
-    assert dvalues.dtype == torch.float32
-    check(dvalues, exact, n)
-    assert not dvalues[pattern.nnzb :].any()
-    inside = pattern.inside_mask()
-    assert inside is None or not dvalues[: pattern.nnzb].cpu()[~inside].any()
-
-
-@functools.lru_cache(maxsize=1)
-def made(case: LinearCase | ConvCase, dtype: torch.dtype) -> dict[str, Any]:
-    """Tensors of a case on the device, and their float64 twins with the values as they are used."""
-    generator = torch.Generator().manual_seed(20)
-    make: Any = make_linear if isinstance(case, LinearCase) else make_conv
-    t = make(case, torch.float32, generator)
-    for name in ("x", "grad"):
-        t[name] = t[name].to(dtype)
-        t[name + "64"] = t[name].double()
-    t["values64"] = t["values"].to(dtype).double()
-    t["bias64"] = None if t["bias"] is None else t["bias"].double()
-    t["indices64"] = t["indices"]
-    t["indices"] = tuple(index.to(DEVICE) for index in t["indices"])
-    for name in ("x", "grad", "values", "bias"):
-        t[name] = None if t[name] is None else t[name].to(DEVICE)
-    return t
-
-
-def run_linear(case: LinearCase, dtype: torch.dtype, configs: dict[str, Any]) -> None:
-    t = made(case, dtype)
-    index, exact = t["indices"], t["indices64"]
-    y = backend.linear(
-        t["x"], t["values"], *index, t["bias"], case.out_features, case.relu,
-        config=configs.get("linear"),
-    )  # fmt: skip
-    assert y.is_contiguous() and y.dtype == dtype
-    wanted = reference.linear(
-        t["x64"], t["values64"], *exact, t["bias64"], case.out_features, case.relu
-    )
-    check(y, wanted, case.in_features + 1)
-    dx = backend.linear_dgrad(
-        t["grad"], t["values"], *index, case.in_features, config=configs.get("linear_dgrad")
-    )
-    assert dx.is_contiguous() and dx.dtype == dtype
-    wanted = reference.linear_dgrad(t["grad64"], t["values64"], *exact, case.in_features)
-    check(dx, wanted, case.out_features)
-    dv = backend.linear_wgrad(
-        t["grad"], t["x"], *index, *case.block, config=configs.get("linear_wgrad")
-    )
-    wanted = reference.linear_wgrad(t["grad64"], t["x64"], *exact, *case.block)
-    check_gradient(dv, wanted, t, case.batch)
-
-
-def run_conv(case: ConvCase, dtype: torch.dtype, configs: dict[str, Any]) -> None:
-    t = made(case, dtype)
-    index, exact, g = t["indices"], t["indices64"], t["geometry"]
-    y = backend.conv2d(
-        t["x"], t["values"], *index, t["bias"], g, case.relu, config=configs.get("conv2d")
-    )
-    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
-    wanted = reference.conv2d(t["x64"], t["values64"], *exact, t["bias64"], g, case.relu)
-    check(y, wanted, t["matrix"].shape[1] + 1)
-    size = (case.height, case.width)
-    dx = backend.conv2d_dgrad(
-        t["grad"], t["values"], *index, *size, g, config=configs.get("conv2d_dgrad")
-    )
-    assert dx.is_contiguous(memory_format=torch.channels_last) and dx.dtype == dtype
-    wanted = reference.conv2d_dgrad(t["grad64"], t["values64"], *exact, *size, g)
-    check(dx, wanted, case.geometry.taps * case.geometry.out_channels)
-    dv = backend.conv2d_wgrad(
-        t["grad"], t["x"], *index, *case.block, g, config=configs.get("conv2d_wgrad")
-    )
-    wanted = reference.conv2d_wgrad(t["grad64"], t["x64"], *exact, *case.block, g)
-    check_gradient(dv, wanted, t, t["grad"].numel() // max(1, case.geometry.out_channels))
-
-
-def run(case: LinearCase | ConvCase, dtype: torch.dtype, **configs: Any) -> None:
-    if isinstance(case, LinearCase):
-        run_linear(case, dtype, configs)
-    else:
-        run_conv(case, dtype, configs)
 
 
 def parameters() -> Iterator[Any]:

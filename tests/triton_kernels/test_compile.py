@@ -5,8 +5,6 @@ of the same and writes it into docs/gpu.md.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from compile_table import ARCHITECTURES, Case, compile_case, compile_launch, every_case, launch_of
@@ -30,17 +28,6 @@ CORE = (
     "conv2d_wgrad bf16 16x16 64-8-4-3 sm_100 even",
     "conv2d fp32 128x128 64-16-0-8-3 sm_80 even",
 )
-
-
-@pytest.fixture(autouse=True)
-def own_precision() -> Any:
-    """Cases set torch's precision of float32 products."""
-    backends: Any = torch.backends
-    holders = (backends.cuda.matmul, backends.cudnn.conv)
-    before = [holder.fp32_precision for holder in holders]
-    yield
-    for holder, precision in zip(holders, before, strict=True):
-        holder.fp32_precision = precision
 
 
 @pytest.mark.parametrize(

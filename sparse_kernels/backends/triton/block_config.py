@@ -6,7 +6,7 @@ by tests/triton_kernels/compile_table.py, so none spills registers or outgrows t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -157,10 +157,11 @@ def default_wgrad(problem: Problem) -> WgradConfig:
     return wgrad_candidates(problem)[0]
 
 
-def wgrad_parts(problem: Problem, config: WgradConfig, capacity: int, block_rows: int) -> int:
+def wgrad_parts(problem: Problem, config: Any, capacity: int, block_rows: int) -> int:
     """Parts that the points of a weight gradient are split into.
 
-    Depends on shapes and capacity only: the same on every machine and for every pattern of a layer.
+    ``config`` has ``per`` and ``tile_m``. Depends on shapes and capacity only: the same on every
+    machine and for every pattern of a layer.
     Enough programs for a large GPU, at least four tiles per part, partial sums within 64 MiB.
     """
     programs = capacity // config.per + block_rows

@@ -191,7 +191,7 @@ def transposed_lists(index: Index, g: Conv2dGeometry, block: Size) -> tuple[List
     row_blocks, col_blocks = blocks_per_group(g, block)
     phases = g.stride_h * g.stride_w
     count = g.groups * phases * col_blocks
-    order = row_order(t_crow, g, lambda: _list_lengths(t_crow, g, col_blocks))
+    order = row_order(t_crow, g, lambda: list_lengths(t_crow, g, col_blocks))
     scratch = torch.empty((count + 1 + 2 * col.shape[0],), dtype=torch.int32, device=col.device)
     source, place, pointer = scratch.split([col.shape[0], col.shape[0], count + 1])
     columns = g.taps * col_blocks
@@ -216,7 +216,7 @@ def transposed_lists(index: Index, g: Conv2dGeometry, block: Size) -> tuple[List
     return Lists(pointer, source, place, order), sort
 
 
-def _list_lengths(t_crow: Tensor, g: Conv2dGeometry, col_blocks: int) -> Tensor:
+def list_lengths(t_crow: Tensor, g: Conv2dGeometry, col_blocks: int) -> Tensor:
     """Blocks per list, float32 [lists], as if the groups shared them evenly (only an order)."""
     per_tap = t_crow.diff().view(g.taps, col_blocks).float()
     phases: list[list[float]] = [[0.0] * g.taps for _ in range(g.stride_h * g.stride_w)]
