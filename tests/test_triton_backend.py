@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_kernels import plan
+from sparse_kernels import ops, plan
+from sparse_kernels.backends import cuda
 from sparse_kernels.backends import triton as backend
 from sparse_kernels.backends.triton import block_config as tiles
+from sparse_kernels.backends.triton import vector_config
+from sparse_kernels.geometry import Conv2dGeometry
+from sparse_kernels.layout import is_feature_major
 
+LIB = torch.ops.sparse_kernels
+assert ops.OPERATORS  # importing them defines them
 OPERATORS = [
     kind + direction
     for kind, direction in itertools.product(("linear", "conv2d"), ("", "_dgrad", "_wgrad"))
@@ -46,6 +53,23 @@ def test_every_problem_has_two_to_six_candidates_and_one_default() -> None:
         assert len(set(found)) == len(found), problem
         default: Any = tiles.default_wgrad if tiles.is_wgrad(problem) else tiles.default_product
         assert default(problem) == found[0], problem
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 8, 16, 32])
+def test_element_and_vector_candidates(side: int) -> None:
+    """Tensor cores only where there are some and a block fills half of a tile."""
+    for op, (dtype, tf32), points in itertools.product(OPERATORS, PRECISIONS, POINTS):
+        problem = tiles.Problem(op, dtype, (side, 1), points, tf32)
+        found = vector_config.vector_candidates(problem)
+        assert 1 <= len(found) <= 4 and len(set(found)) == len(found), problem
+        for config in found:
+            assert all(n & (n - 1) == 0 for n in config[:2]), config
+            assert config.tile_m >= 16
+        dots = [config for config in found if config.dot]
+        if op.endswith("_dgrad") or (not op.endswith("_wgrad") and side < 8):
+            assert dots == []
+        if not op.endswith("_wgrad"):
+            assert dots == [] or not tiles.strict(problem)
 
 
 def test_small_problems_get_more_and_smaller_tiles() -> None:
@@ -109,44 +133,98 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.supports("linear", x, values) is None
     assert "has kernels for" in str(backend.supports("max_pool2d", x))
     assert "computes float32, bfloat16" in str(backend.supports("linear", x.double(), values))
-    for block in ((8, 16), (16, 8), (1, 1), (256, 16)):
-        reason = str(backend.supports("linear", x, torch.zeros(1, *block)))
-        assert "16 to 128" in reason and str(block) in reason
-    assert backend.supports("linear", x, torch.zeros(1, 128, 24)) is None
+    for block in ((8, 16), (16, 8), (1, 2), (33, 1), (256, 16)):
+        for reason in (
+            str(backend.supports("linear", x, torch.zeros(1, *block))),
+            str(backend.supports("linear_wgrad", x, None, block)),
+        ):
+            assert "16 to 128 and (V, 1) with V up to 32" in reason and str(block) in reason
+    for block in ((128, 24), (1, 1), (3, 1), (32, 1)):
+        assert backend.supports("linear", x, torch.zeros(1, *block)) is None
+        assert backend.supports("linear_wgrad", x, None, block) is None
 
 
-@pytest.mark.parametrize("block, served", [((16, 16), True), ((64, 128), True), ((1, 1), False)])
-def test_tensors_of_a_gpu_are_served(
-    monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], served: bool
-) -> None:
-    """The device is faked: what decides is device, dtype and block, no GPU and no nvcc."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backend, "installed", lambda: True)
-    x: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    for op in OPERATORS:
-        reason = backend.supports(op, x, torch.zeros(1, *block))
-        assert (reason is None) == served, reason
+SERVED = [(16, 16), (64, 128), (1, 1), (4, 1), (32, 1)]
+REFUSED = [(8, 16), (1, 4), (64, 1)]
 
 
-def test_plan_gives_blocks_on_a_gpu_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the native CUDA kernels do not serve: a GPU without nvcc is served by Triton alone."""
+@pytest.fixture
+def gpu_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Tensors of a faked GPU; triton installed, the native module built without CUDA.
+
+    What decides is device, dtype and block, so that neither GPU nor triton is needed.
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(plan, "_forced", None)
     monkeypatch.setattr(plan, "_cache", {})  # the fake device must not stay in the real one
     monkeypatch.setattr(backend, "installed", lambda: True)
-    x: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    blocks, elements = torch.zeros(1, 32, 16), torch.zeros(1, 1, 1)
+    native: Any = SimpleNamespace(build_info=lambda: {"cuda": False, "why_no_cuda": "no nvcc"})
+    monkeypatch.setattr(cuda, "native_or_none", lambda: native)
+
+    def tensor(dtype: torch.dtype) -> Any:
+        return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+
+    return tensor
+
+
+def choice(op: str, x: Any, block: tuple[int, int]) -> Any:
+    """What plan chooses for an operator with such blocks, weight gradients included."""
+    if op.endswith("_wgrad"):
+        return plan.choose(op, x, None, block)
+    return plan.choose(op, x, torch.zeros(1, *block))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", SERVED, ids=str)
+def test_a_gpu_without_nvcc_is_served_by_triton_alone(
+    block: tuple[int, int], dtype: torch.dtype, gpu_without_nvcc: Any
+) -> None:
     for op in OPERATORS:
-        values = None if op.endswith("_wgrad") else blocks
-        assert plan.choose(op, x, values) is plan.BACKENDS["triton"]
-    with pytest.raises(plan.BackendError, match=r"triton: serves blocks .* got \(1, 1\)"):
-        plan.choose("conv2d", x, elements)
+        assert choice(op, gpu_without_nvcc(dtype), block) is plan.BACKENDS["triton"]
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_what_triton_does_not_serve_is_refused_with_reasons(
+    op: str, gpu_without_nvcc: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = gpu_without_nvcc(torch.bfloat16)
+    for block in REFUSED:
+        with pytest.raises(plan.BackendError, match="triton: serves blocks .* got"):
+            choice(op, x, block)
     monkeypatch.setattr(plan, "_cache", {})
     monkeypatch.setattr(backend, "installed", lambda: False)
-    with pytest.raises(plan.BackendError, match="triton: triton is not installed"):
-        plan.choose("conv2d", x, blocks)
+    message = "cuda: (built without CUDA: no nvcc|has no .*); triton: triton is not installed"
+    with pytest.raises(plan.BackendError, match=message):
+        choice(op, x, (16, 16))
     cpu: Any = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    assert "serves CUDA tensors" in str(plan.reasons("linear", cpu, blocks)["triton"])
+    assert "serves CUDA tensors" in str(plan.reasons(op, cpu, None, (1, 1))["triton"])
+
+
+@pytest.mark.parametrize("block", [(16, 16), (4, 1)], ids=str)
+def test_fake_results_have_the_strides_of_the_backend(
+    block: tuple[int, int], gpu_without_nvcc: Any
+) -> None:
+    """torch.compile relies on them: of blocks batch-major and channels_last, else feature-major."""
+    g = Conv2dGeometry(64, 48, 3, 3, 2, 2, 1, 1, 1, 1)
+    with FakeTensorMode():
+        for spatial in (False, True):
+            rows, cols = 64 // block[0], (9 if spatial else 1) * 48 // block[1]
+            lengths = (rows + 1, 10, cols + 1, 10, 10)
+            index = [torch.empty(n, dtype=torch.int32, device="cuda") for n in lengths]
+            values = torch.empty(10, *block, device="cuda")
+            x = torch.empty(5, 48, *((9, 7) if spatial else ()), device="cuda")
+            grad = torch.empty(5, 64, *((5, 4) if spatial else ()), device="cuda")
+            if spatial:
+                y = LIB.conv2d(x, values, *index, None, None, list(g), False)
+                dx = LIB.conv2d_dgrad(grad, values, *index, 9, 7, list(g))
+            else:
+                y = LIB.linear(x, values, *index, None, None, 64, False)
+                dx = LIB.linear_dgrad(grad, values, *index, 48)
+            assert (y.shape, dx.shape) == (grad.shape, x.shape)
+            form = torch.channels_last if spatial else torch.contiguous_format
+            for out in (y, dx):
+                assert out.is_contiguous(memory_format=form) == (block == (16, 16))
+                assert is_feature_major(out) == (block == (4, 1))
 
 
 def test_the_package_imports_neither_triton_nor_its_kernels() -> None:

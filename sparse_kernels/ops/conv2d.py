@@ -71,7 +71,7 @@ def _check_matrix(
     bh, bw = block
     if bh < 1 or bw < 1:
         raise ValueError(f"{op}: both sides of the block must be at least 1, got {block}")
-    check_index(op, x, index, *_grid(g, bh, bw), index[1].shape[0])
+    check_index(op, x, index, *_grid(g, int(bh), int(bw)), index[1].shape[0])  # hashable
 
 
 def _check_images(op: str, g: Conv2dGeometry, x_shape: Sequence[int], grad: Tensor | None) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import vector_compile
 
 from sparse_kernels.backends.triton import block_config as tiles
 from sparse_kernels.geometry import Conv2dGeometry
@@ -46,7 +47,8 @@ OPERATORS = (
     "linear_wgrad",
 )
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
-BEGIN, END = "<!-- compile-table: begin -->", "<!-- compile-table: end -->"
+#: Where the tables stand in the document: of blocks, and of elements and V x 1 blocks.
+MARKERS = {False: "compile-table", True: "vector-table"}
 
 
 class Case(NamedTuple):
@@ -57,7 +59,17 @@ class Case(NamedTuple):
     block: tuple[int, int]
     config: tuple[Any, ...]
     arch: int
-    shape: str = "even"  # or "odd": channels that no block and no vector load divides
+    shape: str = "even"  # or "odd": channels (of V x 1: a batch) that no vector load divides
+
+    @property
+    def vector(self) -> bool:
+        """Whether the kernels are those of elements and V x 1 blocks."""
+        return self.block[1] == 1
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether the products are claimed to run on the tensor cores."""
+        return self.precision != "fp32" and (not self.vector or bool(self.config[2]))
 
     @property
     def key(self) -> str:
@@ -106,6 +118,11 @@ def _cases() -> Iterator[Case]:
                     config = tiles.candidates(problem(op, precision, block, points))[0]
                     for arch in (80, 90):
                         yield Case(op, precision, block, tuple(config), arch)
+    for default in (True, False):
+        for op, precision, side, vector, shape, first in vector_compile.rows(PRECISIONS):
+            if first == default:
+                for arch in ARCHITECTURES if shape == "even" else (90,):
+                    yield Case(op, precision, (side, 1), tuple(vector), arch, shape)
 
 
 def launch_of(case: Case) -> Any:
@@ -116,6 +133,10 @@ def launch_of(case: Case) -> Any:
     backends: Any = torch.backends
     for holder in (backends.cuda.matmul, backends.cudnn.conv):
         holder.fp32_precision = "tf32" if tf32 else "ieee"
+    if case.vector:
+        return vector_compile.launch(
+            case.op, dtype, tf32, case.block[0], case.config, case.shape == "odd"
+        )
     channels = 512 if case.shape == "even" else 509
     spatial = case.op.startswith("conv2d")
     pixels = (16, 16) if spatial else ()
@@ -196,7 +217,10 @@ def compile_launch(launch: Any, arch: int) -> dict[str, Any]:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     target = GPUTarget("cuda", arch, 32)
     kernel = triton.compile(source_of(launch), target=target, options=options)
-    return {**read_cubin(kernel.asm["cubin"]), "shared": int(kernel.metadata.shared)}
+    # Memory that Triton would allocate beside torch's allocator: a captured graph must have none.
+    scratch = kernel.metadata.global_scratch_size + kernel.metadata.profile_scratch_size
+    shared = int(kernel.metadata.shared)
+    return {**read_cubin(kernel.asm["cubin"]), "shared": shared, "scratch": scratch}
 
 
 def read_cubin(cubin: bytes) -> dict[str, Any]:
@@ -237,12 +261,13 @@ def faults_of(case: Case, found: dict[str, Any]) -> list[str]:
         faults.append(f"local memory: {found['local']} bytes, {found['spills']} accesses")
     if found["shared"] > tiles.SHARED_LIMIT[case.arch]:
         faults.append(f"shared memory {found['shared']} > {tiles.SHARED_LIMIT[case.arch]}")
-    strict = case.precision == "fp32"
-    if strict and found["tensor"]:
-        faults.append(f"tensor cores {found['tensor']} in strict float32")
-    if strict and not found["ffma"]:
-        faults.append("no FFMA in strict float32")
-    if not strict and not found["tensor"]:
+    if found["scratch"]:
+        faults.append(f"{found['scratch']} bytes of global scratch")
+    if not case.tensor_cores and found["tensor"]:
+        faults.append(f"tensor cores {found['tensor']} where none should be")
+    if not case.tensor_cores and not found["ffma"]:
+        faults.append("no FFMA")
+    if case.tensor_cores and not found["tensor"]:
         faults.append("no tensor-core instruction")
     return faults
 
@@ -303,17 +328,35 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace the part of a document between the markers."""
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path}: expected the markers {BEGIN} and {END}, found none")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    """Replace the parts of a document between the markers, a table without rows excepted."""
+    vector = {case.key for case in every_case() if case.vector}
+    for kind, name in MARKERS.items():
+        own = [row for row in rows if (row["key"] in vector) == kind]
+        exist = sum(case.vector == kind for case in every_case())
+        if own:
+            replace_part(path, name, f"{summary(own, exist)}\n\n{table(own)}")
+
+
+def summary(rows: list[dict[str, Any]], exist: int) -> str:
+    """How many were compiled, by which Triton, with what success."""
     faulty = sum(bool(row["faults"]) for row in rows)
     versions = Counter(row["triton"] for row in rows)
     by_version = ", ".join(f"{n} with Triton {v}" for v, n in sorted(versions.items()))
-    count = f"{len(rows)} compilations ({by_version}; {len(every_case())} cases exist), "
-    count += f"{faulty} with faults. Seconds of compilation: {sum(r['seconds'] for r in rows):.0f}."
-    path.write_text(f"{before}{BEGIN}\n{count}\n\n{table(rows)}\n{END}{after}", encoding="utf-8")
+    seconds = sum(row["seconds"] for row in rows)
+    return (
+        f"{len(rows)} compilations ({by_version}; {exist} cases exist), {faulty} with faults. "
+        f"Seconds of compilation: {seconds:.0f}."
+    )
+
+
+def replace_part(path: Path, name: str, new: str) -> None:
+    """Put ``new`` between the markers ``name`` of a document."""
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"{path}: expected the markers {begin} and {end}, found none")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    path.write_text(f"{before}{begin}\n{new}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> int:

@@ -27,6 +27,10 @@ CORE = (
     "conv2d_dgrad tf32 32x32 128-32-0-4-3 sm_80 even",
     "conv2d_wgrad bf16 16x16 64-8-4-3 sm_100 even",
     "conv2d fp32 128x128 64-16-0-8-3 sm_80 even",
+    "conv2d fp32 1x1 512-4-0-4-1 sm_80 even",
+    "conv2d bf16 16x1 128-32-1-4-3 sm_90 even",
+    "conv2d_dgrad bf16 4x1 512-4-0-4-1 sm_100 even",
+    "conv2d_wgrad tf32 16x1 64-64-1-4-3 sm_90 even",
 )
 
 
@@ -72,10 +76,12 @@ def test_the_small_kernels_compile(arch: int) -> None:
     assert (found["spills"], found["local"]) == (0, 0)
 
 
-@pytest.mark.parametrize("op", ["conv2d", "conv2d_wgrad"])
-def test_the_variant_for_large_tensors_compiles(op: str) -> None:
+@pytest.mark.parametrize(
+    "start", ["conv2d bf16 64x64", "conv2d_wgrad bf16 64x64", "conv2d_dgrad fp32 4x1"]
+)
+def test_the_variant_for_large_tensors_compiles(start: str) -> None:
     """64-bit offsets take more registers."""
-    case = next(case for case in ALL if case.key.startswith(f"{op} bf16 64x64"))
+    case = next(case for case in ALL if case.key.startswith(start))
     launch = launch_of(case)
     launch.arguments["LONG"] = True
     found = compile_launch(launch, 80)
@@ -84,7 +90,8 @@ def test_the_variant_for_large_tensors_compiles(op: str) -> None:
 
 def test_a_launch_names_every_parameter() -> None:
     """What the launcher passes is what the kernel takes, no more and no less."""
-    for op in ("linear", "linear_dgrad", "linear_wgrad", "conv2d_dgrad"):
-        case = next(case for case in ALL if case.op == op)
-        launch = launch_of(case)
+    ops = ("conv2d", "linear", "linear_dgrad", "linear_wgrad", "conv2d_dgrad")
+    starts = [f"{op} bf16 {block}" for op in ops for block in ("16x16", "1x1", "16x1")]
+    for start in starts:
+        launch = launch_of(next(case for case in ALL if case.key.startswith(start)))
         assert set(launch.arguments) == set(launch.kernel.arg_names)

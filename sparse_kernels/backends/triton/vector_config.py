@@ -53,15 +53,15 @@ def product_candidates(problem: Problem) -> tuple[VectorConfig, ...]:
     each = 4 if v <= 4 else 2 if v <= 8 else 1
     unroll = 4 if v <= 8 else 2
     tall = _tile_m(problem, 128 * each)
-    plain = [_plain(tall, unroll), _plain(tall, 2 * unroll)]
+    plain = [_plain(tall, unroll, each), _plain(tall, 2 * unroll, each)]
     if tall > 128:
-        plain.append(_plain(128, 2 * unroll))
+        plain.append(_plain(128, unroll, each))
     found = [] if problem.op.endswith("_dgrad") else _dots(problem, v)
     return tuple(dict.fromkeys((*found, *plain)))
 
 
-def _plain(tile: int, unroll: int) -> VectorConfig:
-    return VectorConfig(tile, unroll, False, max(1, min(4, tile // 32)), 1)
+def _plain(tile: int, unroll: int, each: int) -> VectorConfig:
+    return VectorConfig(tile, unroll, False, max(1, min(4, tile // (32 * each))), 1)
 
 
 def _dots(problem: Problem, v: int) -> list[VectorConfig]:
@@ -87,8 +87,9 @@ def wgrad_candidates(problem: Problem) -> tuple[VectorWgradConfig, ...]:
     if strict(problem):
         if v > 8:  # tl.dot without tensor cores: sums shared by the threads, no padding
             return VectorWgradConfig(32, 32, True, 4, 2), VectorWgradConfig(32, 16, True, 4, 2)
-        per = max(1, 16 // v)
-        return VectorWgradConfig(128, per, False, 4, 1), VectorWgradConfig(256, per, False, 4, 1)
+        # One warp holds whole rows of points: no sum crosses warps until the end.
+        wide = VectorWgradConfig(128, max(1, 16 // v), False, 1, 1)
+        return wide, wide._replace(per=max(1, 8 // v), tile_m=256 if v == 8 else 128)
     deep = 128 if problem.dtype != torch.float32 else 64
     wide = VectorWgradConfig(deep, 64, True, 4, 3)
     return wide, wide._replace(per=32), wide._replace(per=16)

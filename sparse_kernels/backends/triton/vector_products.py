@@ -6,6 +6,7 @@ kernel serves both.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -169,20 +170,29 @@ def forward_launch(
         total=total,
         rows=rows,
         **image_arguments(y, x, g, side),
-        BLOCK=side,
-        TILE_V=next_power(max(side, 16)) if config.dot else next_power(side),
-        SPATIAL=is_spatial(g),
+        **tile_arguments(config, side, g, y, x, values),
         HAS_BIAS=bias is not None,
         RELU=relu,
-        LONG=needs_long(x, y, values),
-        UNROLL=config.unroll,
-        TILE_M=config.tile_m,
     )
     if config.dot:
         arguments["PRECISION"] = "tf32" if problem.tf32 else "ieee"
     kernel = vector_gather if config.dot else vector_product
     grid = (rows * -(-total // config.tile_m),)
     return Launch(kernel, grid, arguments, config.num_warps, config.num_stages)
+
+
+def tile_arguments(
+    config: VectorConfig, side: int, g: Conv2dGeometry, *tensors: Tensor
+) -> dict[str, Any]:
+    """The compile-time constants that forward and input gradient share."""
+    return dict(
+        BLOCK=side,
+        TILE_V=next_power(max(side, 16)) if config.dot else next_power(side),
+        SPATIAL=is_spatial(g),
+        LONG=needs_long(*tensors),
+        UNROLL=config.unroll,
+        TILE_M=config.tile_m,
+    )
 
 
 def image_arguments(y: Tensor, x: Tensor, g: Conv2dGeometry, side: int) -> dict[str, int]:
@@ -210,16 +220,21 @@ def dgrad_launch(
     g: Conv2dGeometry,
     config: VectorConfig | None,
 ) -> Launch:
-    """The launch that fills dx from grad; both feature-major, not empty."""
+    """The launch that fills dx from grad; both feature-major, not empty.
+
+    ``values`` are cast to grad's dtype here, once per call. Raises ValueError for a ``config`` that
+    asks for gathered rows, which only the forward product has.
+    """
     _, _, t_crow, t_row, t_perm = index
     values = values.to(grad.dtype).contiguous()
-    side, dx_size, grad_size = values.shape[1], image_size(dx), image_size(grad)
-    row_blocks, dx_group = blocks_per_group(g, (side, 1))
-    spatial, phases = is_spatial(g), g.stride_h * g.stride_w
-    lattice = (-(-dx_size[0] // g.stride_h), -(-dx_size[1] // g.stride_w))
-    total, rows = dx.shape[0] * lattice[0] * lattice[1], g.groups * phases * dx_group
+    side = values.shape[1]
+    shape = _dgrad_shape(dx, grad, g, side)
+    total, rows = shape["total"], shape["rows"]
     problem = Problem(op, grad.dtype, (side, 1), total, allows_tf32(op), rows)
     config = config or default_vector(problem)
+    if config.dot:
+        raise ValueError(f"{op}: expected a configuration with dot=False, got {config}")
+    lengths = functools.partial(list_lengths, t_crow, g, shape["dx_group"])
     arguments: dict[str, Any] = dict(
         dx=dx,
         grad=grad,
@@ -227,11 +242,26 @@ def dgrad_launch(
         t_crow=t_crow,
         t_row=t_row,
         t_perm=t_perm,
-        order=row_order(t_crow, g, lambda: list_lengths(t_crow, g, dx_group)),
-        total=total,
+        order=row_order(t_crow, g, lengths),
+        **shape,
+        **window(g),
+        SEARCH=0 if g.groups == 1 else bisections(g.groups * shape["row_blocks"]),
+        **tile_arguments(config, side, g, dx, grad, values),
+    )
+    grid = (rows * -(-total // config.tile_m),)
+    return Launch(vector_dgrad, grid, arguments, config.num_warps, config.num_stages)
+
+
+def _dgrad_shape(dx: Tensor, grad: Tensor, g: Conv2dGeometry, side: int) -> dict[str, int]:
+    """The integers that describe lists, phases and images of an input gradient."""
+    dx_size, grad_size = image_size(dx), image_size(grad)
+    row_blocks, dx_group = blocks_per_group(g, (side, 1))
+    lattice = (-(-dx_size[0] // g.stride_h), -(-dx_size[1] // g.stride_w))
+    return dict(
+        total=dx.shape[0] * lattice[0] * lattice[1],
         dx_points=points_of(dx),
         grad_points=points_of(grad),
-        rows=rows,
+        rows=g.groups * g.stride_h * g.stride_w * dx_group,
         row_blocks=row_blocks,
         dx_group=dx_group,
         grad_group=g.out_channels // g.groups,
@@ -242,14 +272,4 @@ def dgrad_launch(
         grad_h=grad_size[0],
         grad_w=grad_size[1],
         taps=g.taps,
-        **window(g),
-        BLOCK=side,
-        TILE_V=next_power(side),
-        SPATIAL=spatial,
-        SEARCH=0 if g.groups == 1 else bisections(g.groups * row_blocks),
-        LONG=needs_long(dx, grad, values),
-        UNROLL=config.unroll,
-        TILE_M=config.tile_m,
     )
-    grid = (rows * -(-total // config.tile_m),)
-    return Launch(vector_dgrad, grid, arguments, config.num_warps, config.num_stages)

@@ -108,7 +108,9 @@ def vector_product(
     window = (taps_w, stride_h, stride_w, dilation_h, dilation_w, pad_h, pad_w)
     row = tl.load(order + tl.program_id(0) % rows)
     point = (tl.program_id(0) // rows) * TILE_M + tl.arange(0, TILE_M)
-    points = forward_points(point, total, batch, y_w, window, SPATIAL)
+    exists, i, j, image, number = forward_points(point, total, batch, y_w, window, SPATIAL)
+    # A row of a matrix: loaded as a vector, it would pass through shared memory to become one.
+    points = (exists[None, :], i[None, :], j[None, :], image[None, :], number[None, :])
     group = row // row_blocks
     r = tl.arange(0, TILE_V)
     sums = tl.zeros((TILE_V, TILE_M), dtype=tl.float32)
@@ -125,11 +127,11 @@ def vector_product(
             a = tl.load(source + at, mask=inside & (block < last), other=0.0)
             stored = row_start(values, block, BLOCK, LONG) + r
             w = tl.load(stored, mask=(r < BLOCK) & (block < last), other=0.0)
-            sums += w.to(tl.float32)[:, None] * a.to(tl.float32)[None, :]
+            sums += w.to(tl.float32)[:, None] * a.to(tl.float32)
     channel = (row % row_blocks) * BLOCK + r
-    exists = (r < BLOCK) & (channel < y_group)
+    r_inside = (r < BLOCK) & (channel < y_group)
     channel += group * y_group
-    store_rows(y, sums, bias, channel, exists, point, total, HAS_BIAS, RELU, LONG)
+    store_rows(y, sums, bias, channel, r_inside, point, total, HAS_BIAS, RELU, LONG)
 
 
 @triton.jit
@@ -172,8 +174,8 @@ def vector_gather(
     window = (taps_w, stride_h, stride_w, dilation_h, dilation_w, pad_h, pad_w)
     row = tl.load(order + tl.program_id(0) % rows)
     point = (tl.program_id(0) // rows) * TILE_M + tl.arange(0, TILE_M)
-    inside, down, right, image, number = forward_points(point, total, batch, y_w, window, SPATIAL)
-    points = (inside[:, None], down[:, None], right[:, None], image[:, None], number[:, None])
+    exists, i, j, image, number = forward_points(point, total, batch, y_w, window, SPATIAL)
+    points = (exists[:, None], i[:, None], j[:, None], image[:, None], number[:, None])
     group = row // row_blocks
     r, k = tl.arange(0, TILE_V), tl.arange(0, UNROLL)
     sums = tl.zeros((TILE_M, TILE_V), dtype=tl.float32)
@@ -192,9 +194,9 @@ def vector_gather(
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
         item = tl.load(col + block + UNROLL, mask=block + UNROLL < last, other=0)
     channel = (row % row_blocks) * BLOCK + r
-    exists = (r < BLOCK) & (channel < y_group)
+    r_inside = (r < BLOCK) & (channel < y_group)
     channel += group * y_group
-    store_rows(y, tl.trans(sums), bias, channel, exists, point, total, HAS_BIAS, RELU, LONG)
+    store_rows(y, tl.trans(sums), bias, channel, r_inside, point, total, HAS_BIAS, RELU, LONG)
 
 
 @triton.jit

@@ -73,6 +73,8 @@ def vector_wgrad(
         y_row = row_start(grad, group * y_group + y_channel, total, LONG)
         if DOT:
             sums = tl.zeros((PER, TILE_V), dtype=tl.float32)
+        elif TILE_V == 1:
+            sums = tl.zeros((PER, TILE_M), dtype=tl.float32)
         else:
             sums = tl.zeros((PER, TILE_V, TILE_M), dtype=tl.float32)
         for step in tl.range(0, steps):
@@ -85,9 +87,14 @@ def vector_wgrad(
             b = tl.load(y_row[:, None] + point[None, :], mask=mask, other=0.0)
             if DOT:
                 sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+            elif TILE_V == 1:
+                sums += a.to(tl.float32) * b.to(tl.float32)
             else:
                 sums += a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :]
-        if not DOT:
-            sums = tl.sum(sums, axis=2)
         to = row_start(out, part * capacity + block, BLOCK, LONG)
-        tl.store(to[:, None] + r[None, :], sums, mask=stored[:, None] & (r < BLOCK)[None, :])
+        if TILE_V == 1:
+            tl.store(to, tl.sum(sums, axis=1), mask=stored)
+        else:
+            if not DOT:
+                sums = tl.sum(sums, axis=2)
+            tl.store(to[:, None] + r[None, :], sums, mask=stored[:, None] & (r < BLOCK)[None, :])
