@@ -1,4 +1,4 @@
-"""Expected times of the Triton block kernels on an H100, from bytes and FLOPs alone.
+"""Expected times of the Triton kernels on an H100, from bytes and FLOPs alone.
 
     python tools/gpu_roofline.py docs/gpu.md      # replaces the table between the markers there
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from sparse_kernels.backends.triton import block_config as tiles
+from sparse_kernels.backends.triton import vector_config
 
 # H100 SXM, from NVIDIA's data sheet (dense figures); the L2 figure is the one in docs/gpu.md.
 PEAK = {"bf16": 989e12, "tf32": 495e12, "fp32": 67e12}
@@ -113,6 +114,42 @@ def wgrad_cost(layer: Layer, side: int, precision: str, op: str) -> Cost:
     return Cost(2.0 * stored * layer.points, l2_bytes, memory, 2)
 
 
+def vector_costs(layer: Layer, side: int, precision: str) -> tuple[Cost, Cost, Cost]:
+    """Forward, input and weight gradient of elements and V x 1 blocks, V = ``side``.
+
+    Per point and block, forward reads one number of x, the input gradient V of dY, and the weight
+    gradient one of x, and V of dY for each program. Nothing is assumed to stay in L1.
+    """
+    dtype = DTYPES[precision]
+    blocks, size = round(DENSITY * layer.taps * layer.inputs * layer.outputs / side), dtype.itemsize
+    stored = blocks * side
+    flops, reads = 2.0 * stored * layer.points, blocks * layer.points * size
+    cast = stored * (4 + 2 * size) if size != 4 else stored * 4
+    memory = layer.points * (layer.inputs + layer.outputs) * size
+    product = 1 + (size != 4)
+    problem = tiles.Problem("linear_wgrad", dtype, (side, 1), layer.points, precision == "tf32")
+    config = vector_config.default_vector_wgrad(problem)
+    block_rows = layer.outputs // side
+    per = min(config.per, max(1.0, blocks / block_rows))
+    parts = tiles.wgrad_parts(problem, config, blocks, block_rows)
+    return (
+        Cost(flops, reads, memory + cast, product),
+        Cost(flops, reads * side, memory + cast, product),
+        Cost(flops, reads * (1 + side / per), memory + 4.0 * stored * (2 * parts + 1), 2),
+    )
+
+
+def vector_rows() -> list[str]:
+    """Lines for elements and V x 1 blocks. Arithmetic counts at the plain cores' peak."""
+    lines = []
+    for layer in LAYERS:
+        for precision in ("bf16", "fp32"):
+            for side in (1, 4, 16):
+                costs = vector_costs(layer, side, precision)
+                lines.append(row(layer, precision, f"{side}x1", costs, "fp32"))
+    return lines
+
+
 def rows() -> list[str]:
     """Lines of the Markdown table."""
     head = "| layer | precision | block | forward us (bound) | dgrad us (bound) | wgrad us (bound) "
@@ -126,18 +163,22 @@ def rows() -> list[str]:
                     product_cost(layer, side, precision, f"{kind}_dgrad"),
                     wgrad_cost(layer, side, precision, f"{kind}_wgrad"),
                 )
-                lines.append(row(layer, precision, side, costs))
-    return lines
+                lines.append(row(layer, precision, f"{side}x{side}", costs, precision))
+    return lines + vector_rows()
 
 
-def row(layer: Layer, precision: str, side: int, costs: tuple[Cost, Cost, Cost]) -> str:
-    """One line: three kernels, their sum, the dense layer's three, and the ratio."""
-    cells = [f"{c.seconds(precision) * 1e6:.0f} ({c.bound(precision)})" for c in costs]
-    total = sum(cost.seconds(precision) for cost in costs)
+def row(
+    layer: Layer, precision: str, block: str, costs: tuple[Cost, Cost, Cost], cores: str
+) -> str:
+    """One line: three kernels at the peak of ``cores``, their sum, the dense layer's three, and the
+    ratio.
+    """
+    cells = [f"{c.seconds(cores) * 1e6:.0f} ({c.bound(cores)})" for c in costs]
+    total = sum(cost.seconds(cores) for cost in costs)
     one = 2.0 * layer.points * layer.outputs * layer.inputs * layer.taps
     dense = 3 * max(one / (DENSE_SHARE_OF_PEAK * PEAK[precision]), LAUNCH_SECONDS)
     return (
-        f"| {layer.name} | {precision} | {side}x{side} | {' | '.join(cells)} "
+        f"| {layer.name} | {precision} | {block} | {' | '.join(cells)} "
         f"| {total * 1e6:.0f} | {dense * 1e6:.0f} | {dense / total:.1f} |"
     )
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,12 @@ class Fault(NamedTuple):
     old: str
     new: str
 
+    @property
+    def tests(self) -> str:
+        """The file of tests that must notice."""
+        kind = "vector" if "/vector_" in self.path else "block"
+        return f"tests/triton_kernels/test_{kind}_interpret.py"
+
 
 def product(name: str, old: str, new: str) -> Fault:
     """A fault in the block product."""
@@ -45,6 +52,16 @@ def wgrad(name: str, old: str, new: str) -> Fault:
 def lists(name: str, old: str, new: str) -> Fault:
     """A fault in the lists of the input gradient."""
     return Fault(name, f"{KERNELS}/block_lists.py", old, new)
+
+
+def vector(name: str, old: str, new: str) -> Fault:
+    """A fault in the products of elements and V x 1 blocks."""
+    return Fault(f"vector: {name}", f"{KERNELS}/vector_product.py", old, new)
+
+
+def vector_wgrad(name: str, old: str, new: str) -> Fault:
+    """A fault in their weight gradient."""
+    return Fault(f"vector: {name}", f"{KERNELS}/vector_wgrad.py", old, new)
 
 
 FAULTS = (
@@ -74,13 +91,31 @@ FAULTS = (
     lists("search off by one", "open_ & below, middle + 1, low", "open_ & below, middle, low"),
     lists("phase of padding", "(stride_h - 1) * pad_h", "pad_h"),
     lists("group's rows not subtracted", " - group * row_blocks\n", "\n"),
+    vector("no image mask", "(row >= 0) & ", ""),
+    vector("batch not innermost", "(row * size[1] + column) * batch + image", "number"),
+    vector(
+        "list's end read", "mask=inside & (block < last), other=0.0)", "mask=inside, other=0.0)"
+    ),
+    vector("gathered list's end read", "mask=inside & (block < last)[None, :]", "mask=inside"),
+    vector("items ahead off by one", "tl.load(col + block + UNROLL,", "tl.load(col + block,"),
+    vector("points not masked", "& (point < total)[None, :]", "& (point < total + 1)[None, :]"),
+    vector(
+        "phase ignored",
+        "meets = (tap_h == phase_h) & (tap_w",
+        "meets = (tap_w == phase_w) & (tap_w",
+    ),
+    vector("last block's rows not cut", " & (row * BLOCK + r < grad_group)", ""),
+    vector("group's rows not subtracted", "other=0) - group * row_blocks", "other=0)"),
+    vector_wgrad("neighbour's block", "stored = block < last", "stored = block < last + 1"),
+    vector_wgrad("rows not cut", "(r < BLOCK) & (y_channel < y_group)", "r < BLOCK"),
+    vector_wgrad("part off by one", "(part * steps + step) * TILE_M", "(part + step) * TILE_M"),
 )
 
 
-def run_tests(root: Path) -> tuple[bool, str, float]:
+def run_tests(root: Path, tests: Iterable[str]) -> tuple[bool, str, float]:
     """Whether the core tests pass in a checkout, their last line, and the seconds."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow", "--rootdir", str(root), "tests/triton_kernels"]
+    command += ["-m", "not slow", "--rootdir", str(root), *sorted(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     start = time.monotonic()
     done = subprocess.run(
@@ -121,13 +156,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression on a fault's name")
     only = parser.parse_args().only
     unnoticed = 0
-    for fault in (None, *(fault for fault in FAULTS if re.search(only, fault.name))):
+    chosen = [fault for fault in FAULTS if re.search(only, fault.name)]
+    for fault in (None, *chosen):
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             copy_tree(root)
             if fault is not None:
                 plant(root, fault)
-            passed, failed, seconds = run_tests(root)
+            passed, failed, seconds = run_tests(
+                root, {f.tests for f in ([fault] if fault else chosen)}
+            )
         wrong = passed == (fault is not None)
         unnoticed += wrong
         name = fault.name if fault else "(no fault)"

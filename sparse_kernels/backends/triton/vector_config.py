@@ -53,9 +53,9 @@ def product_candidates(problem: Problem) -> tuple[VectorConfig, ...]:
     each = 4 if v <= 4 else 2 if v <= 8 else 1
     unroll = 4 if v <= 8 else 2
     tall = _tile_m(problem, 128 * each)
-    plain = [_plain(tall, unroll, each), _plain(tall, 2 * unroll, each)]
-    if tall > 128:
-        plain.append(_plain(128, unroll, each))
+    # Reading more blocks together spills on sm_80 and sm_100 where a thread has several points.
+    other = _plain(128, unroll, each) if tall > 128 else _plain(tall, 2 * unroll, each)
+    plain = [_plain(tall, unroll, each), other]
     found = [] if problem.op.endswith("_dgrad") else _dots(problem, v)
     return tuple(dict.fromkeys((*found, *plain)))
 
