@@ -97,3 +97,4 @@ clean: ## remove build products and .venv
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 -include make/native.mk
+-include make/triton.mk

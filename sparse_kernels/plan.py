@@ -13,9 +13,17 @@ from types import ModuleType
 
 import torch
 
-from sparse_kernels.backends import cpu, cuda, reference
+from sparse_kernels.backends import cpu, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
+#: In the order in which they are asked. The room of Triton imports triton when it is called.
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}
+
+Block = tuple[int, int]
 
 _forced: str | None = os.environ.get("SPARSE_KERNELS_BACKEND") or None
 _cache: dict[tuple[object, ...], ModuleType] = {}
@@ -55,14 +63,18 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def reasons(op: str, x: torch.Tensor, values: torch.Tensor | None = None) -> dict[str, str | None]:
+def reasons(
+    op: str, x: torch.Tensor, values: torch.Tensor | None = None, block: Block | None = None
+) -> dict[str, str | None]:
     """For each backend None if it serves ``op`` on these tensors, else the reason why not."""
+    if values is not None:
+        block = (int(values.shape[1]), int(values.shape[2]))
     found: dict[str, str | None] = {}
     for name, module in BACKENDS.items():
         if not hasattr(module, op):
             found[name] = f"has no {op}"
         else:
-            found[name] = module.supports(op, x, values)
+            found[name] = module.supports(op, x, values, block)
     # The reference expands the weight.  It is the oracle, and the home of float64; to serve
     # float32 by it would be dense computation behind a sparse name.
     if found["reference"] is None and x.dtype != torch.float64 and _forced_backend() is None:
@@ -73,26 +85,48 @@ def reasons(op: str, x: torch.Tensor, values: torch.Tensor | None = None) -> dic
     return found
 
 
-def choose(op: str, x: torch.Tensor, values: torch.Tensor | None = None) -> ModuleType:
+def choose(
+    op: str, x: torch.Tensor, values: torch.Tensor | None = None, block: Block | None = None
+) -> ModuleType:
     """The backend module that serves operator ``op`` on tensors like ``x`` and ``values``.
 
+    ``block`` stands for values [capacity, *block] where an operator makes them: weight gradients.
     Raises BackendError that lists every backend's reason when none does.
     """
     # On the way of every operator, so no more than a dictionary look-up.
     if values is None:
-        key: tuple[object, ...] = (op, _forced, x.device, x.dtype)
+        key: tuple[object, ...] = (op, _forced, x.device, x.dtype, block)
     else:
-        key = (op, _forced, x.device, x.dtype, values.dtype, *values.shape[1:])
+        _, bh, bw = values.shape  # symbolic in a trace, which would not hash
+        key = (op, _forced, x.device, x.dtype, values.dtype, int(bh), int(bw))
     module = _cache.get(key)
     if module is None:
-        module = _cache[key] = _choose(op, _forced_backend(), x, values)
+        module = _cache[key] = _choose(op, _forced_backend(), x, values, block)
     return module
 
 
+def batch_major(op: str, x: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether the backend chosen for these tensors writes batch-major or channels_last results.
+
+    False, feature-major, where none serves them (device "meta").  Fake kernels ask this: what they
+    promise, a compiled graph relies on.
+    """
+    try:
+        module = choose(op, x, values)
+    except BackendError:
+        return False
+    writes = getattr(module, "writes_batch_major", None)  # others write feature-major
+    return writes is not None and bool(writes((int(values.shape[1]), int(values.shape[2]))))
+
+
 def _choose(
-    op: str, forced: str | None, x: torch.Tensor, values: torch.Tensor | None
+    op: str,
+    forced: str | None,
+    x: torch.Tensor,
+    values: torch.Tensor | None,
+    block: Block | None,
 ) -> ModuleType:
-    why = reasons(op, x, values)
+    why = reasons(op, x, values, block)
     for name in [forced] if forced else BACKENDS:
         if why[name] is None:
             return BACKENDS[name]

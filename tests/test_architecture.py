@@ -145,8 +145,14 @@ def test_files_are_under_400_lines() -> None:
     assert long == []
 
 
-def function_lengths(path: Path) -> list[tuple[str, int]]:
-    """(name, lines of code) of each function: docstring, comments and blank lines do not count."""
+def is_triton_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+
+
+def function_lengths(path: Path) -> list[tuple[str, int, int]]:
+    """(name, lines of code, limit) of each function: docstring, comments and blank lines do not
+    count; kernels may be twice as long.
+    """
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     lengths = []
@@ -156,7 +162,7 @@ def function_lengths(path: Path) -> list[tuple[str, int]]:
         body = node.body[1:] if ast.get_docstring(node) is not None else node.body
         code = lines[body[0].lineno - 1 : node.end_lineno] if body else []
         count = sum(1 for line in code if line.strip() and not line.strip().startswith("#"))
-        lengths.append((node.name, count))
+        lengths.append((node.name, count, 80 if is_triton_kernel(node) else 40))
     return lengths
 
 
@@ -164,8 +170,8 @@ def test_functions_are_under_40_lines() -> None:
     long = [
         f"{path.relative_to(ROOT)}: {name} has {count} lines"
         for path in package_modules()
-        for name, count in function_lengths(path)
-        if count >= 40
+        for name, count, limit in function_lengths(path)
+        if count >= limit
     ]
     assert long == []
 

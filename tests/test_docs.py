@@ -79,7 +79,7 @@ def shell_commands() -> list[tuple[str, list[str]]]:
 
 def test_make_targets_in_the_documents_exist() -> None:
     targets = set()
-    for makefile in (ROOT / "Makefile", ROOT / "make" / "native.mk"):
+    for makefile in (ROOT / "Makefile", *(ROOT / "make").glob("*.mk")):
         targets |= set(re.findall(r"^([a-z-]+):", makefile.read_text(encoding="utf-8"), re.M))
     named = {words[1] for _, words in shell_commands() if words[0] == "make"}
     for path in DOCUMENTS:

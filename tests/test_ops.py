@@ -247,6 +247,24 @@ def test_a_device_without_a_backend_lists_the_reasons() -> None:
         pass
 
 
+def test_a_weight_gradient_tells_plan_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no values yet from which a backend could read what it must compute."""
+    asked, choose = {}, plan.choose
+
+    def record(op: str, x: torch.Tensor, values=None, block=None):
+        asked[op] = (None if values is None else tuple(values.shape[1:]), block)
+        return choose(op, x, values, block)
+
+    monkeypatch.setattr(plan, "choose", record)
+    for make, operator in ((_linear_args, ops.linear), (_conv_args, ops.conv2d)):
+        x, values, *index, bias, _, where, _ = make(torch.float64, block=(2, 1))
+        name = operator.__name__
+        keyword = {"out_features": where} if name == "linear" else {"geometry": where}
+        operator(x, values, *index, bias, **keyword).sum().backward()
+        assert asked[f"{name}_wgrad"] == (None, (2, 1))
+        assert asked[f"{name}_dgrad"] == asked[name] == ((2, 1), None)
+
+
 def test_float64_is_served_by_the_reference_and_float32_by_the_native_kernels() -> None:
     x, values, *_ = _linear_args(torch.float32)
     assert plan.choose("linear", x, values) is plan.BACKENDS["cpu"]

@@ -16,7 +16,9 @@ __all__ = ["linear", "linear_dgrad", "supports"]
 _SERVED = ("linear", "linear_dgrad")
 
 
-def supports(op: str, x: Tensor, values: Tensor | None = None) -> str | None:
+def supports(
+    op: str, x: Tensor, values: Tensor | None = None, block: tuple[int, int] | None = None
+) -> str | None:
     """None if this backend computes ``op`` on tensors like these, else the reason why not."""
     if x.device.type != "cuda":
         return f"serves CUDA tensors, got device {x.device}"

@@ -60,7 +60,9 @@ __all__ = [
 ]
 
 
-def supports(op: str, x: Tensor, values: Tensor | None = None) -> str | None:
+def supports(
+    op: str, x: Tensor, values: Tensor | None = None, block: tuple[int, int] | None = None
+) -> str | None:
     """None: the reference computes every operator on everything (elsewhere: the reason why not)."""
     return None
 

@@ -6,7 +6,7 @@ call the backend's function of the operator's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from sparse_kernels import plan
-from sparse_kernels.layout import holds_its_numbers
+from sparse_kernels.layout import empty_feature_major, holds_its_numbers
 
 NAMESPACE = "sparse_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -38,6 +38,7 @@ def define(
     fake: Callable[..., Any],
     values_at: int | None = None,
     probe_at: int | None = None,
+    block_at: int | None = None,
 ) -> None:
     """Define an operator from its schema and its fake kernel.
 
@@ -45,7 +46,8 @@ def define(
     and returns empty outputs; it runs before the real kernel too, on metadata only, so that no
     native pointer is ever taken from tensors that do not fit.  ``values_at`` is the position of
     the compressed values, whose dtype and block decide about the backend with those of the first
-    argument.  Schemas carry no defaults: torch strips defaulted arguments from Python kernels.
+    argument; of a weight gradient ``block_at`` is the position of the block's two sides.
+    Schemas carry no defaults: torch strips defaulted arguments from Python kernels.
     """
     name = schema.partition("(")[0]
     check = getattr(fake, "check", fake)
@@ -53,9 +55,10 @@ def define(
     def kernel(*args: Any) -> Any:
         check(*args)
         values = None if values_at is None else args[values_at]
+        block = None if block_at is None else (args[block_at], args[block_at + 1])
         if probe_at is not None:
             args = args[:probe_at] + args[probe_at + 1 :]
-        compute = getattr(plan.choose(name, args[0], values), name)
+        compute = getattr(plan.choose(name, args[0], values, block), name)
         if not autocast_enabled(args[0]):
             return compute(*args)
         # The dtype was settled before the operator; torch's own calls inside must keep it.
@@ -67,6 +70,14 @@ def define(
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     OPERATORS.append(name)
+
+
+def empty_result(op: str, shape: Sequence[int], x: Tensor, values: Tensor) -> Tensor:
+    """Uninitialised result of ``shape``, with the strides that the backend will give it."""
+    if not plan.batch_major(op, x, values):
+        return empty_feature_major(shape, x.dtype, x.device)
+    form = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=form)
 
 
 def with_check(check: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -18,7 +18,6 @@ from sparse_kernels import plan
 from sparse_kernels.backends import cpu
 from sparse_kernels.backends.cpu.prepared import Product, state_of
 from sparse_kernels.geometry import Conv2dGeometry
-from sparse_kernels.layout import empty_feature_major
 from sparse_kernels.ops import _short
 from sparse_kernels.ops._library import (
     INDEX,
@@ -34,6 +33,7 @@ from sparse_kernels.ops._library import (
     check_index,
     check_values,
     define,
+    empty_result,
     masked_grad,
     read_elements,
     readable,
@@ -71,7 +71,7 @@ def _check_matrix(
     bh, bw = block
     if bh < 1 or bw < 1:
         raise ValueError(f"{op}: both sides of the block must be at least 1, got {block}")
-    check_index(op, x, index, *_grid(g, bh, bw), index[1].shape[0])
+    check_index(op, x, index, *_grid(g, int(bh), int(bw)), index[1].shape[0])  # hashable
 
 
 def _check_images(op: str, g: Conv2dGeometry, x_shape: Sequence[int], grad: Tensor | None) -> None:
@@ -131,10 +131,10 @@ def _check_forward(
 
 
 @with_check(_check_forward)
-def _fake_forward(x: Tensor, *rest: Any) -> Tensor:
+def _fake_forward(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
     g = Conv2dGeometry(*rest[-2])
     shape = (x.shape[0], g.out_channels, *g.output_size(x.shape[2], x.shape[3]))
-    return empty_feature_major(shape, x.dtype, x.device)
+    return empty_result("conv2d", shape, x, values)
 
 
 def _check_dgrad(
@@ -159,10 +159,9 @@ def _check_dgrad(
 
 
 @with_check(_check_dgrad)
-def _fake_dgrad(grad: Tensor, *rest: Any) -> Tensor:
-    in_height, in_width, geometry = rest[-3:]
-    shape = (grad.shape[0], Conv2dGeometry(*geometry).in_channels, in_height, in_width)
-    return empty_feature_major(shape, grad.dtype, grad.device)
+def _fake_dgrad(grad: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    shape = (grad.shape[0], Conv2dGeometry(*rest[-1]).in_channels, *rest[-3:-1])
+    return empty_result("conv2d_dgrad", shape, grad, values)
 
 
 def _check_pair(op: str, grad: Tensor, x: Tensor, geometry: Sequence[int]) -> Conv2dGeometry:
@@ -217,6 +216,7 @@ define(
 define(
     f"conv2d_wgrad(Tensor grad, Tensor x, {INDEX}, int bh, int bw, int[] geometry) -> Tensor",
     _fake_wgrad,
+    block_at=7,
 )
 define("conv2d_wgrad_dense(Tensor grad, Tensor x, int[] geometry) -> Tensor", _fake_wgrad_dense)
 
@@ -372,7 +372,7 @@ def conv2d(
         geometry: the 13 integers of ``Conv2dGeometry``.
 
     Returns:
-        [N, C_out, H_out, W_out] (or unbatched), feature-major (batch innermost in memory).
+        [N, C_out, H_out, W_out] (or unbatched); feature-major, of tensor-core blocks channels_last.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit (both sides are named).

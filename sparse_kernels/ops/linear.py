@@ -16,7 +16,7 @@ from sparse_kernels import plan
 from sparse_kernels.backends import cpu
 from sparse_kernels.backends.cpu.prepared import Product, state_of
 from sparse_kernels.geometry import Conv2dGeometry
-from sparse_kernels.layout import empty_feature_major, is_plain, to_feature_major
+from sparse_kernels.layout import is_plain, to_feature_major
 from sparse_kernels.ops import _short
 from sparse_kernels.ops._library import (
     INDEX,
@@ -33,6 +33,7 @@ from sparse_kernels.ops._library import (
     check_index,
     check_values,
     define,
+    empty_result,
     masked_grad,
     read_elements,
     readable,
@@ -86,8 +87,8 @@ def _check_forward(
 
 
 @with_check(_check_forward)
-def _fake_forward(x: Tensor, *rest: Any) -> Tensor:
-    return empty_feature_major((x.shape[0], rest[-2]), x.dtype, x.device)
+def _fake_forward(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return empty_result("linear", (x.shape[0], rest[-2]), x, values)
 
 
 def _check_dgrad(
@@ -108,8 +109,8 @@ def _check_dgrad(
 
 
 @with_check(_check_dgrad)
-def _fake_dgrad(grad: Tensor, *rest: Any) -> Tensor:
-    return empty_feature_major((grad.shape[0], rest[-1]), grad.dtype, grad.device)
+def _fake_dgrad(grad: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return empty_result("linear_dgrad", (grad.shape[0], rest[-1]), grad, values)
 
 
 def _check_pair(op: str, grad: Tensor, x: Tensor, dims: int) -> None:
@@ -163,7 +164,11 @@ define(
     probe_at=8,
 )
 define(f"linear_dgrad(Tensor grad, {WEIGHT}, SymInt in_features) -> Tensor", _fake_dgrad, 1)
-define(f"linear_wgrad(Tensor grad, Tensor x, {INDEX}, int bh, int bw) -> Tensor", _fake_wgrad)
+define(
+    f"linear_wgrad(Tensor grad, Tensor x, {INDEX}, int bh, int bw) -> Tensor",
+    _fake_wgrad,
+    block_at=7,
+)
 define("linear_wgrad_dense(Tensor grad, Tensor x) -> Tensor", _fake_wgrad_dense)
 
 
@@ -324,7 +329,7 @@ def linear(
             gradient (growth signal).
 
     Returns:
-        [..., out_features], feature-major (batch innermost in memory).
+        [..., out_features]; feature-major (batch innermost), of tensor-core blocks batch-major.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit (both sides are named).

@@ -57,7 +57,9 @@ __all__ = [
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(op: str, x: Tensor, values: Tensor | None) -> str | None:
+def supports(
+    op: str, x: Tensor, values: Tensor | None, block: tuple[int, int] | None = None
+) -> str | None:
     """None if this backend computes ``op`` on tensors like these, else the reason why not."""
     if x.device.type != "cpu":
         return f"serves CPU tensors, got device {x.device}"

@@ -1,0 +1,97 @@
+"""The block kernels compiled for real chips, without a GPU: no spills, memory that fits, and the
+instructions that are claimed. The slow tests compile everything; `compile_table.py` keeps a journal
+of the same and writes it into docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compile_table import ARCHITECTURES, Case, compile_case, compile_launch, every_case, launch_of
+from interpreter_support import INTERPRETING
+
+from sparse_kernels.backends import triton as backend
+from sparse_kernels.geometry import Conv2dGeometry
+
+pytestmark = [
+    pytest.mark.skipif(not backend.installed(), reason="triton is not installed"),
+    pytest.mark.skipif(INTERPRETING, reason="interpreted kernels cannot be compiled"),
+    # Triton announces defaults of its next version.
+    pytest.mark.filterwarnings("ignore::UserWarning:triton"),
+]
+
+ALL = every_case()
+#: One per operator, each with another chip or precision.
+CORE = (
+    "conv2d bf16 64x64 128-64-0-8-3 sm_90 even",
+    "conv2d_dgrad tf32 32x32 128-32-0-4-3 sm_80 even",
+    "conv2d_wgrad bf16 16x16 64-8-4-3 sm_100 even",
+    "conv2d fp32 128x128 64-16-0-8-3 sm_80 even",
+    "conv2d fp32 1x1 512-4-0-4-1 sm_80 even",
+    "conv2d bf16 16x1 128-32-1-4-3 sm_90 even",
+    "conv2d_dgrad bf16 4x1 512-4-0-4-1 sm_100 even",
+    "conv2d_wgrad tf32 16x1 64-64-1-4-3 sm_90 even",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.key, marks=() if case.key in CORE else pytest.mark.slow)
+        for case in ALL
+    ],
+)
+def test_compiles_without_faults(case: Case) -> None:
+    assert compile_case(case)["faults"] == []
+
+
+def test_the_core_cases_exist() -> None:
+    assert set(CORE) <= {case.key for case in ALL}
+
+
+def test_a_tile_that_is_too_large_is_found() -> None:
+    """The check of spills can fail: a thread has no room for 256 sums and their operands."""
+    case = Case("conv2d", "fp32", (128, 128), (256, 32, 0, 4, 2), 80)
+    assert any("local memory" in fault for fault in compile_case(case)["faults"])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_small_kernels_compile(arch: int) -> None:
+    """The lists of the input gradient, with and without groups, and the sum over parts."""
+    from sparse_kernels.backends.triton import block_products, block_wgrad
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for groups in (1, 4):
+        g = Conv2dGeometry(512, 512, 3, 3, 2, 2, 1, 1, 1, 1, groups=groups)
+        index = (empty(17), empty(500), empty(9 * 16 // groups + 1), empty(500), empty(500))
+        _, launch = block_products.transposed_lists(index, g, (32, 32))
+        assert launch is not None
+        found = compile_launch(launch, arch)
+        assert (found["spills"], found["local"]) == (0, 0)
+    out = empty(500, 32, 32, dtype=torch.float32)
+    parts = empty(5, 500, 32, 32, dtype=torch.float32)
+    found = compile_launch(block_wgrad.sum_launch(out, parts, index[0]), arch)
+    assert (found["spills"], found["local"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "start", ["conv2d bf16 64x64", "conv2d_wgrad bf16 64x64", "conv2d_dgrad fp32 4x1"]
+)
+def test_the_variant_for_large_tensors_compiles(start: str) -> None:
+    """64-bit offsets take more registers."""
+    case = next(case for case in ALL if case.key.startswith(start))
+    launch = launch_of(case)
+    launch.arguments["LONG"] = True
+    found = compile_launch(launch, 80)
+    assert (found["spills"], found["local"]) == (0, 0)
+
+
+def test_a_launch_names_every_parameter() -> None:
+    """What the launcher passes is what the kernel takes, no more and no less."""
+    ops = ("conv2d", "linear", "linear_dgrad", "linear_wgrad", "conv2d_dgrad")
+    starts = [f"{op} bf16 {block}" for op in ops for block in ("16x16", "1x1", "16x1")]
+    for start in starts:
+        launch = launch_of(next(case for case in ALL if case.key.startswith(start)))
+        assert set(launch.arguments) == set(launch.kernel.arg_names)
