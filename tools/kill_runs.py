@@ -37,7 +37,7 @@ def main() -> int:
     chosen = options.parse_args()
     kills.prepare()
     draw, begun, hit, lost = random.Random(chosen.seed), time.monotonic(), Counter(), []
-    unused = list(kills.POINTS)
+    unused = draw.sample(list(kills.POINTS), len(kills.POINTS))
     with tempfile.TemporaryDirectory(dir=chosen.place) as place:
         ends: dict[str, tuple[object, float]] = {}
         runs = 0
@@ -53,6 +53,8 @@ def main() -> int:
             else:
                 shutil.rmtree(folder)
             runs += 1
+            if runs % 50 == 0:
+                print(f"{hit.total()} kills in {runs} runs, {len(lost)} lost", flush=True)
     for point in [*kills.POINTS, kills.RANDOM_TIME]:
         print(f"{hit[point]:6d}  {point}")
     print(
