@@ -252,6 +252,15 @@ HOSTILE: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "groups": ("optimizer", lambda o: o["param_groups"].append({"params": []}), "param groups"),
     "no groups": ("optimizer", lambda o: o.pop("param_groups") and None, "param_groups"),
     "params": ("optimizer", lambda o: o["param_groups"][0].pop("params") and None, "no params"),
+    "momentum's value": ("optimizer", lambda o: o["state"][0].update(momentum_buffer="x"),
+                         "tensor or a number"),
+    "no momentum": ("optimizer", lambda o: o["param_groups"][0].update(momentum=None),
+                    "momentum is None"),
+    "momentum of 1": ("optimizer", lambda o: o["param_groups"][0].update(momentum=1.0), "not in"),
+    "rate": ("optimizer", lambda o: o["param_groups"][0].update(lr=float("nan")), "lr is nan"),
+    "momentum is missing": ("optimizer", lambda o: o["param_groups"][0].__delitem__("momentum"),
+                            "missing"),
+    "settings": ("masks", lambda m: m.update(config=3), "config must be"),
     "steps": ("masks", lambda m: m.update(steps=-3), "counts"),
     "layers": ("masks", lambda m: m["signals"].pop("0") and None, "sparse layers"),
     "signal": ("masks", lambda m: buffers(m).update(momentum_buffer=torch.ones(3)), "must be"),
@@ -300,6 +309,15 @@ def test_state_that_was_never_written(node, saved) -> None:
     entry = {"bytes": len(data), "sha256": checkpoint_files.hashlib.sha256(data).hexdigest()}
     sign(saved[1], lambda m: m["files"].update({"state.json": entry}))
     refused_and_passed_over(saved, str(saved[1]))
+
+
+def test_indices_past_the_stored_blocks_are_cleared(saved) -> None:
+    model = build()[0]
+    stored = model[0].pattern.nnzb
+    path = rewritten(saved, "model", into("0.col_indices", lambda c: c[stored:].fill_(1000)))
+    load_checkpoint(path, model)
+    model[0].pattern.validate()
+    assert model[0].col_indices.numel() > model[0].pattern.nnzb
 
 
 def test_a_model_of_another_kind_is_named(saved) -> None:

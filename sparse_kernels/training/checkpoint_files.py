@@ -127,25 +127,30 @@ def _contents(state: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _manifest(step: int, files: Mapping[str, bytes]) -> bytes:
-    from sparse_kernels import __version__
-
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "step": step,
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "sparse_kernels": __version__,
-            "torch": str(torch.__version__),
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "files": {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for name, data in files.items()
         },
     }
     return json.dumps({**content, "sha256": _own_hash(content)}, indent=1).encode()
+
+
+def versions() -> dict[str, str]:
+    """Versions that a checkpoint names: other ones may round otherwise."""
+    from sparse_kernels import __version__
+
+    return {
+        "sparse_kernels": __version__,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:
@@ -303,6 +308,11 @@ def _checked_bytes(path: Path, entry: Mapping[str, Any]) -> bytes:
             f"got {found[:12]}..."
         )
     return content
+
+
+def require_safetensors() -> None:
+    """Raise CheckpointError, before hours of training, if the package is not there."""
+    _safetensors()
 
 
 def _safetensors() -> Any:

@@ -48,6 +48,7 @@ def check_state(
         held = state["signals"]
         counters = [state[name] for name in _COUNTERS]
         _check_names(held, signals)
+        _check_config(state.get("config", {}))
         for signal in signals:
             entry = held[signal.name]
             counters += [entry["gathered"], entry.get("since_update", 0)]
@@ -70,6 +71,12 @@ def _check_names(held: dict[str, Any], signals: Sequence[LayerSignal]) -> None:
             f"checkpoint has the sparse layers {sorted(held)}, the model has {names} (frozen ones "
             "not counted); sparsify and freeze the model as it was when the checkpoint was written"
         )
+
+
+def _check_config(config: Any) -> None:
+    plain = (str, int, float, type(None))
+    if not isinstance(config, dict) or not all(isinstance(v, plain) for v in config.values()):
+        raise ValueError("config must be a dict of numbers and names, as SparseMomentum makes it")
 
 
 def records(history: Any) -> list[UpdateRecord]:

@@ -48,7 +48,7 @@ def check(held: Any) -> None:
             _bytes(entry)
         numpy.random.RandomState().set_state(_numpy_tuple(held["numpy"]))
         random.Random().setstate(held["python"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(
             f"expected the states of random generators, got a fault: {type(error).__name__}: "
             f"{error}"

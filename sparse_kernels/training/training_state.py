@@ -6,6 +6,7 @@ half new.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .layers import sparse_layers
 from .sparse_momentum import SparseMomentum
 
 _IMAGE_FORMATS = ("channels_last", "contiguous")
+_NEEDED = ("lr", "momentum", "betas")  # what the growth signal reads; torch fills in the others
 _INDEX_ENTRIES = ("values", "crow_indices", "col_indices", "mask")
 
 
@@ -153,6 +155,8 @@ def _check_optimizer(
             f"its optimizer has param groups of {found} parameters, this one of {sizes}; build the "
             "optimizer as it was when the checkpoint was written"
         )
+    for own, other in zip(optimizer.param_groups, groups, strict=True):
+        _check_settings(own, other)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [index for group in groups for index in group["params"]]
     names = {id(p): name for name, p in model.named_parameters()}
@@ -162,12 +166,46 @@ def _check_optimizer(
             _check_shapes(f"optimizer state of {name}", held.get(index, {}), model_state[name])
 
 
+def _check_settings(own: dict[str, Any], found: dict[str, Any]) -> None:
+    """Learning rate, momentum and the like: of the kind that this optimizer has there."""
+    for key, value in own.items():
+        if key in found and key != "params" and not _alike(value, found[key]):
+            raise CheckpointError(
+                f"param group of the optimizer: {key} is {found[key]!r:.60}, expected a value such "
+                f"as {value!r:.60}"
+            )
+    for key in ("momentum", "betas"):
+        decays = found.get(key, ())
+        for decay in decays if isinstance(decays, (tuple, list)) else (decays,):
+            if not 0 <= float(decay) < 1:
+                raise CheckpointError(f"param group of the optimizer: {key} {decay} not in [0, 1)")
+    missing = [key for key in _NEEDED if key in own and key not in found]
+    if missing:
+        raise CheckpointError(f"param group of the optimizer: {missing} are missing")
+
+
+def _alike(own: Any, found: Any) -> bool:
+    if own is None or isinstance(own, bool):
+        return found is None or isinstance(found, bool)
+    if isinstance(own, (tuple, list)):
+        same = isinstance(found, (tuple, list)) and len(own) == len(found)
+        return same and all(_alike(a, b) for a, b in zip(own, found, strict=True))
+    if isinstance(own, (int, float, Tensor)):
+        if isinstance(found, Tensor):
+            return found.numel() == 1
+        number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        return number and math.isfinite(found)
+    return type(own) is type(found)
+
+
 def _check_shapes(what: str, entries: Any, values: Tensor) -> None:
     """An elementwise optimizer's state has its parameter's shape, or is a number; fused kernels
     trust that."""
     if not isinstance(entries, dict):
         raise CheckpointError(f"{what}: expected a dict, got {type(entries).__name__}")
     for key, entry in entries.items():
+        if entry is not None and not isinstance(entry, (Tensor, int, float)):
+            raise CheckpointError(f"{what}: {key} must be a tensor or a number, got {entry!r:.60}")
         if isinstance(entry, Tensor) and entry.numel() != 1 and entry.shape != values.shape:
             raise CheckpointError(
                 f"{what}: {key} must have the parameter's shape {tuple(values.shape)}, got "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..training import checkpoint_files
 from . import account, machine
 from .config import TrainConfig
 from .contenders import Contender, build_dense, build_sparse, choose_dense, forget_compiled
@@ -38,6 +39,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> dict[str, 
     TrainingStopped, with a checkpoint, after Ctrl-C or SIGTERM.
     """
     config.check()
+    checkpoint_files.require_safetensors()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = load(config.data, config.data_dir, download=config.download)
@@ -177,6 +179,7 @@ def _train_epoch(session: Session, run: Run, total: int, progress: TrainingProgr
         now = time.perf_counter()
         run.step_times.append(now - begin)
         run.losses.append(loss)
+        run.saved_memory = None
         run.elapsed += now - start
         progress.advance(contender.name, loss)
         session.after_step(run, run.train.position == length)
@@ -263,7 +266,7 @@ def _epoch_line(run: Run) -> str:
 
 def _result(run: Run) -> dict[str, Any]:
     costs = account.layer_costs(run.contender.model, run.positions)
-    memory = account.memory(run.contender.model, run.contender.optimizer)
+    memory = run.memory()
     signal = run.contender.signal_peak
     return {
         "seed": run.seed,

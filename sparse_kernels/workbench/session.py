@@ -14,6 +14,7 @@ import torch
 
 from ..training import CheckpointError, checkpoint_files, generators, training_state
 from ..training.checkpoint import newest_good
+from . import account
 from .config import TrainConfig
 from .contenders import Contender
 from .datasets import BatchLoader
@@ -46,6 +47,13 @@ class Run:
     in_epoch: bool = False  # from an epoch's first batch until its record is complete
     losses: list[float] = field(default_factory=list)  # of the present epoch, as elapsed
     elapsed: float = 0.0
+    saved_memory: dict[str, int] | None = None  # the checkpoint's, until a step is taken
+
+    def memory(self) -> dict[str, int]:
+        """account.memory after the last step: the lists of the kernels exist only after one."""
+        if self.saved_memory is not None:
+            return self.saved_memory
+        return account.memory(self.contender.model, self.contender.optimizer)
 
     def state(self) -> dict[str, Any]:
         """Counters and logs as plain data."""
@@ -60,6 +68,7 @@ class Run:
             "elapsed": self.elapsed,
             "loader": self.train.state_dict(self.in_epoch),
             "initial_layers": self.initial_layers,
+            "memory": self.memory(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -72,6 +81,7 @@ class Run:
         self.seconds, self.elapsed = float(state["seconds"]), float(state["elapsed"])
         self.in_epoch = bool(state["in_epoch"])
         self.initial_layers = dict(state["initial_layers"])
+        self.saved_memory = dict(state["memory"]) if self.contender.steps_done else None
 
 
 @dataclass
@@ -193,6 +203,11 @@ class Session:
             self._read_experiment(found.state["experiment"])
         except (KeyError, TypeError) as error:
             raise self._foreign(error) from error
+        now = checkpoint_files.versions()
+        other = [f"{k} {v} -> {now.get(k)}" for k, v in found.versions.items() if now.get(k) != v]
+        if other:
+            print(f"note: other versions than the checkpoint's ({', '.join(other)}): the last bits "
+                  "may differ from a run that was never stopped")  # fmt: skip
         print(f"resuming from {found.path} (step {found.step})", flush=True)
         return True
 

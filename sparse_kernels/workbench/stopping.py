@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
@@ -45,7 +45,8 @@ class StopSignals:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         name = signal.Signals(signum).name
-        print(f"\n{name}: stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{name}: stopping after this step, with a checkpoint\n".encode())
         self._restore()
 
     def _restore(self) -> None:
