@@ -229,6 +229,16 @@ def into(entry: str, change: Callable[[torch.Tensor], Any]) -> Callable[[dict[st
     return apply
 
 
+def fill(start: int, value: int) -> Callable[[torch.Tensor], None]:
+    """Set what begins at `start`, in place."""
+
+    def change(tensor: torch.Tensor) -> None:
+        assert tensor[start:].numel()
+        tensor[start:] = value
+
+    return change
+
+
 def buffers(masks: dict[str, Any]) -> dict[str, Any]:
     return masks["signals"]["0"]["buffers"]
 
@@ -237,7 +247,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "column out of range": ("model", into("0.col_indices", lambda c: c.fill_(999)), "col"),
     "negative column": ("model", into("0.col_indices", lambda c: c.fill_(-1)), "col"),
     "unsorted": ("model", into("0.col_indices", lambda c: c.flip(0)), "col"),
-    "rows too many": ("model", into("0.crow_indices", lambda c: c[-1:].fill_(10**6)), "crow"),
+    "rows too many": ("model", into("0.crow_indices", fill(-1, 10**6)), "crow"),
     "rows too few": ("model", into("0.crow_indices", lambda c: c[:-1]), "crow"),
     "values of another block": ("model", into("0.values", lambda v: v.expand(-1, 2, 1)), "block"),
     "dtype": ("model", into("0.values", lambda v: v.float()), "float64, got torch.float32"),
@@ -313,8 +323,9 @@ def test_state_that_was_never_written(node, saved) -> None:
 
 def test_indices_past_the_stored_blocks_are_cleared(saved) -> None:
     model = build()[0]
-    stored = model[0].pattern.nnzb
-    path = rewritten(saved, "model", into("0.col_indices", lambda c: c[stored:].fill_(1000)))
+    state = checkpoint_files.read(saved[1]).state["model"]
+    stored = int(state["0.crow_indices"][-1])
+    path = rewritten(saved, "model", into("0.col_indices", fill(stored, 1000)))
     load_checkpoint(path, model)
     model[0].pattern.validate()
     assert model[0].col_indices.numel() > model[0].pattern.nnzb

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import kill_support as kills  # noqa: E402
 
-CHAIN = 6  # kills of one run before it is left to end
+CHAIN = 8  # kills of one run before it is left to end
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def main() -> int:
             else:
                 shutil.rmtree(folder)
             runs += 1
-            if runs % 50 == 0:
+            if runs % 10 == 0:
                 print(f"{hit.total()} kills in {runs} runs, {len(lost)} lost", flush=True)
     for point in [*kills.POINTS, kills.RANDOM_TIME]:
         print(f"{hit[point]:6d}  {point}")
