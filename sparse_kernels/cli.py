@@ -132,21 +132,38 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option("--max-steps", type=int, default=None, help="Stop after so many steps (smoke tests).")
 @click.option("--out", default="runs", show_default=True, help="Where runs/<name> is made.")
 @click.option("--name", default=None, help="Name of the run.  [default: net-data-density]")
+@click.option("--resume", is_flag=True,
+              help="Go on from the newest good checkpoint, with the same options.")  # fmt: skip
+@click.option(
+    "--checkpoint-dir", default=None, help="Directory of checkpoints.  [default: in runs/<name>]"
+)
+@click.option("--checkpoint-every", type=int, default=None,
+              help="Steps between checkpoints.  [default: an epoch, and a minute]")  # fmt: skip
+@click.option("--keep", type=int, default=3, show_default=True, help="Checkpoints that stay.")
 @click.pass_context
 @one_line_errors
-def train(context: click.Context, preset: str | None, **options: Any) -> None:
+def train(context: click.Context, preset: str | None, resume: bool, **options: Any) -> None:
     """Train a net sparse from scratch, and dense beside it, and write table, figure and logs.
 
     Example: sparse-kernels train --net lenet-300-100 --data mnist --density 0.05 --compare dense
     """
     from .workbench import report
+    from .workbench.errors import TrainingStopped
     from .workbench.loop import train as run_training
+    from .workbench.session import folder_to_resume
 
     config = _configure(context, preset, options)
     config.check()
     demo = preset == "demo" and config.run_name() == DEMO["name"]
-    folder = _run_folder(Path(config.out) / config.run_name(), overwrite=demo)
-    results = run_training(config, folder)
+    folder = folder_to_resume(config) if resume else None
+    if folder is None:
+        folder = _run_folder(Path(config.out) / config.run_name(), overwrite=demo)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        results = run_training(config, folder, resume)
+    except TrainingStopped as stopped:
+        click.echo(str(stopped), err=True)
+        context.exit(stopped.exit_code)
     written = report.write_run(folder, results)
     click.echo("\n" + report.table(results))
     click.echo("written: " + ", ".join(str(path) for path in written))

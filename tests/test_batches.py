@@ -81,3 +81,39 @@ def test_crop_and_flip_is_a_window_of_the_reflected_image() -> None:
 def test_normalize_checks_its_channels() -> None:
     with pytest.raises(ValueError, match="3 channels"):
         augment.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), (0.5,), (0.5,))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_pass_goes_on_where_it_was_left(augment: bool, stop: int) -> None:
+    data = load("mnist-sample")
+    split = data.train.select(torch.arange(100))
+
+    def loader() -> BatchLoader:
+        return BatchLoader(split, data, 20, seed=5, augment=augment)
+
+    whole = loader()
+    seen = [batch for _ in range(3) for batch in whole]
+    part, again = loader(), loader()
+    list(part)  # one pass, then a part of the second
+    for _, _ in zip(range(stop), part, strict=False):
+        inside = part.state_dict(inside=True)
+    again.load_state_dict(inside)
+    rest = [batch for _ in range(2) for batch in again]
+    assert len(rest) == 10 - stop
+    for (x, y), (u, v) in zip(seen[5 + stop :], rest, strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_a_place_that_is_none_is_refused() -> None:
+    data = load("mnist-sample")
+    loader = BatchLoader(data.test, data, 20, seed=5)
+    state = loader.state_dict(inside=False)
+    assert state["position"] == 0
+    for change in ({"position": -1}, {"position": 10**6}, {"position": "1"}):
+        with pytest.raises(ValueError, match="batches of a pass"):
+            loader.load_state_dict({**state, **change})
+    with pytest.raises(RuntimeError):
+        loader.load_state_dict({**state, "generator": torch.zeros(3, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match="without a seed"):
+        BatchLoader(data.test, data, 20).state_dict(inside=False)

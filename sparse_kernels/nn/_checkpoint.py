@@ -59,6 +59,8 @@ def load(
         local_metadata = {**local_metadata, "assign_to_params_buffers": False}
     load_tensors(state_dict, prefix, local_metadata, strict, *lists)
     _adopt(layer, found)
+    if isinstance(found, SparsityPattern):
+        found.col_indices[found.nnzb :] = 0  # past the stored blocks nothing was validated
     layer._zero_outside()
 
 

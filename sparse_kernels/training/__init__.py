@@ -1,5 +1,12 @@
 """Training a sparse network: the rules, the growth signals, and the driver that applies them."""
 
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .config import SparseMomentumConfig
 from .rewrite import rewrite
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
@@ -10,6 +17,8 @@ from .update import UpdateRecord
 
 __all__ = [
     "Candidates",
+    "Checkpoint",
+    "CheckpointError",
     "GrowthRule",
     "LayerState",
     "PruneRule",
@@ -18,7 +27,10 @@ __all__ = [
     "SparseMomentumConfig",
     "UpdateRecord",
     "UpdateSchedule",
+    "latest_checkpoint",
+    "load_checkpoint",
     "rewrite",
+    "save_checkpoint",
     "tune",
     "window_length",
 ]

@@ -284,21 +284,31 @@ class LayerSignal:
     def state_dict(self) -> dict[str, Any]:
         return {
             "gathered": self.gathered,
+            "since_update": self.since_update,
             "buffers": {k: t.clone() for k, t in self.buffers.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if a buffer has another shape than this layer's [blocks, bh, bw]."""
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a buffer is unknown or has not this layer's [blocks, bh, bw]."""
         grid = BlockGrid.of(self.layer)
         shape = (grid.blocks, grid.bh, grid.bw)
         for name, tensor in state["buffers"].items():
-            if tuple(tensor.shape) != shape:
+            if name != GRADIENT and name not in self.view.state_names:
+                raise ValueError(
+                    f"layer {self.name!r}: signal buffer {name!r}, expected {GRADIENT!r} or one of "
+                    f"{self.view.state_names}; the optimizer is another than when it was written"
+                )
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(
                     f"layer {self.name!r}: signal buffer {name!r} must be {shape}, the checkpoint "
-                    f"has {tuple(tensor.shape)}; it belongs to another model"
+                    f"has {tensor.dtype} {tuple(tensor.shape)}; it belongs to another model"
                 )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `check_state` has found right."""
         values = self.layer.values
-        self.gathered = self.since_update = int(state["gathered"])
+        self.gathered = state["gathered"]
+        self.since_update = state.get("since_update", self.gathered)
         self.buffers = {
             k: t.to(values.device, values.dtype, copy=True) for k, t in state["buffers"].items()
         }

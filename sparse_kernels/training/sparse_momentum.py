@@ -28,6 +28,7 @@ from sparse_kernels.nn.base import SparseLayer
 
 from .blocks import BlockGrid
 from .config import SparseMomentumConfig
+from .driver_state import check_state, described, records, warn_of_changes
 from .gradient_scale import gather
 from .layers import make_signals
 from .optimizers import check_optimizer
@@ -337,35 +338,35 @@ class SparseMomentum:
     # ---- checkpoint ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, history, random state and signal buffers; masks and momentum are the model's
-        and optimizer's.
+        """Counters, history, hyper-parameters, random state and signal buffers; masks and momentum
+        are the model's and optimizer's.
         """
         return {
             "steps": self.steps,
             "updates": self.updates,
             "history": [asdict(record) for record in self.history],
+            "config": described(self.config),
             "generator": self.generator.get_state(),
             "signals": {s.name: s.state_dict() for s in self._signals},
         }
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if `state` cannot be loaded; nothing is changed."""
+        check_state(state, self._signals, self.generator)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; load model and optimizer first.
 
-        Raises ValueError if the checkpoint's layers are not this model's.
+        Raises ValueError, before anything is changed, if the checkpoint's layers are not this
+        model's or an entry is broken. Warns (RuntimeWarning) if hyper-parameters differ: the new
+        ones are used from here on.
         """
-        names = [s.name for s in self._signals]
-        if sorted(state["signals"]) != sorted(names):
-            raise ValueError(
-                f"checkpoint has the sparse layers {sorted(state['signals'])}, the model has "
-                f"{sorted(names)} (frozen ones not counted); sparsify and freeze the model "
-                "as it was when the checkpoint was written"
-            )
+        self.check_state_dict(state)
+        warn_of_changes(state, self.config)
         for signal in self._signals:
             signal.load_state_dict(state["signals"][signal.name])
-        self.steps, self.updates = int(state["steps"]), int(state["updates"])
-        self.history = [
-            UpdateRecord(**{**r, "reallocated": tuple(r["reallocated"])}) for r in state["history"]
-        ]
+        self.steps, self.updates = state["steps"], state["updates"]
+        self.history = records(state["history"])
         self.generator.set_state(state["generator"])
         self._stepped, self._skipped = False, 0
         self._arm()

@@ -64,6 +64,9 @@ class TrainConfig:
     max_steps: int | None = None  # stop early, for smoke tests
     out: str = "runs"
     name: str | None = None
+    checkpoint_dir: str | None = None  # None: the run's own directory
+    checkpoint_every: int | None = None  # steps; None: ends of epochs, at most once a minute
+    keep: int = 3  # checkpoints
 
     def block_shape(self) -> tuple[int, int]:
         """(bh, bw) from text such as "4x1". Raises WorkbenchError."""
@@ -104,6 +107,9 @@ class TrainConfig:
         )
         _expect(self.update_every is None or self.update_every >= 1, "--update-every", "at least 1",
                 self.update_every)  # fmt: skip
+        _expect(self.checkpoint_every is None or self.checkpoint_every >= 1, "--checkpoint-every",
+                "at least 1 step", self.checkpoint_every)  # fmt: skip
+        _expect(self.keep >= 1, "--keep", "at least 1 checkpoint", self.keep)
         _expect(0 < self.window_tolerance < 1, "--window-tolerance", "more than 0, less than 1",
                 self.window_tolerance)  # fmt: skip
         for name, choices in _CHOICES.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -256,6 +256,9 @@ class BatchLoader:
         self.split, self.batch_size, self.augment = split, batch_size, augment
         self.mean, self.std = dataset.mean, dataset.std
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.position = 0  # batches of the present pass that were given out
+        self._first = 0  # where the next pass begins: 0 unless it goes on with one of a checkpoint
+        self._start = torch.Generator().manual_seed(seed or 0).get_state()
 
     def __len__(self) -> int:
         full, left = divmod(len(self.split), self.batch_size)
@@ -264,11 +267,46 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, step = len(self.split), self.batch_size
-        order = torch.randperm(n, generator=self.generator) if self.generator is not None else None
-        for i in range(len(self)):
+        first, self._first = self._first, 0
+        order = self._order(first, n) if self.generator is not None else None
+        for i in range(first, len(self)):
             part = slice(i * step, min((i + 1) * step, n))
             index = order[part] if order is not None else part
             images = self.split.images[index]
             if self.augment and self.generator is not None:
                 images = crop_and_flip(images, self.generator)
+            self.position = i + 1
             yield normalize(images, self.mean, self.std), self.split.labels[index]
+
+    def _order(self, first: int, n: int) -> Tensor:
+        """The order of a pass. One that goes on draws it again, then goes on with its own state."""
+        assert self.generator is not None
+        if first == 0:
+            self._start = self.generator.get_state()
+            return torch.randperm(n, generator=self.generator)
+        now = self.generator.get_state()
+        self.generator.set_state(self._start)
+        order = torch.randperm(n, generator=self.generator)
+        self.generator.set_state(now)
+        return order
+
+    def state_dict(self, inside: bool) -> dict[str, Any]:
+        """Where the data stand: inside of a pass after ``position`` batches, or between two."""
+        if self.generator is None:
+            raise ValueError("state_dict of a BatchLoader without a seed: expected one that draws")
+        return {
+            "position": self.position if inside else 0,
+            "start": self._start,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next pass goes on where ``state_dict`` was taken. Raises ValueError for another's."""
+        position = state["position"]
+        if self.generator is None or type(position) is not int or not 0 <= position <= len(self):
+            raise ValueError(f"expected 0 to {len(self)} batches of a pass, got {position!r}")
+        for name in ("start", "generator"):
+            torch.Generator().set_state(state[name])  # raises for what is no state
+        self._start = state["start"]
+        self.generator.set_state(state["generator"])
+        self.position = self._first = position

@@ -13,3 +13,11 @@ class DataError(WorkbenchError):
 
 class TrainingError(WorkbenchError):
     """A run cannot go on, for example because its loss is not a finite number."""
+
+
+class TrainingStopped(WorkbenchError):
+    """A signal ended the run; a checkpoint lies ready. ``exit_code`` is 128 + the signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

@@ -11,47 +11,35 @@ import csv
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..training import checkpoint_files
 from . import account, machine
 from .config import TrainConfig
 from .contenders import Contender, build_dense, build_sparse, choose_dense, forget_compiled
 from .datasets import BatchLoader, Dataset, hold_out, load
-from .errors import WorkbenchError
+from .errors import TrainingError, WorkbenchError
 from .models import spec
 from .progress import TrainingProgress
+from .session import Run, Session
+from .stopping import StopRequested, StopSignals
 
 _EVALUATION_BATCH = 500
 
 
-@dataclass
-class _Run:
-    """One contender with one seed: its batches and what was logged."""
-
-    contender: Contender
-    seed: int
-    train: BatchLoader
-    validation: BatchLoader | None
-    test: BatchLoader
-    positions: dict[str, int]
-    log: Path
-    initial_layers: dict[str, float]  # density of each layer before the first step
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    step_times: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
+def train(config: TrainConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
     """Run the experiment, write a CSV log per contender and seed to ``folder``, return all results.
 
-    The result is plain data (see report.py). Raises WorkbenchError for settings that cannot be,
-    DataError for data that is not there, TrainingError when a loss stops being a number.
+    ``resume`` goes on with the newest good checkpoint, if there is one (session.py). The result is
+    plain data (see report.py). Raises WorkbenchError for settings that cannot be, DataError for
+    data that is not there, TrainingError when a loss, gradient or weight stops being a number,
+    TrainingStopped, with a checkpoint, after Ctrl-C or SIGTERM.
     """
     config.check()
+    checkpoint_files.require_safetensors()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = load(config.data, config.data_dir, download=config.download)
@@ -64,17 +52,21 @@ def train(config: TrainConfig, folder: Path) -> dict[str, Any]:
         f"{config.net} on {config.data} ({dataset.source}); {machine.one_line(machine.header())}",
         flush=True,
     )
-    baseline = _baseline(config, dataset)
-    runs = []
-    for seed in config.seeds:
-        for run in _train_seed(config, dataset, seed, folder, baseline):
-            runs.append(_result(run))
+    with StopSignals() as stop:
+        session = Session(config, folder, stop)
+        if not (resume and session.resume()):
+            session.start_afresh()
+            session.baseline = _baseline(config, dataset)
+        done = {result["seed"] for result in session.finished}
+        for seed in config.seeds:
+            if seed not in done:
+                _train_seed(session, dataset, seed)
     return {
         "config": config.as_dict(),
         "command": config.command(),
         "machine": machine.header(),
-        "dense_baseline": baseline,
-        "runs": runs,
+        "dense_baseline": session.baseline,
+        "runs": session.finished,
     }
 
 
@@ -95,9 +87,9 @@ def _baseline(config: TrainConfig, dataset: Dataset) -> dict[str, Any] | None:
     }
 
 
-def _train_seed(
-    config: TrainConfig, dataset: Dataset, seed: int, folder: Path, baseline: dict[str, Any] | None
-) -> list[_Run]:
+def _train_seed(session: Session, dataset: Dataset, seed: int) -> None:
+    """Train the contenders of one seed, from the start or from the session's checkpoint."""
+    config = session.config
     train_split, validation = hold_out(dataset.train, config.holdout, seed)
     if len(train_split) < 2:
         raise WorkbenchError(f"--holdout {config.holdout}: nothing is left to train on; lower it")
@@ -106,33 +98,57 @@ def _train_seed(
     contenders = [build_sparse(config, seed, batches * config.epochs, batches)]
     if seed == config.seeds[0]:
         print(contenders[0].report, flush=True)
-    if baseline is not None:
+    if session.baseline is not None:
         forget_compiled()
-        contenders.append(build_dense(config, seed, baseline["chosen"]))
+        contenders.append(build_dense(config, seed, session.baseline["chosen"]))
     shape = spec(config.net).input_shape
-    runs = [
-        _Run(
+    session.runs = [
+        Run(
             contender,
             seed,
             BatchLoader(train_split, dataset, config.batch_size, seed=seed, augment=config.augment),
             BatchLoader(validation, dataset, _EVALUATION_BATCH) if len(validation) else None,
             BatchLoader(dataset.test, dataset, _EVALUATION_BATCH),
             account.output_positions(contender.model, shape),
-            folder / f"log-{contender.name}-seed{seed}.csv",
+            session.folder / f"log-{contender.name}-seed{seed}.csv",
             {cost.name: cost.density for cost in account.layer_costs(contender.model, {})},
         )
         for contender in contenders
     ]
-    for run in runs:
+    for run in session.runs:
         if run.contender.compiled:
             warm_up(run.contender, run.train)
-    with TrainingProgress({run.contender.name: total for run in runs}) as progress:
-        for epoch in range(1, math.ceil(total / batches) + 1):
-            for run in runs:
-                _train_epoch(run, total, progress)
-                _evaluate_epoch(run, epoch, last=run.contender.steps_done >= total)
+    _place(session, seed)
+    try:
+        _train_epochs(session, total, math.ceil(total / batches))
+        session.finished += [_result(run) for run in session.runs]
+        session.save()
+    except TrainingError as error:
+        raise session.explain_failure(error) from error
+
+
+def _place(session: Session, seed: int) -> None:
+    """Set the session to the first step of `seed`, or to where the checkpoint of it was taken."""
+    if session.seed == seed:
+        session.restore_runs()
+        for run in session.runs:
+            _write_csv(run.log, run.epochs)  # it may hold rows from after the checkpoint
+    else:
+        session.seed, session.epoch, session.turn = seed, 1, 0
+
+
+def _train_epochs(session: Session, total: int, last_epoch: int) -> None:
+    """Epoch by epoch, each contender in turn, from where the session stands."""
+    done = {run.contender.name: run.contender.steps_done for run in session.runs}
+    with TrainingProgress(dict.fromkeys(done, total), done) as progress:
+        while session.epoch <= last_epoch:
+            while session.turn < len(session.runs):
+                run = session.runs[session.turn]
+                _train_epoch(session, run, total, progress)
+                _evaluate_epoch(session, run, last=run.contender.steps_done >= total)
                 progress.line(_epoch_line(run))
-    return runs
+                session.turn += 1
+            session.epoch, session.turn = session.epoch + 1, 0
 
 
 def warm_up(contender: Contender, train: BatchLoader) -> None:
@@ -149,68 +165,91 @@ def warm_up(contender: Contender, train: BatchLoader) -> None:
     contender.optimizer.zero_grad(set_to_none=True)
 
 
-def _train_epoch(run: _Run, total: int, progress: TrainingProgress) -> None:
-    """One pass over the training data, or what is left of ``total`` steps."""
-    contender, losses, times = run.contender, [], []
+def _train_epoch(session: Session, run: Run, total: int, progress: TrainingProgress) -> None:
+    """One pass over the training data, or what is left of it or of ``total`` steps."""
+    contender, length = run.contender, len(run.train)
+    if not run.in_epoch:
+        run.losses, run.elapsed, run.in_epoch = [], 0.0, True
+    if contender.steps_done >= total:
+        return
     start = time.perf_counter()
     for images, labels in run.train:
         begin = time.perf_counter()
         loss = contender.step(images, labels)
-        times.append(time.perf_counter() - begin)
-        losses.append(loss)
+        now = time.perf_counter()
+        run.step_times.append(now - begin)
+        run.losses.append(loss)
+        run.saved_memory = None
+        run.elapsed += now - start
         progress.advance(contender.name, loss)
+        session.after_step(run, run.train.position == length)
         if contender.steps_done >= total:
             break
-    elapsed = time.perf_counter() - start
-    run.seconds += elapsed
-    run.step_times += times
-    run.epochs.append(
-        {
-            "step": contender.steps_done,
-            "train_loss": statistics.fmean(losses),
-            "epoch_seconds": elapsed,
-            "seconds": run.seconds,
-            "step_seconds": statistics.median(times),
-            "mean_step_seconds": statistics.fmean(times),
-        }
-    )
+        start = time.perf_counter()  # a checkpoint is no part of the training's time
 
 
-def _evaluate_epoch(run: _Run, epoch: int, last: bool) -> None:
-    """Complete the epoch's record and append it to the CSV log.
+def _evaluate_epoch(session: Session, run: Run, last: bool) -> None:
+    """Make the epoch's record and append it to the CSV log.
 
     With held-out data the test set is looked at once, at the end; without, after every epoch.
     """
-    contender = run.contender
+    contender, times = run.contender, run.step_times[-len(run.losses) :]
     costs = account.layer_costs(contender.model, run.positions)
-    record: dict[str, Any] = {"epoch": epoch, **run.epochs[-1]}
-    record["lr"] = contender.optimizer.param_groups[0]["lr"]
-    record["prune_rate"] = (
-        float(contender.masking.prune_rate) if contender.masking is not None else None
-    )
-    record["validation_accuracy"] = contender.accuracy(run.validation) if run.validation else None
+    record: dict[str, Any] = {
+        "epoch": session.epoch,
+        "step": contender.steps_done,
+        "train_loss": statistics.fmean(run.losses),
+        "epoch_seconds": run.elapsed,
+        "seconds": run.seconds + run.elapsed,
+        "step_seconds": statistics.median(times),
+        "mean_step_seconds": statistics.fmean(times),
+        "lr": contender.optimizer.param_groups[0]["lr"],
+        "prune_rate": (
+            float(contender.masking.prune_rate) if contender.masking is not None else None
+        ),
+    }
+    record["validation_accuracy"] = _accuracy(session, run, run.validation)
     look = last or run.validation is None
-    record["test_accuracy"] = contender.accuracy(run.test) if look else None
+    record["test_accuracy"] = _accuracy(session, run, run.test) if look else None
     record["density"] = account.weight_density(costs)
     record["flops_density"] = account.flops_density(costs)
     record["executed_flops_density"] = account.executed_flops_density(costs)
     record["layers"] = {cost.name: cost.density for cost in costs}
-    run.epochs[-1] = record
-    _append_csv(run.log, record)
+    run.seconds += run.elapsed
+    run.epochs.append(record)
+    run.in_epoch = False
+    _write_csv(run.log, run.epochs)
 
 
-def _append_csv(path: Path, record: dict[str, Any]) -> None:
-    flat = {key: value for key, value in record.items() if key != "layers"}
-    flat |= {f"density:{name}": value for name, value in record["layers"].items()}
-    first = record["epoch"] == 1
-    with path.open("w" if first else "a", newline="") as file:
-        writer = csv.DictWriter(file, flat.keys())
-        if first:
+def _accuracy(session: Session, run: Run, batches: BatchLoader | None) -> float | None:
+    """The accuracy, unless a signal comes: it stops here, and the evaluation is made again."""
+    if batches is None:
+        return None
+    try:
+        return run.contender.accuracy(session.stop.watch(batches))
+    except StopRequested:
+        run.contender.model.train()
+        session.save()
+        session.stopped()
+        raise  # stopped() has raised
+
+
+def _write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    """A row per epoch."""
+    rows = []
+    for record in records:
+        flat = {key: value for key, value in record.items() if key != "layers"}
+        rows.append(flat | {f"density:{name}": value for name, value in record["layers"].items()})
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys() if rows else [])
+        if rows:
             writer.writeheader()
-        writer.writerow({key: "" if value is None else value for key, value in flat.items()})
+        writer.writerows(
+            {key: "" if value is None else value for key, value in row.items()} for row in rows
+        )
 
 
-def _epoch_line(run: _Run) -> str:
+def _epoch_line(run: Run) -> str:
     record = run.epochs[-1]
     shown = [
         f"{name} {100 * record[key]:.2f} %"
@@ -225,9 +264,9 @@ def _epoch_line(run: _Run) -> str:
     )
 
 
-def _result(run: _Run) -> dict[str, Any]:
+def _result(run: Run) -> dict[str, Any]:
     costs = account.layer_costs(run.contender.model, run.positions)
-    memory = account.memory(run.contender.model, run.contender.optimizer)
+    memory = run.memory()
     signal = run.contender.signal_peak
     return {
         "seed": run.seed,

@@ -17,7 +17,7 @@ except ImportError:  # rich is optional: plain lines say the same
 class TrainingProgress:
     """Context manager with one bar per contender; ``line`` prints above the bars."""
 
-    def __init__(self, totals: dict[str, int]) -> None:
+    def __init__(self, totals: dict[str, int], done: dict[str, int] | None = None) -> None:
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
         if _HAS_RICH and sys.stdout.isatty():
@@ -29,7 +29,9 @@ class TrainingProgress:
                 TimeRemainingColumn(),
             )
             for name, total in totals.items():
-                self._tasks[name] = self._bar.add_task(name, total=total, note="")
+                self._tasks[name] = self._bar.add_task(
+                    name, total=total, completed=(done or {}).get(name, 0), note=""
+                )
 
     def __enter__(self) -> TrainingProgress:
         if self._bar is not None:

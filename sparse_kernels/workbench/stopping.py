@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM as a wish that is looked at between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequested(Exception):
+    """Raised between two batches of an evaluation once a signal has come."""
+
+
+class StopSignals:
+    """Context manager: ``signum`` is the signal that came, or None.
+
+    A second Ctrl-C acts as Ctrl-C always does. Outside of the main thread, where Python installs no
+    handlers, nothing is watched.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for signum in _SIGNALS:
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        name = signal.Signals(signum).name
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{name}: stopping after this step, with a checkpoint\n".encode())
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+        """``items``, until a signal comes: then StopRequested."""
+        for item in items:
+            if self.signum is not None:
+                raise StopRequested
+            yield item
