@@ -91,12 +91,14 @@ def mean_magnitude(blocks: Tensor, counts: Tensor) -> Tensor:
     return blocks.abs().sum(dtype=torch.float64) / total
 
 
-def normalise(importance: Tensor, nnz: Sequence[int]) -> list[float]:
+def normalise(importance: Tensor | Sequence[float], nnz: Sequence[int]) -> list[float]:
     """Shares that sum to 1. Empty layers get 0; if all importance is 0 the shares are those of nnz.
 
     importance: [layers], >= 0 and finite. Raises ValueError for a negative or non-finite entry.
     """
-    raw = [float(x) for x in importance.to("cpu", torch.float64).tolist()]
+    if isinstance(importance, Tensor):
+        importance = importance.to("cpu", torch.float64).tolist()
+    raw = [float(x) for x in importance]
     if len(raw) != len(nnz):
         raise ValueError(
             f"one importance per layer expected: {len(nnz)} layers, got {len(raw)} numbers"
