@@ -1,5 +1,6 @@
 """Training a sparse network: the rules, the growth signals, and the driver that applies them."""
 
+from .capacity import reserve
 from .config import SparseMomentumConfig
 from .rewrite import rewrite
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
@@ -18,6 +19,7 @@ __all__ = [
     "SparseMomentumConfig",
     "UpdateRecord",
     "UpdateSchedule",
+    "reserve",
     "rewrite",
     "tune",
     "window_length",

@@ -125,7 +125,7 @@ def _write(
     """Rewrite pattern and tensors; True if storage was newly allocated."""
     if layer.storage == target == COMPRESSED:
         layer.set_pattern_(keys, check)
-        return _write_compressed(layer, optimizer, moved)
+        return write_compressed(layer, optimizer, moved)
     return _write_converted(layer, optimizer, keys, target, moved, check)
 
 
@@ -150,7 +150,7 @@ def _assign(layer: Any, optimizer: torch.optim.Optimizer | None, name: str, tens
         optimizer.state[layer.values][name] = tensor
 
 
-def _write_compressed(layer: Any, optimizer: torch.optim.Optimizer | None, moved: Any) -> bool:
+def write_compressed(layer: Any, optimizer: torch.optim.Optimizer | None, moved: Any) -> bool:
     """Compressed to compressed, tensor by tensor, so that only one temporary of nnz elements
     lives.
     """
