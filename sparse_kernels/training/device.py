@@ -6,7 +6,7 @@ They are read in one copy (``read_numbers``); from them the host works out how m
 layer loses and grows, so that every tensor after that has a size known beforehand.
 
 On the CPU reading is free and shorter ways exist (lists instead of prefix sums), so those stay.
-Both give equal bits: tests/test_device_update.py.
+Both give equal bits: tests/test_device_update.py, test_device_reads.py.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ def queued(tensor: Tensor) -> bool:
 
 
 def read_numbers(parts: Sequence[Tensor]) -> list[list[float]]:
-    """The numbers of some float tensors [n_i], each as a list: one copy to the host for all."""
-    if not parts:
-        return []
-    where = parts[0].device
-    flat = torch.cat([part.reshape(-1).to(where, torch.float64) for part in parts])
-    numbers = _to_host(flat)
-    sizes, found, at = [part.numel() for part in parts], [], 0
-    for size in sizes:
-        found.append(numbers[at : at + size])
-        at += size
+    """The numbers of some float tensors [n_i], each as a list: one copy to the host for all.
+
+    Those on the CPU are read where they are: a copy to a GPU waits for it, too.
+    """
+    waiting = [part.reshape(-1) for part in parts if queued(part)]
+    numbers: list[float] = []
+    if waiting:
+        where = waiting[0].device
+        numbers = _to_host(torch.cat([part.to(where, torch.float64) for part in waiting]))
+    found, at = [], 0
+    for part in parts:
+        if queued(part):
+            found.append(numbers[at : at + part.numel()])
+            at += part.numel()
+        else:
+            found.append(part.reshape(-1).tolist())
     return found
 
 

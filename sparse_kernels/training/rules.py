@@ -238,7 +238,9 @@ def grow_random(candidates: Candidates, count: int) -> Tensor:
     Memory is proportional to count and to the stored blocks, not to the matrix.
     """
     free = candidates.blocks - candidates.kept.numel()
-    ranks = _draw_distinct(free, count, candidates.generator).to(candidates.kept.device)
+    drawn = _draw_distinct(free, count, candidates.generator)
+    # Pageable memory has been read when the call returns; a blocking copy would wait for the GPU.
+    ranks = drawn.to(candidates.kept.device, non_blocking=True)
     # kept[i] - i free places lie before kept key i, so rank r lies after the i with kept[i] - i <=
     # r.
     before = candidates.kept - torch.arange(candidates.kept.numel(), device=candidates.kept.device)
