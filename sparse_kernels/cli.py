@@ -76,8 +76,9 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     "--density", type=float, default=0.05, show_default=True, help="Share of the weights kept."
 )
 @click.option(
-    "--block", default="1x1", show_default=True, help="Block of the pattern, rows x columns."
-)
+    "--block", default="1x1", show_default=True,
+    help="Block of the pattern, rows x columns; auto: the largest that suits each layer.",
+)  # fmt: skip
 @click.option(
     "--distribution", type=click.Choice(["uniform", "erk"]), default="uniform", show_default=True
 )

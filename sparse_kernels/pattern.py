@@ -255,8 +255,13 @@ class SparsityPattern:
     def nnz(self) -> int:
         """Matrix elements inside stored blocks; what a partial block has outside does not count."""
         if self._nnz is None:
-            self._nnz = int(self.element_counts().sum())
+            partial, whole = self.has_partial_blocks, self.nnzb * self._grid.bh * self._grid.bw
+            self._nnz = int(self.element_counts().sum()) if partial else whole
         return self._nnz
+
+    @property
+    def has_partial_blocks(self) -> bool:
+        return self._grid.has_partial_blocks
 
     @property
     def numel(self) -> int:
@@ -333,8 +338,7 @@ class SparsityPattern:
             checks.check_keys(keys, self._grid.blocks, self.block_cols)
         count = checks.check_int("keys.numel()", keys.numel(), 0)
         fresh = index.build_index(keys.to(self.device), self._grid)
-        grown = count > self.capacity
-        if grown:
+        if grown := count > self.capacity:
             wanted = min(math.ceil(self.capacity * _GROWTH), checks.INT32_MAX)
             self._allocate(max(count, wanted), self.device)
         for old, new in zip(self.tensors(), fresh, strict=True):

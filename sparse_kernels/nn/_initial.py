@@ -44,7 +44,7 @@ def check_block(block: int | tuple[int, int], segment: tuple[int, int]) -> tuple
     if not whole or min(bh, bw) < 1:
         raise ValueError(
             f"block must be one or two integers of at least 1 (rows, columns), got {block!r}; "
-            "(1, 1) is element sparsity"
+            '(1, 1) is element sparsity, and sparsify also takes "auto"'
         )
     if bh > segment[0] or bw > segment[1]:
         raise ValueError(

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparse_kernels.ops._library import autocast_enabled
+
 if TYPE_CHECKING:
     from sparse_kernels.nn.base import SparseLayer
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def operands(layer: SparseLayer) -> tuple[Any, ...]:
@@ -46,8 +50,11 @@ def check_operand(layer: SparseLayer, x: Tensor) -> None:
             f"{name} expected an input on {values.device}, got {x.device}; move the input or the "
             "model with .to()"
         )
-    half = x.dtype in (torch.float16, torch.bfloat16) and values.dtype == torch.float32
-    if not half:
+    half = x.dtype in _HALF and values.dtype == torch.float32
+    # Under autocast the operator casts, as nn.Linear does.
+    floats = (torch.float32, *_HALF)
+    cast = x.dtype in floats and values.dtype in floats and autocast_enabled(x)
+    if not half and not cast:
         raise TypeError(
             f"{name} expected an input of {values.dtype}, got {x.dtype}; convert it with "
             f"x.to({values.dtype})"

@@ -153,12 +153,17 @@ class SparseLayer(nn.Module, abc.ABC):
         self._pattern = pattern
         self._mask_hooks = None
 
-    def _register_mask(self, mask: Tensor) -> None:
+    def _register_mask(self, mask: Tensor, pattern: SparsityPattern | None = None) -> None:
         for name in _INDEX_NAMES:
             self._buffers[name] = None
         self._buffers["mask"] = mask
         self.storage = DENSE_MASKED
-        self._pattern = None
+        self._remember(pattern)
+
+    def _remember(self, pattern: SparsityPattern | None) -> None:
+        """Keep the pattern of which ``mask`` was made: to find it again reads the whole mask."""
+        self._pattern = pattern
+        self._pattern_source = None if pattern is None else (id(self.mask), self.mask._version)
 
     @property
     def pattern(self) -> SparsityPattern:
@@ -175,10 +180,10 @@ class SparseLayer(nn.Module, abc.ABC):
             # The mask is written in place at updates: its version tells whether the view is old.
             source = (id(self.mask), self.mask._version)
             if self._pattern is None or self._pattern_source != source:
-                self._pattern = SparsityPattern.from_mask(
-                    self.mask, block=self.block, row_parts=self.row_parts, col_parts=self.col_parts
-                )
-                self._pattern_source = source
+                parts = (self.row_parts, self.col_parts)
+                found = SparsityPattern.from_mask(self.mask, self.block, *parts)
+                self._remember(found)
+                return found
         elif self._pattern is None:
             self._pattern = SparsityPattern.from_indices(
                 self.crow_indices,
@@ -203,11 +208,12 @@ class SparseLayer(nn.Module, abc.ABC):
         """Fraction of the weights that exist."""
         return self.pattern.density
 
-    def set_pattern_(self, keys: Tensor) -> None:
+    def set_pattern_(self, keys: Tensor, check: bool = True) -> None:
         """Rewrite the index buffers (or the mask) in place; values are the caller's business.
 
         Args:
             keys: int64 [nnzb], strictly increasing block_row * block_cols + block_col.
+            check: False for keys that were just made by sorting; a check waits for the device.
 
         Where the keys outgrow the capacity, new and larger buffers are registered, counted in
         ``capacity_growths`` and logged (values must then be given the new capacity).  For both
@@ -220,11 +226,16 @@ class SparseLayer(nn.Module, abc.ABC):
         pattern = self.pattern
         if self.storage == DENSE_MASKED:
             parts = (self.row_parts, self.col_parts)
-            new = SparsityPattern.from_keys(keys, self.matrix_shape, self.block, *parts)
+            places = max(1, keys.numel())
+            new = SparsityPattern(
+                self.matrix_shape, self.block, *parts, capacity=places, device=keys.device
+            )
+            new.rewrite_(keys, check)
             self.mask.copy_(new.mask())
+            self._remember(new)
             return
         before = pattern.capacity
-        if pattern.rewrite_(keys):
+        if pattern.rewrite_(keys, check):
             self._register_pattern(pattern)
             self.capacity_growths += 1
             logger.info(
@@ -256,7 +267,7 @@ class SparseLayer(nn.Module, abc.ABC):
         if gradient is not None:
             self.values.grad = convert(gradient)
         if storage == DENSE_MASKED:
-            self._register_mask(pattern.mask())
+            self._register_mask(pattern.mask(), pattern)
         else:
             self._register_pattern(pattern)
         return self

@@ -16,7 +16,8 @@ class SparsifyRow:
     ``density`` and ``nnz`` are those after the call: elements that exist.  ``action`` is
     "sparsified" (became a sparse layer), "kept" (was sparse already), "replaced" (norm or pooling
     that keeps the layout, or dropout), "fused" (a ReLU or pooling computed by the norm before it)
-    or "skipped" (left dense); ``reason`` says why, or in which storage.
+    or "skipped" (left dense); ``reason`` says why, or in which storage.  ``block`` is the (rows,
+    columns) of a sparse layer's blocks, None for other modules.
     """
 
     name: str
@@ -26,6 +27,7 @@ class SparsifyRow:
     nnz: int
     action: Action
     reason: str = ""
+    block: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -81,12 +83,13 @@ class SparsifyReport:
         return sum(row.nnz for row in weights) / total if total else 1.0
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "shape", "density", "nnz", "action", "reason")
+        header = ("layer", "kind", "shape", "block", "density", "nnz", "action", "reason")
         table = [header] + [
             (
                 row.name,
                 row.kind,
                 "x".join(map(str, row.shape)),
+                "" if row.block is None else "x".join(map(str, row.block)),
                 f"{row.density:.4f}" if row.numel else "",
                 f"{row.nnz}" if row.numel else "",
                 row.action,

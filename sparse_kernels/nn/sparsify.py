@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparse_kernels.nn import fusion
+from sparse_kernels.nn._auto_block import Block, block_of
 from sparse_kernels.nn._eligible import (
     Eligibility,
     Exclude,
@@ -22,12 +23,18 @@ from sparse_kernels.nn._initial import check_block, check_density
 from sparse_kernels.nn._select import Keep, check_keep
 from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
 from sparse_kernels.nn.conv import SparseConv2d
-from sparse_kernels.nn.distribution import LayerSize, erk_counts, uniform_counts
+from sparse_kernels.nn.distribution import (
+    LayerSize,
+    erk_counts,
+    erk_densities,
+    uniform_counts,
+)
 from sparse_kernels.nn.linear import SparseLinear
 from sparse_kernels.nn.report import SparsifyReport, SparsifyRow
 
 Distribution = Literal["uniform", "erk"]
 _Layers = dict[str, nn.Linear | nn.Conv2d]
+_ANY_SEGMENT = (2**31, 2**31)
 
 
 def sparsify(
@@ -35,7 +42,7 @@ def sparsify(
     *,
     density: float | Mapping[str, float] = 0.1,
     distribution: Distribution = "uniform",
-    block: int | tuple[int, int] = (1, 1),
+    block: Block = (1, 1),
     exclude: Exclude | Iterable[Exclude] = (),
     keep: Keep = "random",
     fuse: bool = True,
@@ -55,7 +62,13 @@ def sparsify(
             named stay dense).
         distribution: "uniform" gives every layer ``density``; "erk" gives small layers more
             (Erdos-Renyi-kernel, RigL), with ``density`` over all of them together.
-        block: (rows, columns) of a stored block.
+        block: (rows, columns) of a stored block, or "auto": for each layer the largest that leaves
+            at least 8 blocks per block row on average (density * block columns >= 8) and divides
+            it well.  On a GPU among (64, 64), (32, 32), (16, 16), where blocks laid over the layer
+            (over one group and kernel position) cover at most an eighth more than it; on the CPU
+            among (4, 1), (2, 1), where the height divides the rows.  (1, 1) where none does.  The
+            layer's device decides, so move the model there first.  Layers of different blocks are
+            budgets of their own in ``SparseMomentum``.
         exclude: names (everything below a name too, shell wildcards allowed), module types, or
             callables (name, module) -> bool.
         keep: "random" positions, or "magnitude": the blocks of largest mean |w| of each layer,
@@ -77,10 +90,10 @@ def sparsify(
     exclusion = Exclusion(exclude, model)
     eligible, reasons = _sort_out(model, exclusion, block)
     eligible = _only_named(density, eligible, reasons)
-    counts = _counts(eligible, density, distribution, block)
+    blocks, counts = _shares(eligible, density, distribution, block)
     replaced: dict[int, nn.Module] = {
-        id(module): _make_sparse(module, count, block, keep, generator)
-        for module, count in zip(eligible.values(), counts, strict=True)
+        id(module): _make_sparse(module, count, sides, keep, generator)
+        for module, count, sides in zip(eligible.values(), counts, blocks, strict=True)
     }
     fusion.swap_children(model, replaced)
     rows = _account(model, set(map(id, replaced.values())), reasons)
@@ -119,7 +132,7 @@ def _check_arguments(
     model: nn.Module,
     density: float | Mapping[str, float],
     distribution: str,
-    block: int | tuple[int, int],
+    block: Block,
     keep: str,
 ) -> None:
     if not isinstance(model, nn.Module):
@@ -131,7 +144,8 @@ def _check_arguments(
         )
     if distribution not in get_args(Distribution):
         raise ValueError(f"distribution must be 'uniform' or 'erk', got {distribution!r}")
-    check_block(block, (2**31, 2**31))
+    if block != "auto":
+        check_block(block, _ANY_SEGMENT)
     check_keep(keep)
     if not isinstance(density, Mapping):
         check_density(density)
@@ -143,7 +157,7 @@ def _check_arguments(
 
 
 def _sort_out(
-    model: nn.Module, exclusion: Exclusion, block: int | tuple[int, int]
+    model: nn.Module, exclusion: Exclusion, block: Block
 ) -> tuple[_Layers, dict[str, str]]:
     """Layers that may become sparse, and the reasons for those that may not, by name."""
     eligibility = Eligibility(model)
@@ -152,7 +166,8 @@ def _sort_out(
     for name, module in model.named_modules():
         if not is_candidate(module):
             continue
-        reason = exclusion.reason(name, module) or eligibility.reason(module, block)
+        fits = (1, 1) if block == "auto" else block  # "auto" chooses what fits
+        reason = exclusion.reason(name, module) or eligibility.reason(module, fits)
         if reason is not None:
             reasons[name] = reason
         else:
@@ -187,21 +202,47 @@ def _size(module: nn.Linear | nn.Conv2d, block: tuple[int, int]) -> LayerSize:
     return LayerSize(shape, per_segment * segments)
 
 
-def _counts(
+def _shares(
     eligible: _Layers,
     density: float | Mapping[str, float],
     distribution: str,
-    block: int | tuple[int, int],
-) -> list[int]:
-    """Blocks to keep for each eligible layer."""
-    sides = check_block(block, (2**31, 2**31))
-    sizes = [_size(module, sides) for module in eligible.values()]
+    block: Block,
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Block, and number of blocks to keep, of each eligible layer."""
+    modules = list(eligible.values())
+    if block == "auto":
+        # Blocks of several sizes have no total to be exact about: each layer has its density.
+        elements = [_size(module, (1, 1)) for module in modules]
+        shares = _densities(eligible, density, distribution, elements)
+        blocks = [
+            check_block(block_of(module, segment(module), block, share), _ANY_SEGMENT)
+            for module, share in zip(modules, shares, strict=True)
+        ]
+        sizes = [_size(module, sides) for module, sides in zip(modules, blocks, strict=True)]
+        each = zip(sizes, shares, strict=True)
+        return blocks, [uniform_counts([size], share)[0] for size, share in each]
+    sides = check_block(block, _ANY_SEGMENT)
+    sizes = [_size(module, sides) for module in modules]
+    if distribution == "erk" and sizes and not isinstance(density, Mapping):
+        counts = erk_counts(sizes, density)
+    else:
+        each = zip(sizes, _densities(eligible, density, distribution, sizes), strict=True)
+        counts = [uniform_counts([size], share)[0] for size, share in each]
+    return [sides] * len(sizes), counts
+
+
+def _densities(
+    eligible: _Layers,
+    density: float | Mapping[str, float],
+    distribution: str,
+    sizes: list[LayerSize],
+) -> list[float]:
+    """The density that is asked of each eligible layer."""
     if isinstance(density, Mapping):
-        each = zip(eligible, sizes, strict=True)
-        return [uniform_counts([size], density[name])[0] for name, size in each]
+        return [density[name] for name in eligible]
     if distribution == "erk" and sizes:
-        return erk_counts(sizes, density)
-    return uniform_counts(sizes, density)
+        return erk_densities(sizes, density)
+    return [density] * len(sizes)
 
 
 def _make_sparse(
@@ -233,7 +274,16 @@ def _account(model: nn.Module, new: set[int], reasons: dict[str, str]) -> list[S
             if module.storage == DENSE_MASKED:
                 reason = f"{reason}, {DENSE_MASKED}".lstrip(", ")
             rows.append(
-                SparsifyRow(name, kind, shape, module.density, module.nnz, action, reason)  # type: ignore[arg-type]
+                SparsifyRow(
+                    name,
+                    kind,
+                    shape,
+                    module.density,
+                    module.nnz,
+                    action,  # type: ignore[arg-type]
+                    reason,
+                    module.block,
+                )
             )
         elif is_candidate(module):
             weight = module._parameters.get("weight")

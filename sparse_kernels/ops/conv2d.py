@@ -383,7 +383,7 @@ def conv2d(
             "conv2d: input must be [N, C, H, W] or [C, H, W], got "
             f"{x.dim()} dimensions with shape {tuple(x.shape)}"
         )
-    x = autocast(x)
+    x = autocast(x, values, "conv2d")
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     operands = (values, crow, col, t_crow, t_row, t_perm, bias, probe)
     y = None if relu else short_conv2d(batched, operands, geometry)

@@ -258,11 +258,36 @@ def convert_once(x: Tensor, values: Tensor) -> Tensor:
     return x
 
 
-def autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that an enabled autocast wants for products; values stay float32."""
-    if autocast_enabled(x) and x.dtype == torch.float32:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def autocast(x: Tensor, values: Tensor | None = None, op: str | None = None) -> Tensor:
+    """``x`` in the dtype that an enabled autocast wants for products, as nn.Linear casts its input.
+
+    float64 stays, as in torch.  Float32 ``values`` are not cast here: a backend may multiply them
+    as they are (the CPU does, in float32) or in the activation's dtype, and their gradient is
+    float32.  16-bit ``values`` decide themselves.  Where no backend serves ``op`` in that dtype,
+    the product stays in float32.
+    """
+    if not autocast_enabled(x) or x.dtype not in _CAST:
+        return x
+    wanted = torch.get_autocast_dtype(x.device.type)
+    if values is not None and values.dtype in _CAST[1:]:
+        wanted = values.dtype
+    elif (
+        op is not None and not torch.compiler.is_compiling() and not _served(op, x, values, wanted)
+    ):
+        wanted = torch.float32
+    return x if x.dtype == wanted else x.to(wanted)
+
+
+def _served(op: str, x: Tensor, values: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a backend computes ``op`` on activations like ``x`` in ``dtype``."""
+    try:
+        plan.choose(op, x.new_empty(0, dtype=dtype), values)
+    except plan.BackendError:
+        return False
+    return True
 
 
 def _prepare(x: Tensor, operands: Sequence[Any], out_features: int) -> Product | None:
@@ -337,7 +362,7 @@ def linear(
     """
     if x.dim() == 0:
         raise ValueError("linear: input must have at least 1 dimension, got a scalar")
-    x = autocast(x)
+    x = autocast(x, values, "linear")
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     operands = (values, crow, col, t_crow, t_row, t_perm, bias, probe)
     y = None if relu else short_linear(flat, operands, out_features)

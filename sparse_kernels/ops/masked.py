@@ -192,7 +192,7 @@ def masked_linear(
         ValueError: shapes that differ.
     """
     check_shapes(dense, mask, probe)
-    x = autocast(x)
+    x = autocast(x, dense)
     dense, bias = in_dtype_of(x, dense, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = MaskedLinearFunction.apply(flat, dense, mask, bias, probe)

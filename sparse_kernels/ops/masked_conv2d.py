@@ -147,7 +147,7 @@ def masked_conv2d(
     check_shapes(dense, mask, probe)
     if image_format not in FORMATS:
         raise ValueError(f"image_format must be one of {', '.join(FORMATS)}, got {image_format!r}")
-    x = autocast(x)
+    x = autocast(x, dense)
     dense, bias = in_dtype_of(x, dense, bias)
     g = Conv2dGeometry(*geometry)
     if (g.pad_top, g.pad_left) != (g.pad_bottom, g.pad_right):

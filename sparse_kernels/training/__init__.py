@@ -1,5 +1,6 @@
 """Training a sparse network: the rules, the growth signals, and the driver that applies them."""
 
+from .capacity import reserve
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -29,6 +30,7 @@ __all__ = [
     "UpdateSchedule",
     "latest_checkpoint",
     "load_checkpoint",
+    "reserve",
     "rewrite",
     "save_checkpoint",
     "tune",

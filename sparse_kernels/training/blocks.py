@@ -50,8 +50,14 @@ class BlockGrid(index.BlockGrid):
         return blocks[: pattern.nnzb]
 
     def means(self, blocks: Tensor) -> Tensor:
-        """Mean |.| per block over its elements inside the matrix: [blocks, bh, bw] -> [blocks]."""
+        """Mean |.| per block over its elements inside the matrix: [blocks, bh, bw] -> [blocks].
+
+        16-bit blocks are summed in float32 (and give it): in bfloat16 large blocks would tie.
+        """
         if (self.bh, self.bw) == (1, 1):
             return blocks.reshape(-1).abs()
+        magnitude = blocks.abs()
+        if magnitude.dtype in (torch.float16, torch.bfloat16):
+            magnitude = magnitude.float()
         keys = torch.arange(self.blocks, device=blocks.device)
-        return blocks.abs().sum(dim=(1, 2)) / self.counts(keys)
+        return magnitude.sum(dim=(1, 2)) / self.counts(keys)

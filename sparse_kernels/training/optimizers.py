@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import device
+
 ADAM_EPSILON = 1e-8
 REFUSED = (
     "muon",
@@ -153,14 +155,19 @@ class OptimizerView:
         else:
             buffer.mul_(self.beta).add_(grad, alpha=weight)
 
-    def window_correction(self, gathered: int) -> float:
+    def window_correction(self, gathered: int) -> float | Tensor:
         """Factor for a second moment that was gathered from zero over the last `gathered` steps.
 
         Dividing by 1 - beta2**gathered makes it an average; times 1 - beta2**step it has the (not
         yet bias-corrected) scale of the optimizer's own state after `step` steps.
         """
         second = float(self.group["betas"][1])
-        step = float(self.state.get("step", 0) or 0)
+        step = self.state.get("step", 0)
+        if isinstance(step, Tensor) and device.queued(step):
+            # A fused or capturable optimizer counts on the GPU: the host must not wait for it.
+            taken = 1.0 - torch.pow(second, step.double())
+            return torch.where(step > 0, taken, 1.0) / (1.0 - second**gathered)
+        step = float(step or 0)
         scale = 1.0 - second**step if step > 0 else 1.0
         return scale / (1.0 - second**gathered)
 

@@ -83,10 +83,50 @@ def rewrite(
             result[~kept] = grown[name].to(result.dtype)
         return result
 
+    return _write(layer, optimizer, keys_new, target, moved, check=True)
+
+
+@torch.no_grad()
+def rewrite_queued(
+    layer: Any,
+    optimizer: torch.optim.Optimizer | None,
+    keys_new: Tensor,
+    state_at: Mapping[str, Tensor],
+    storage: str,
+) -> bool:
+    """`rewrite` without a number read from the device, for keys that are right by construction.
+
+    keys_new: as for `rewrite`, not checked. state_at: per name of an optimizer state tensor the
+    [new, bh, bw] content at ALL blocks of `keys_new`, of which the added ones take theirs: how many
+    those are is not known on the host. The result is that of `rewrite`.
+    """
+    old = layer.pattern
+    index, kept = _locate(old.keys(), keys_new)
+    survives = kept[:, None, None]
+    dense_before = layer.storage == DENSE_MASKED
+
+    def moved(name: str, tensor: Tensor) -> Tensor:
+        compact = old.compress(tensor) if dense_before else tensor
+        content = compact.index_select(0, index)
+        start = state_at[name].to(content.dtype) if name in state_at else content.new_zeros(())
+        return torch.where(survives, content, start)
+
+    return _write(layer, optimizer, keys_new, storage, moved, check=False)
+
+
+def _write(
+    layer: Any,
+    optimizer: torch.optim.Optimizer | None,
+    keys: Tensor,
+    target: str,
+    moved: Any,
+    check: bool,
+) -> bool:
+    """Rewrite pattern and tensors; True if storage was newly allocated."""
     if layer.storage == target == COMPRESSED:
-        layer.set_pattern_(keys_new)
-        return _write_compressed(layer, optimizer, moved)
-    return _write_converted(layer, optimizer, keys_new, target, moved)
+        layer.set_pattern_(keys, check)
+        return write_compressed(layer, optimizer, moved)
+    return _write_converted(layer, optimizer, keys, target, moved, check)
 
 
 def _slots(layer: Any, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor]]:
@@ -110,7 +150,7 @@ def _assign(layer: Any, optimizer: torch.optim.Optimizer | None, name: str, tens
         optimizer.state[layer.values][name] = tensor
 
 
-def _write_compressed(layer: Any, optimizer: torch.optim.Optimizer | None, moved: Any) -> bool:
+def write_compressed(layer: Any, optimizer: torch.optim.Optimizer | None, moved: Any) -> bool:
     """Compressed to compressed, tensor by tensor, so that only one temporary of nnz elements
     lives.
     """
@@ -135,7 +175,12 @@ def _write_compressed(layer: Any, optimizer: torch.optim.Optimizer | None, moved
 
 
 def _write_converted(
-    layer: Any, optimizer: torch.optim.Optimizer | None, keys: Tensor, target: str, moved: Any
+    layer: Any,
+    optimizer: torch.optim.Optimizer | None,
+    keys: Tensor,
+    target: str,
+    moved: Any,
+    check: bool,
 ) -> bool:
     """Any move with dense-masked storage at one of its ends."""
     changed = layer.storage != target
@@ -144,7 +189,7 @@ def _write_converted(
     if changed:
         layer.values.grad = None
         layer.to_storage_(target)
-    layer.set_pattern_(keys)
+    layer.set_pattern_(keys, check)
     pattern = layer.pattern
     for name in ("values", *(n for n in slots if n != "values")):
         content = contents[name]

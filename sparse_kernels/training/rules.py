@@ -91,12 +91,14 @@ def mean_magnitude(blocks: Tensor, counts: Tensor) -> Tensor:
     return blocks.abs().sum(dtype=torch.float64) / total
 
 
-def normalise(importance: Tensor, nnz: Sequence[int]) -> list[float]:
+def normalise(importance: Tensor | Sequence[float], nnz: Sequence[int]) -> list[float]:
     """Shares that sum to 1. Empty layers get 0; if all importance is 0 the shares are those of nnz.
 
     importance: [layers], >= 0 and finite. Raises ValueError for a negative or non-finite entry.
     """
-    raw = [float(x) for x in importance.to("cpu", torch.float64).tolist()]
+    if isinstance(importance, Tensor):
+        importance = importance.to("cpu", torch.float64).tolist()
+    raw = [float(x) for x in importance]
     if len(raw) != len(nnz):
         raise ValueError(
             f"one importance per layer expected: {len(nnz)} layers, got {len(raw)} numbers"
@@ -236,7 +238,9 @@ def grow_random(candidates: Candidates, count: int) -> Tensor:
     Memory is proportional to count and to the stored blocks, not to the matrix.
     """
     free = candidates.blocks - candidates.kept.numel()
-    ranks = _draw_distinct(free, count, candidates.generator).to(candidates.kept.device)
+    drawn = _draw_distinct(free, count, candidates.generator)
+    # Pageable memory has been read when the call returns; a blocking copy would wait for the GPU.
+    ranks = drawn.to(candidates.kept.device, non_blocking=True)
     # kept[i] - i free places lie before kept key i, so rank r lies after the i with kept[i] - i <=
     # r.
     before = candidates.kept - torch.arange(candidates.kept.numel(), device=candidates.kept.device)

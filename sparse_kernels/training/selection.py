@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import device
+
 _LONG = 1 << 16
 """From this many scores on, a few of the largest are looked for in a shortlist."""
 _SAMPLE = 1 << 14
@@ -14,13 +16,9 @@ _FEW = 8
 
 def _fill_ties(sure: Tensor, tied: Tensor, count: int) -> Tensor:
     """`sure` and the first of `tied`, so that exactly `count` are set."""
-    if (
-        sure.device.type == "cpu"
-    ):  # nearly always one tie: far cheaper to list than to count through
-        places = tied.nonzero().reshape(-1)[: count - int(torch.count_nonzero(sure))]
-        return sure.index_fill_(0, places, True)
-    missing = count - sure.sum()  # elsewhere no host synchronisation
-    return sure | (tied & (tied.cumsum(0) <= missing))
+    # Nearly always one tie: far cheaper to list than to count through.
+    places = tied.nonzero().reshape(-1)[: count - int(torch.count_nonzero(sure))]
+    return sure.index_fill_(0, places, True)
 
 
 def select_smallest(scores: Tensor, count: int) -> Tensor:
@@ -32,6 +30,8 @@ def select_smallest(scores: Tensor, count: int) -> Tensor:
     _check_count(scores, count)
     if count in (0, scores.numel()):
         return torch.full_like(scores, bool(count), dtype=torch.bool)
+    if device.queued(scores):
+        return device.smallest(scores, count)
     threshold = torch.kthvalue(scores, count).values
     return _fill_ties(scores < threshold, scores == threshold, count)
 
@@ -56,6 +56,8 @@ def largest_indices(scores: Tensor, count: int) -> Tensor:
     _check_count(scores, count)
     if count in (0, scores.numel()):
         return torch.arange(count, device=scores.device)
+    if device.queued(scores):
+        return device.largest(scores, count)
     places = _shortlist(scores, count)
     listed = scores if places is None else scores[places]
     threshold = torch.kthvalue(listed, listed.numel() - count + 1).values

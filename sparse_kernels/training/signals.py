@@ -238,12 +238,12 @@ class LayerSignal:
                     shape = (grid.blocks, *active.shape[1:])
                     self.buffers[name] = active.new_zeros(shape)
                 factor = self._correction(name)
-                self.buffers[name][keys] = active if factor == 1.0 else active / factor
+                self.buffers[name][keys] = active if _is_one(factor) else active / factor
         if not self.buffers:
             return self.layer.values.new_zeros(grid.blocks)
         return grid.means(self.view.momentum({n: self.state(n) for n in self.buffers}))
 
-    def _correction(self, name: str) -> float:
+    def _correction(self, name: str) -> float | Tensor:
         """Factor from a buffer to the optimizer's scale.
 
         Only a second moment that was gathered from zero over a window has one other than 1. The
@@ -257,7 +257,7 @@ class LayerSignal:
     def state(self, name: str, blocks: Tensor | slice = _EVERYWHERE) -> Tensor:
         """Gathered optimizer state `name` in the optimizer's scale, at `blocks`."""
         buffer, factor = self.buffers[name][blocks], self._correction(name)
-        return buffer if factor == 1.0 else buffer * factor
+        return buffer if _is_one(factor) else buffer * factor
 
     def grown_state(self, added: Tensor) -> dict[str, Tensor]:
         """Optimizer state of the added blocks (int64 [added]) as the signal gathered it.
@@ -312,3 +312,8 @@ class LayerSignal:
         self.buffers = {
             k: t.to(values.device, values.dtype, copy=True) for k, t in state["buffers"].items()
         }
+
+
+def _is_one(factor: float | Tensor) -> bool:
+    """Whether a factor changes nothing; one on a GPU (a tensor) is not looked at."""
+    return not isinstance(factor, Tensor) and factor == 1.0

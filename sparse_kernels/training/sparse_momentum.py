@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sparse_kernels.nn.base import SparseLayer
 
+from . import device
 from .blocks import BlockGrid
 from .config import SparseMomentumConfig
 from .driver_state import check_state, described, records, warn_of_changes
@@ -33,7 +34,7 @@ from .gradient_scale import gather
 from .layers import make_signals
 from .optimizers import check_optimizer
 from .ownership import check_free, claim, weak_hook
-from .rewrite import COMPRESSED, DENSE_MASKED, rewrite
+from .rewrite import COMPRESSED, DENSE_MASKED, rewrite, rewrite_queued
 from .rules import GrowthRule, PruneRule, RedistributionRule
 from .schedule import Decay, UpdateSchedule
 from .signals import LayerSignal
@@ -299,6 +300,7 @@ class SparseMomentum:
         for signal, change in zip(signals, changes, strict=True):
             if self._apply(signal, change, moved):
                 reallocated.append(signal.name)
+        device.count_elements(s.layer.pattern for s in signals)
         self.updates += 1
         record = UpdateRecord(
             step=self.steps,
@@ -319,14 +321,18 @@ class SparseMomentum:
         storage = self._storage_for(layer, change.keys)
         if storage != layer.storage:
             moved[signal.name] = storage
-        grown = signal.grown_state(change.added)
-        reallocated = rewrite(layer, self.optimizer, change.keys, grown, storage)
+        if change.added is None:
+            there = signal.grown_state(change.keys)
+            reallocated = rewrite_queued(layer, self.optimizer, change.keys, there, storage)
+        else:
+            grown = signal.grown_state(change.added)
+            reallocated = rewrite(layer, self.optimizer, change.keys, grown, storage)
         signal.finish_update(self.schedule, self.steps)
         return reallocated
 
     def _storage_for(self, layer: SparseLayer, keys: Tensor) -> str:
-        grid = BlockGrid.of(layer)
-        density = int(grid.counts(keys).sum()) / (grid.rows * grid.cols)
+        # Of the blocks: their number is known without a look at the device.
+        density = keys.numel() / BlockGrid.of(layer).blocks
         above = self.config.dense_above
         above = layer.dense_above if above is None else above
         if density > above:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import rules
+from . import device, rules
 from .rewrite import added_mask
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 
@@ -32,7 +32,8 @@ class LayerChange:
     """Planned change of one layer."""
 
     keys: Tensor  # int64 [new], ascending
-    added: Tensor  # int64 [added], ascending; not stored before
+    # int64 [added], ascending, not stored before; None where the host does not know how many
+    added: Tensor | None
     removed: int  # blocks pruned, regrown ones included
 
 
@@ -63,10 +64,11 @@ def check_finite(states: Sequence[LayerState], step: int) -> None:
     for state, (weight, momentum) in zip(states, torch.stack(sums).tolist(), strict=True):
         if not math.isfinite(weight) or not math.isfinite(momentum):
             what = "weight" if not math.isfinite(weight) else "momentum"
-            raise FloatingPointError(_not_finite(what, state.name, step))
+            raise FloatingPointError(not_finite(what, state.name, step))
 
 
-def _not_finite(what: str, layer: str, step: int) -> str:
+def not_finite(what: str, layer: str, step: int) -> str:
+    """The message for a layer whose ``what`` is not finite."""
     return (
         f"layer {layer!r}: non-finite {what} at the mask update after step {step}; training has "
         "diverged. Lower the learning rate, clip the gradient or look for NaN in the data; the "
@@ -89,13 +91,14 @@ def plan_update(
     Raises FloatingPointError for non-finite momentum, weight or signal, ValueError if a rule
     returns something that is not what its signature says.
     """
+    if any(device.queued(state.values) for state in states):
+        from . import update_on_device  # it is made of parts of this module
+
+        return update_on_device.plan_update(states, scores, rule_set, prune_rate, generator, step)
     check_finite(states, step)
     pruned: dict[int, Tensor] = {}
     regrow: dict[int, int] = {}
-    classes: dict[tuple[int, ...], list[int]] = {}
-    for i, state in enumerate(states):
-        classes.setdefault(tuple(state.values.shape[1:]), []).append(i)
-    for members in classes.values():
+    for members in classes_of(states):
         masks, counts = _prune_and_share([states[i] for i in members], rule_set, prune_rate)
         pruned.update(zip(members, masks, strict=True))
         regrow.update(zip(members, counts, strict=True))
@@ -103,6 +106,24 @@ def plan_update(
         _grow(state, pruned[i], regrow[i], scores[i], rule_set.growth, generator, step)
         for i, state in enumerate(states)
     ]
+
+
+def classes_of(states: Sequence[LayerState]) -> list[list[int]]:
+    """Places of the layers by block shape: each class has a budget of its own."""
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for i, state in enumerate(states):
+        classes.setdefault(tuple(state.values.shape[1:]), []).append(i)
+    return list(classes.values())
+
+
+def check_masks(states: Sequence[LayerState], pruned: Sequence[Tensor]) -> None:
+    """Raise ValueError for what a prune rule returned that is not what its signature says."""
+    for state, mask in zip(states, pruned, strict=True):
+        if mask.dtype != torch.bool or mask.shape != state.keys.shape:
+            raise ValueError(
+                f"layer {state.name!r}: the prune rule must return bool [{state.nnz}], got "
+                f"{mask.dtype} {tuple(mask.shape)}"
+            )
 
 
 def _prune_and_share(
@@ -115,12 +136,7 @@ def _prune_and_share(
     shares = rules.normalise(importance, nnz)
     counts = rules.prune_counts(nnz, blocks, shares, prune_rate)
     pruned = rule_set.prune(states, counts)
-    for state, mask in zip(states, pruned, strict=True):
-        if mask.dtype != torch.bool or mask.shape != state.keys.shape:
-            raise ValueError(
-                f"layer {state.name!r}: the prune rule must return bool [{state.nnz}], got "
-                f"{mask.dtype} {tuple(mask.shape)}"
-            )
+    check_masks(states, pruned)
     removed = torch.stack([mask.sum() for mask in pruned]).tolist()
     if rule_set.redistribution is None:
         return pruned, removed
@@ -142,17 +158,17 @@ def _grow(
     if scores is not None:
         # Scores are >= 0, and a maximum hands NaN on: one pass, no sum that could overflow.
         if scores.numel() and not math.isfinite(float(scores.max())):
-            raise FloatingPointError(_not_finite("growth signal", state.name, step))
+            raise FloatingPointError(not_finite("growth signal", state.name, step))
         scores[kept] = -1.0
     grown = growth(Candidates(state.name, kept, state.blocks, scores, generator), count)
     keys = torch.cat([kept, grown.to(kept.device)]).sort().values
-    _check_growth(state, grown, count, keys)
+    check_growth(state, grown, count, keys)
     return LayerChange(
         keys=keys, added=keys[added_mask(state.keys, keys)], removed=state.nnz - kept.numel()
     )
 
 
-def _check_growth(state: LayerState, grown: Tensor, count: int, keys: Tensor) -> None:
+def check_growth(state: LayerState, grown: Tensor, count: int, keys: Tensor) -> None:
     """A rule that grows a stored block or one block twice would lose weights of the budget."""
     in_range = keys.numel() == 0 or (int(keys[0]) >= 0 and int(keys[-1]) < state.blocks)
     distinct = bool((keys[1:] > keys[:-1]).all())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from .errors import WorkbenchError
 from .models import spec
@@ -68,9 +68,9 @@ class TrainConfig:
     checkpoint_every: int | None = None  # steps; None: ends of epochs, at most once a minute
     keep: int = 3  # checkpoints
 
-    def block_shape(self) -> tuple[int, int]:
-        """(bh, bw) from text such as "4x1". Raises WorkbenchError."""
-        return parse_block(self.block)
+    def block_shape(self) -> tuple[int, int] | Literal["auto"]:
+        """(bh, bw) from text such as "4x1", or "auto". Raises WorkbenchError."""
+        return "auto" if self.block == "auto" else parse_block(self.block)
 
     def net_options(self) -> dict[str, Any]:
         """Keyword arguments of the net's builder."""
