@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/check.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/linear.cuh"
 
 namespace sk::cuda {
@@ -109,15 +110,14 @@ int PackWidth(const LinearArgs& args) {
   return 1;
 }
 
-template <int kWidth>
-void Launch(const LinearArgs& args) {
+template <int kWidth, typename Describe>
+void LaunchLinear(Describe what, const LinearArgs& args) {
   const int64_t tiles = (args.batch + kWarp * kWidth - 1) / (kWarp * kWidth);
   const dim3 block(kWarp, kWarpsPerBlock);
   const dim3 grid(static_cast<unsigned>((args.rows + kWarpsPerBlock - 1) / kWarpsPerBlock),
                   static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY));
-  LinearKernel<kWidth><<<grid, block, 0, static_cast<cudaStream_t>(args.stream)>>>(
-      args.y, args.x, args.values, args.bias, args.crow, args.col, args.rows, args.batch,
-      args.relu);
+  Launch(what, LinearKernel<kWidth>, {grid, block, 0, args.stream}, args.y, args.x, args.values,
+         args.bias, args.crow, args.col, args.rows, args.batch, args.relu);
 }
 
 }  // namespace
@@ -128,15 +128,14 @@ void linear(const LinearArgs& args) {
   DeviceGuard guard(args.device, what);
   switch (PackWidth(args)) {
     case 4:
-      Launch<4>(args);
+      LaunchLinear<4>(what, args);
       break;
     case 2:
-      Launch<2>(args);
+      LaunchLinear<2>(what, args);
       break;
     default:
-      Launch<1>(args);
+      LaunchLinear<1>(what, args);
   }
-  Check(cudaGetLastError(), "launch", what);
 }
 
 }  // namespace sk::cuda

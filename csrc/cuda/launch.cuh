@@ -1,0 +1,36 @@
+// Kernel launches: shape, checked status, and leave to use more than 48 KB of shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "cuda/check.cuh"
+
+namespace sk::cuda {
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes;  // dynamic
+  void* stream;         // cudaStream_t
+};
+
+// Queues `kernel`; `what` renders kernel and shape for the exception (check.cuh).
+template <typename Describe, typename... Parameters, typename... Arguments>
+inline void Launch(Describe what, void (*kernel)(Parameters...), const LaunchShape& shape,
+                   Arguments&&... arguments) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shape.shared_bytes > kWithoutAsking)
+    Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)),
+          "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)", what);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(shape.stream);
+  Check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch",
+        what);
+}
+
+}  // namespace sk::cuda
