@@ -3,11 +3,23 @@
 
 #include <cuda_runtime.h>
 
+#include <string>
 #include <utility>
 
 #include "cuda/check.cuh"
+#include "kernels_cuda.h"
 
 namespace sk::cuda {
+
+// Renders kernel and shape of a call for exceptions.
+struct CallName {
+  const char* name;
+  const ConvGeometry& geometry;
+  int64_t bh;
+  Element element;
+  int device;
+  std::string operator()() const;  // launchers.cu
+};
 
 struct LaunchShape {
   dim3 grid, block;
@@ -29,8 +41,7 @@ inline void Launch(Describe what, void (*kernel)(Parameters...), const LaunchSha
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(shape.stream);
-  Check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch",
-        what);
+  Check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch", what);
 }
 
 }  // namespace sk::cuda

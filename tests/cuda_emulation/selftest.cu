@@ -1,13 +1,12 @@
 // Small kernels for the tests of the emulator itself: each primitive used rightly, and each fault
 // that it must find.
-#include "cuda/intrinsics.cuh"
-
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "cuda/check.cuh"
+#include "cuda/intrinsics.cuh"
 #include "cuda/launch.cuh"
 
 namespace py = pybind11;
@@ -26,12 +25,12 @@ enum Fault : int {
   kGlobalBefore,
   kWriteToInput,
   kMisaligned,
-  kWaitDropped,     // the copy is read while under way
-  kWaitUnpaired,    // a wait with nothing committed
-  kCopyAbandoned,   // the kernel ends with a copy under way
+  kWaitDropped,         // the copy is read while under way
+  kWaitUnpaired,        // a wait with nothing committed
+  kCopyAbandoned,       // the kernel ends with a copy under way
   kCopyBarrierDropped,  // waited for, but read by another thread with no barrier
-  kWrongLane,       // a shuffle from a lane outside the mask
-  kShuffleDiverged, // half of the warp does not shuffle
+  kWrongLane,           // a shuffle from a lane outside the mask
+  kShuffleDiverged,     // half of the warp does not shuffle
   kIndexNull,
 };
 
@@ -95,8 +94,7 @@ __global__ void Votes(int* y, const float* x, int) {
   const bool positive = x[blockIdx.x * 64 + threadIdx.x] > 0.0f;
   const unsigned votes = __ballot_sync(0xffffffffu, positive);
   if (positive) atomicAdd(y, 1);
-  if (threadIdx.x % 32 == 0)
-    y[1 + blockIdx.x * 2 + threadIdx.x / 32] = static_cast<int>(votes);
+  if (threadIdx.x % 32 == 0) y[1 + blockIdx.x * 2 + threadIdx.x / 32] = static_cast<int>(votes);
 }
 
 // One mma; where the fragments' elements are comes from tables: [32][8], [32][4] and [32][4]
@@ -151,9 +149,8 @@ void Run(const std::string& name, Address y, Address x, int blocks, int fault) {
 
 template <typename T>
 void RunMma(Address d, Address a, Address b, Address at_a, Address at_b, Address at_d) {
-  Launch([] { return std::string("selftest mma"); }, Mma<T>,
-         {dim3(1), dim3(32), 0, nullptr}, reinterpret_cast<float*>(d),
-         reinterpret_cast<const T*>(a), reinterpret_cast<const T*>(b),
+  Launch([] { return std::string("selftest mma"); }, Mma<T>, {dim3(1), dim3(32), 0, nullptr},
+         reinterpret_cast<float*>(d), reinterpret_cast<const T*>(a), reinterpret_cast<const T*>(b),
          reinterpret_cast<const int*>(at_a), reinterpret_cast<const int*>(at_b),
          reinterpret_cast<const int*>(at_d));
 }
@@ -172,11 +169,23 @@ void bind_selftest(py::module_& m) {
   m.def("run_mma_bfloat16", &RunMma<__nv_bfloat16>);
   m.def("run_matrices", &RunMatrices);
   py::dict faults;
-  const char* names[] = {"none", "barrier_skipped", "barrier_divergent", "barrier_dropped",
-                         "shared_past_end", "shared_unwritten", "global_past_end",
-                         "global_before", "write_to_input", "misaligned", "wait_dropped",
-                         "wait_unpaired", "copy_abandoned", "copy_barrier_dropped", "wrong_lane",
-                         "shuffle_diverged", "index_null"};
+  const char* names[] = {"none",
+                         "barrier_skipped",
+                         "barrier_divergent",
+                         "barrier_dropped",
+                         "shared_past_end",
+                         "shared_unwritten",
+                         "global_past_end",
+                         "global_before",
+                         "write_to_input",
+                         "misaligned",
+                         "wait_dropped",
+                         "wait_unpaired",
+                         "copy_abandoned",
+                         "copy_barrier_dropped",
+                         "wrong_lane",
+                         "shuffle_diverged",
+                         "index_null"};
   for (int i = 0; i <= kIndexNull; ++i) faults[names[i]] = i;
   m.attr("faults") = faults;
 }

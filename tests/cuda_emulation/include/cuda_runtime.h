@@ -108,8 +108,7 @@ inline int InSegment(int lane, int source, int width) { return (lane & ~(width -
 
 }  // namespace emulation
 
-#define EMULATION_HERE \
-  emulation::Place place = { __builtin_FILE(), __builtin_LINE() }
+#define EMULATION_HERE emulation::Place place = {__builtin_FILE(), __builtin_LINE()}
 
 inline void __syncthreads(EMULATION_HERE) { emulation::BlockBarrier(place); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_HERE) {
@@ -148,12 +147,12 @@ inline int __all_sync(unsigned mask, int vote, EMULATION_HERE) {
 }
 
 // Fibers switch only where they wait, so an atomic is a plain read, change and write.
-#define EMULATION_ATOMIC(NAME, T, CHANGE)                         \
+#define EMULATION_ATOMIC(NAME, T, CHANGE)                                       \
   __attribute__((no_sanitize("thread"))) inline T NAME(T* address, T operand) { \
     emulation::CheckAccess(address, sizeof(T), emulation::Kind::kAtomic);       \
-    const T before = *address;                                    \
-    *address = CHANGE;                                            \
-    return before;                                                \
+    const T before = *address;                                                  \
+    *address = CHANGE;                                                          \
+    return before;                                                              \
   }
 EMULATION_ATOMIC(atomicAdd, int, before + operand)
 EMULATION_ATOMIC(atomicAdd, unsigned, before + operand)
@@ -173,20 +172,18 @@ cudaError_t AllowShared(const void* kernel, int bytes);
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  const cudaError_t status =
-      emulation::CheckLaunch(reinterpret_cast<const void*>(kernel), *config);
+  const cudaError_t status = emulation::CheckLaunch(reinterpret_cast<const void*>(kernel), *config);
   if (status != cudaSuccess) return status;
   const std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
   return emulation::FinishLaunch(
-      emulation::RunGrid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                         [&] {
-                           const auto call = [kernel](Parameters... p) {
-                             emulation::watching = true;
-                             kernel(p...);
-                             emulation::watching = false;
-                           };
-                           std::apply(call, parameters);
-                         }));
+      emulation::RunGrid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] {
+        const auto call = [kernel](Parameters... p) {
+          emulation::watching = true;
+          kernel(p...);
+          emulation::watching = false;
+        };
+        std::apply(call, parameters);
+      }));
 }
 
 template <typename Kernel>

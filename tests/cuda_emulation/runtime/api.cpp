@@ -82,8 +82,8 @@ cudaError_t AllowShared(const void* kernel, int bytes) {
 cudaError_t CheckLaunch(const void* kernel, const cudaLaunchConfig_t& c) {
   const dim3 &grid = c.gridDim, &block = c.blockDim;
   const auto asked = allowed_shared.find(kernel);
-  const size_t shared = asked == allowed_shared.end() ? kSharedDefault
-                                                      : std::max(asked->second, kSharedDefault);
+  const size_t shared =
+      asked == allowed_shared.end() ? kSharedDefault : std::max(asked->second, kSharedDefault);
   const bool fine = grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffffu &&
                     grid.y <= 65535 && grid.z <= 65535 && block.x >= 1 && block.y >= 1 &&
                     block.z >= 1 && block.x <= 1024 && block.y <= 1024 && block.z <= 64 &&
@@ -92,6 +92,8 @@ cudaError_t CheckLaunch(const void* kernel, const cudaLaunchConfig_t& c) {
   return c.dynamicSmemBytes <= shared ? cudaSuccess : Remember(cudaErrorInvalidValue);
 }
 
-cudaError_t FinishLaunch(bool fine) { return fine ? cudaSuccess : Remember(cudaErrorLaunchFailure); }
+cudaError_t FinishLaunch(bool fine) {
+  return fine ? cudaSuccess : Remember(cudaErrorLaunchFailure);
+}
 
 }  // namespace emulation

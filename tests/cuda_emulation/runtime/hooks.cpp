@@ -41,14 +41,14 @@ void Undefined(const SourceLocation* place, const char* what) {
 
 extern "C" {
 
-#define SK_TSAN(N)                                                                \
-  void __tsan_read##N(void* address) { Check(address, N, Kind::kRead); }          \
-  void __tsan_write##N(void* address) { Check(address, N, Kind::kWrite); }        \
-  void __tsan_unaligned_read##N(void* address) {                                  \
-    if (emulation::watching) CheckAccess(address, N, Kind::kRead);      \
-  }                                                                               \
-  void __tsan_unaligned_write##N(void* address) {                                 \
-    if (emulation::watching) CheckAccess(address, N, Kind::kWrite);     \
+#define SK_TSAN(N)                                                         \
+  void __tsan_read##N(void* address) { Check(address, N, Kind::kRead); }   \
+  void __tsan_write##N(void* address) { Check(address, N, Kind::kWrite); } \
+  void __tsan_unaligned_read##N(void* address) {                           \
+    if (emulation::watching) CheckAccess(address, N, Kind::kRead);         \
+  }                                                                        \
+  void __tsan_unaligned_write##N(void* address) {                          \
+    if (emulation::watching) CheckAccess(address, N, Kind::kWrite);        \
   }
 SK_TSAN(1)
 SK_TSAN(2)

@@ -88,11 +88,11 @@ void Touch(Region& region, size_t at, Kind kind) {
   }
   if (kind == Kind::kWrite) {
     if (!Ordered(s.read))
-      Fault("shared memory byte %zu: written, but thread %d read it with no barrier in between",
-            at, s.read.thread);
+      Fault("shared memory byte %zu: written, but thread %d read it with no barrier in between", at,
+            s.read.thread);
     if (s.other_reader >= 0 && s.read.phase == block_phase)
-      Fault("shared memory byte %zu: written, but thread %d read it with no barrier in between",
-            at, s.other_reader);
+      Fault("shared memory byte %zu: written, but thread %d read it with no barrier in between", at,
+            s.other_reader);
   }
   s.other_reader = -1;
   s.write = kind == Kind::kAtomic ? Visit{} : now;
@@ -139,8 +139,8 @@ void CheckGlobal(const char* address, size_t bytes, Kind kind) {
   }
   const size_t at = static_cast<size_t>(address - found->begin);
   if (at + bytes > found->bytes)
-    Fault("%s of %zu bytes at byte %zu of %s, which has %zu", verb, bytes, at,
-          found->name.c_str(), found->bytes);
+    Fault("%s of %zu bytes at byte %zu of %s, which has %zu", verb, bytes, at, found->name.c_str(),
+          found->bytes);
   if (kind != Kind::kRead && !found->writable)
     Fault("write of %zu bytes at byte %zu of %s, which is an input", bytes, at,
           found->name.c_str());
@@ -178,8 +178,7 @@ void CheckAccess(const void* address, size_t bytes, Kind kind) {
   const char* byte = static_cast<const char*>(address);
   if (Region* region = FindShared(address)) return CheckRegion(*region, byte, bytes, kind);
   if (byte >= &__ehdr_start && byte < &_end) return;
-  if (InAnyStack(address))
-    Fault("access to %zu bytes of another thread's local memory", bytes);
+  if (InAnyStack(address)) Fault("access to %zu bytes of another thread's local memory", bytes);
   CheckGlobal(byte, bytes, kind);
 }
 

@@ -14,10 +14,10 @@ void bind_selftest(py::module_& m);
 PYBIND11_MODULE(SK_EMULATION_MODULE, m) {
   sk::bind_cuda(m);
   bind_selftest(m);
-  m.def("register_memory", [](std::uintptr_t begin, size_t bytes, bool writable,
-                              const std::string& name) {
-    emulation::RegisterMemory(reinterpret_cast<const void*>(begin), bytes, writable, name);
-  });
+  m.def("register_memory",
+        [](std::uintptr_t begin, size_t bytes, bool writable, const std::string& name) {
+          emulation::RegisterMemory(reinterpret_cast<const void*>(begin), bytes, writable, name);
+        });
   m.def("forget_memory", &emulation::ForgetMemory);
   m.def("set_strict", &emulation::SetStrict);
   m.def("set_seed", [](uint64_t seed) {

@@ -33,8 +33,8 @@ struct Thread {
   void* operand;
   uint64_t warp_phase;  // how many collectives of its warp it has passed
   // cp.async
-  std::vector<Copy> open;                 // not committed
-  std::deque<std::vector<Copy>> groups;   // committed, not waited for
+  std::vector<Copy> open;                // not committed
+  std::deque<std::vector<Copy>> groups;  // committed, not waited for
   bool committed;
 };
 
@@ -42,7 +42,7 @@ struct Counters {
   uint64_t launches, blocks, threads, accesses, barriers, collectives, copies;
 };
 
-extern Thread* running;  // null outside kernels: then no access is checked
+extern Thread* running;       // null outside kernels: then no access is checked
 extern uint64_t block_phase;  // how many barriers the running block has passed
 extern Counters counters;
 extern std::mt19937_64 random_engine;

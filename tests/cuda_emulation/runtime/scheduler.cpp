@@ -135,8 +135,8 @@ void Prepare(dim3 block) {
   thread_count = block.x * block.y * block.z;
   while (threads.size() < thread_count) {
     auto thread = std::make_unique<Thread>();
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                       -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) throw std::bad_alloc();
     mprotect(stack, 4096, PROT_NONE);  // an overflow is a fault, not a neighbour's stack
     thread->fiber.stack = static_cast<char*>(stack);

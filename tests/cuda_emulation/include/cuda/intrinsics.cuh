@@ -45,8 +45,8 @@ inline void ResolveMatrices(void* const* operands, uint32_t) {
       for (int half = 0; half < 2; ++half) {
         const int slow = lane / 4, fast = lane % 4 * 2 + half;
         const int row = mine->transposed ? fast : slow, column = mine->transposed ? slow : fast;
-        std::memcpy(&pair[half],
-                    static_cast<MatrixLoad*>(operands[8 * m + row])->row + 2 * column, 2);
+        std::memcpy(&pair[half], static_cast<MatrixLoad*>(operands[8 * m + row])->row + 2 * column,
+                    2);
       }
       mine->to[m] = pair[0] | uint32_t(pair[1]) << 16;
     }
