@@ -79,7 +79,7 @@ format: $(TOOLS_STAMP) ## rewrite the sources as ruff and clang-format want them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
-cuda-compile: ## compile every csrc/cuda/*.cu for sm_80 and sm_90a, fail on register spills
+cuda-compile: ## compile every csrc/cuda/*.cu for every architecture, fail on register spills
 	$(PYTHON) tools/cuda_compile.py
 
 bench: $(INSTALL_STAMP) ## time every operator against dense PyTorch (BENCH_ARGS for pytest-benchmark)

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import build
 import torch
+
+import build
 
 _loaded: dict[str, ModuleType] = {}
 SEED = int(os.environ.get("SPARSE_KERNELS_EMULATION_SEED", "0"))
@@ -27,7 +28,11 @@ def load() -> ModuleType:
     variant = os.environ.get("SPARSE_KERNELS_EMULATION", "checked")
     if variant not in _loaded:
         csrc = os.environ.get("SPARSE_KERNELS_EMULATION_CSRC")
-        path = build.build(variant, Path(csrc), Path(csrc).parent / "out") if csrc else build.build(variant)
+        path = (
+            build.build(variant, Path(csrc), Path(csrc).parent / "out")
+            if csrc
+            else build.build(variant)
+        )
         name = build.module_name(variant)
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         spec = importlib.util.spec_from_file_location(name, path, loader=loader)

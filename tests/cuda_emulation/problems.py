@@ -94,10 +94,6 @@ class Problem(NamedTuple):
     t: dict[str, Any]
     geometry: list[int]
 
-    @property
-    def size(self) -> int:
-        return self.case.batch
-
 
 def make(case: Case, dtype: torch.dtype) -> Problem:
     generator = torch.Generator().manual_seed(len(case.id) + case.batch)
@@ -139,7 +135,7 @@ def expected(p: Problem, kernel: str) -> torch.Tensor:
     return reference.conv2d_wgrad(grad, x, *indices, *case.block, case.geometry)
 
 
-def compute(p: Problem, kernel: str, seed: int = 0) -> torch.Tensor:
+def compute(p: Problem, kernel: str, seed: int = 0, device: int = 0) -> torch.Tensor:
     """The kernel's answer, in the reference's order of dimensions."""
     t, bh = p.t, p.case.block[0]
     crow, col, t_crow, t_row, t_perm = t["indices"]
@@ -150,14 +146,14 @@ def compute(p: Problem, kernel: str, seed: int = 0) -> torch.Tensor:
         y = nan_like(grad.shape, p.dtype)
         with registered(seed, out_y=y, x=x, values=values, bias=bias, crow=crow, col=col) as e:
             tensors = map(address, (y, x, values, bias, crow, col))
-            e.cuda_product("product", *tensors, p.geometry, bh, p.case.relu, element, 0, 0)
+            e.cuda_product("product", *tensors, p.geometry, bh, p.case.relu, element, device, 0)
         return y.movedim(-1, 0)
     if kernel == "dgrad":
         dx = nan_like(x.shape, p.dtype)
         transposed = {"t_crow": t_crow, "t_row": t_row, "t_perm": t_perm}
         with registered(seed, out_dx=dx, grad=grad, values=values, **transposed) as e:
             tensors = map(address, (dx, grad, values, t_crow, t_row, t_perm))
-            e.cuda_dgrad("dgrad", *tensors, p.geometry, bh, element, 0, 0)
+            e.cuda_dgrad("dgrad", *tensors, p.geometry, bh, element, device, 0)
         return dx.movedim(-1, 0)
     dvalues = nan_like(values.shape)
     with registered(seed) as e:
@@ -167,7 +163,16 @@ def compute(p: Problem, kernel: str, seed: int = 0) -> torch.Tensor:
     with registered(seed, out_dvalues=dvalues, **tensors) as e:
         places = [address(tensor) for tensor in tensors.values()]
         e.cuda_wgrad(
-            "wgrad", address(dvalues), *places, size, p.geometry, bh, len(values), element, 0, 0
+            "wgrad",
+            address(dvalues),
+            *places,
+            size,
+            p.geometry,
+            bh,
+            len(values),
+            element,
+            device,
+            0,
         )
     return dvalues
 

@@ -35,16 +35,17 @@ def offset(index: int, mode: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
 
 
 def positions(layout: Layout, values: int) -> list[list[int]]:
-    return [
-        [offset(t, layout[0]) + offset(v, layout[1]) for v in range(values)] for t in range(32)
-    ]
+    return [[offset(t, layout[0]) + offset(v, layout[1]) for v in range(values)] for t in range(32)]
 
 
 def row_major(layout: Layout, values: int, rows: int, columns: int, swap: bool) -> torch.Tensor:
     """Offsets into a row-major matrix [rows, columns]; `swap`: the layout counts columns first."""
     fast = columns if swap else rows
     found = [
-        [(p // fast) * columns + p % fast if swap else (p % fast) * columns + p // fast for p in line]
+        [
+            (p // fast) * columns + p % fast if swap else (p % fast) * columns + p // fast
+            for p in line
+        ]
         for line in positions(layout, values)
     ]
     return torch.tensor(found, dtype=torch.int32)

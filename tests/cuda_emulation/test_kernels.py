@@ -8,7 +8,9 @@ import pytest
 import torch
 from problems import DTYPES, KERNELS, SMALL, Case, all_cases, check, compute, make, small_cases
 
-ALL = [pytest.param(c, id=c.id, marks=[] if c.id in SMALL else [pytest.mark.slow]) for c in all_cases()]
+ALL = [
+    pytest.param(c, id=c.id, marks=[] if c.id in SMALL else [pytest.mark.slow]) for c in all_cases()
+]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bindings.h"
+#include "cuda_runtime_api.h"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -19,6 +20,11 @@ PYBIND11_MODULE(SK_EMULATION_MODULE, m) {
           emulation::RegisterMemory(reinterpret_cast<const void*>(begin), bytes, writable, name);
         });
   m.def("forget_memory", &emulation::ForgetMemory);
+  m.def("current_device", [] {
+    int device = -1;
+    cudaGetDevice(&device);
+    return device;
+  });
   m.def("set_strict", &emulation::SetStrict);
   m.def("set_seed", [](uint64_t seed) {
     emulation::seed = seed;
