@@ -5,7 +5,9 @@
 // tap, division by the stride included.
 #pragma once
 
-#include "cuda/product.cuh"
+#include "cuda/geometry.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/pack.cuh"
 
 namespace sk::cuda {
 

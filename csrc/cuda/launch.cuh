@@ -21,6 +21,10 @@ struct CallName {
   std::string operator()() const;  // launchers.cu
 };
 
+// Of every kernel of the products: blocks of 32 x 8 threads, a warp each for its own work.
+constexpr int kWarpsPerBlock = 8;
+constexpr int kMaxGridY = 65535;
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes;  // dynamic

@@ -13,9 +13,6 @@
 
 namespace sk::cuda {
 
-constexpr int kWarpsPerBlock = 8;
-constexpr int kMaxGridY = 65535;
-
 // The values of one block; past `height` zeros, so that the sums of rows that are not there stay 0.
 template <int kHeight>
 __device__ __forceinline__ void LoadValues(float (&to)[kHeight], const float* from, int height) {

@@ -6,7 +6,9 @@
 // them kept by either lane: 31 shuffles for 32 sums instead of 160.
 #pragma once
 
-#include "cuda/product.cuh"
+#include "cuda/geometry.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/pack.cuh"
 
 namespace sk::cuda {
 

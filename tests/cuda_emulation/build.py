@@ -19,7 +19,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 OUT = ROOT / "build" / "cuda-emulation"
 VARIANTS = ("checked", "asan")
-HEADERS = ("*.h", "*.cuh")
 
 # FMA contraction stays off here: nvcc contracts, and the tests' tolerances cover both.
 COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
@@ -65,22 +64,21 @@ def _command(source: Path, watched: bool, variant: str, csrc: Path, config: Path
     return [*command, "-x", "c++", "-c", str(source)]
 
 
-def _headers_digest(csrc: Path) -> bytes:
-    digest = hashlib.sha256()
-    for folder in (HERE, csrc):
-        for pattern in HEADERS:
-            for path in sorted(folder.rglob(pattern)):
-                if "cpu" not in path.relative_to(folder).parts:
-                    digest.update(path.read_bytes())
-    return digest.digest()
+def _digest(command: list[str]) -> str:
+    """Of all that the compiler reads: the preprocessed source, and the options."""
+    done = subprocess.run([*command, "-E", "-P"], capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} -E\n{done.stderr.decode()}")
+    options = " ".join(word for word in command if not word.startswith("/"))
+    return hashlib.sha256(done.stdout + options.encode()).hexdigest()[:16]
 
 
-def _compile(source: Path, command: list[str], out: Path, headers: bytes) -> Path:
-    digest = hashlib.sha256(headers + source.read_bytes() + " ".join(command).encode())
-    target = out / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+def _compile(source: Path, command: list[str], out: Path) -> Path:
+    target = out / f"{source.stem}-{_digest(command)}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.tmp")
-        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+        line = [*command, "-o", str(partial)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
         if done.stderr:
@@ -101,10 +99,9 @@ def build(variant: str = "checked", csrc: Path = ROOT / "csrc", out: Path | None
     config = out / "build_config.h"
     if not config.exists():
         config.write_text('#pragma once\n#define SK_CUDA 1\n#define SK_CUDA_WHY ""\n')
-    headers = _headers_digest(csrc)
     jobs = [(source, _command(source, kind, variant, csrc, out)) for source, kind in _sources(csrc)]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, out, headers), jobs))
+        objects = list(pool.map(lambda job: _compile(*job, out), jobs))
     module = out / (module_name(variant) + str(sysconfig.get_config_var("EXT_SUFFIX")))
     stamp = out / "objects"
     names = "\n".join(path.name for path in objects)
