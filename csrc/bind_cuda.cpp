@@ -37,6 +37,13 @@ cuda::Element ElementOf(const char* kernel, int64_t element) {
   return static_cast<cuda::Element>(element);
 }
 
+cuda::Variant VariantOf(const char* kernel, int64_t variant) {
+  if (variant < 0 || variant > 2)
+    Refuse(std::string(kernel) + ": variant must be 0 (chosen), 1 (direct) or 2 (staged), got " +
+           std::to_string(variant));
+  return static_cast<cuda::Variant>(variant);
+}
+
 cuda::Place PlaceOf(const char* kernel, int64_t device, Address stream) {
   RequireSize(kernel, "device", device);
   return {static_cast<int>(device), Pointer<void>(stream)};
@@ -44,15 +51,15 @@ cuda::Place PlaceOf(const char* kernel, int64_t device, Address stream) {
 
 void CudaProduct(const char* kernel, Address y, Address x, Address values, Address bias,
                  Address crow, Address col, const std::vector<int64_t>& geometry, int64_t bh,
-                 bool relu, int64_t element, int64_t device, Address stream) {
+                 bool relu, int64_t variant, int64_t element, int64_t device, Address stream) {
   const ConvGeometry g = CudaGeometry(kernel, geometry);
   RequirePointer(kernel, "y", y, OutputElements(g));
   RequirePointer(kernel, "x", x, InputElements(g));
   RequirePointer(kernel, "crow", crow, 1);
   cuda::product(kernel, {Pointer<void>(y), Pointer<const void>(x), Pointer<const float>(values),
                          Pointer<const float>(bias), Pointer<const int32_t>(crow),
-                         Pointer<const int32_t>(col), g, bh, relu, ElementOf(kernel, element),
-                         PlaceOf(kernel, device, stream)});
+                         Pointer<const int32_t>(col), g, bh, relu, VariantOf(kernel, variant),
+                         ElementOf(kernel, element), PlaceOf(kernel, device, stream)});
 }
 
 void CudaDgrad(const char* kernel, Address dx, Address grad, Address values, Address t_crow,
@@ -98,7 +105,8 @@ int64_t CudaWgradWorkspace(const std::vector<int64_t>& geometry, int64_t bh, int
                            "); reinstall with nvcc on PATH and SPARSE_KERNELS_CUDA=ON");
 }
 void CudaProduct(const char* kernel, Address, Address, Address, Address, Address, Address,
-                 const std::vector<int64_t>& geometry, int64_t, bool, int64_t, int64_t, Address) {
+                 const std::vector<int64_t>& geometry, int64_t, bool, int64_t, int64_t, int64_t,
+                 Address) {
   CudaGeometry(kernel, geometry);
   NoCuda(kernel);
 }
@@ -124,8 +132,8 @@ void bind_cuda(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def("cuda_product", &CudaProduct, py::arg("kernel"), py::arg("y"), py::arg("x"),
         py::arg("values"), py::arg("bias"), py::arg("crow"), py::arg("col"), py::arg("geometry"),
-        py::arg("bh"), py::arg("relu"), py::arg("element"), py::arg("device"), py::arg("stream"),
-        Release(),
+        py::arg("bh"), py::arg("relu"), py::arg("variant"), py::arg("element"), py::arg("device"),
+        py::arg("stream"), Release(),
         "Forward of a linear layer or a convolution on a GPU, see kernels_cuda.h. `kernel` is the "
         "name for errors. RuntimeError with CUDA's message.");
   m.def("cuda_dgrad", &CudaDgrad, py::arg("kernel"), py::arg("dx"), py::arg("grad"),

@@ -28,6 +28,10 @@ enum class Element { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int64_t kMaxBlockHeight = 32;
 
+// How the forward is computed. kStaged serves linear layers with bh <= 16 whose batch and addresses
+// are multiples of 16 bytes; kChosen is kDirect until a GPU has said where kStaged is faster.
+enum class Variant { kChosen = 0, kDirect = 1, kStaged = 2 };
+
 struct Place {
   int device;    // CUDA ordinal
   void* stream;  // cudaStream_t of `device`; null is the default stream
@@ -44,6 +48,7 @@ struct ProductArgs {
   ConvGeometry geometry;
   int64_t bh;
   bool relu;
+  Variant variant;
   Element element;
   Place place;
 };

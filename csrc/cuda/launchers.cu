@@ -3,12 +3,14 @@
 
 #include "cuda/dgrad.cuh"
 #include "cuda/product.cuh"
+#include "cuda/staged.cuh"
 #include "cuda/wgrad.cuh"
 
 namespace sk::cuda {
 
-// Instantiated in product_*.cu and gradients_*.cu.
+// Instantiated in product_*.cu, staged.cu and gradients_*.cu.
 #define SK_KERNELS_OF(T)                                                               \
+  extern template void StagedOf<T>(const CallName&, const ProductArgs&, int);          \
   extern template void ProductOf<T, LinearSource>(const CallName&, const ProductArgs&, \
                                                   const ProductShape&);                \
   extern template void ProductOf<T, ConvSource>(const CallName&, const ProductArgs&,   \
@@ -96,6 +98,17 @@ void ForElement(Element element, Run run) {
   run(__nv_bfloat16());
 }
 
+void staged(const CallName& what, const ProductArgs& a) {
+  const ConvGeometry& g = a.geometry;
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.y);
+  const int64_t per_copy = a.element == Element::kFloat32 ? 4 : 8;
+  Serve(IsLinear(g) && a.bh <= 16 && g.batch % per_copy == 0 && addresses % 16 == 0, what,
+        "a linear layer, a block height of at most 16, and batch and addresses in multiples of 16 "
+        "bytes for the staged kernel");
+  ForElement(a.element,
+             [&](auto element) { StagedOf<decltype(element)>(what, a, BlockRows(g, a.bh)); });
+}
+
 }  // namespace
 
 void product(const char* name, const ProductArgs& a) {
@@ -104,6 +117,7 @@ void product(const char* name, const ProductArgs& a) {
   ServeGeometry(g, what);
   if (g.out_channels == 0 || OutPoints(g) == 0) return;
   DeviceGuard guard(a.place.device, what);
+  if (a.variant == Variant::kStaged) return staged(what, a);
   const ProductShape shape = {BlockRows(g, a.bh), static_cast<int>(OutPoints(g)),
                               Width(g, a.element, a.x, a.y)};
   ForElement(a.element, [&](auto element) {

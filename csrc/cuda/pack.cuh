@@ -47,14 +47,27 @@ __device__ __forceinline__ void FromFloat(__nv_bfloat16& to, float from) {
 }
 
 template <int kWidth, typename T>
+__device__ __forceinline__ void Unpack(float (&to)[kWidth],
+                                       const typename PackOf<sizeof(T), kWidth>::Type& pack) {
+  const T* elements = reinterpret_cast<const T*>(&pack);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) to[i] = ToFloat(elements[i]);
+}
+
+// From shared memory, which __ldg must not read.
+template <int kWidth, typename T>
+__device__ __forceinline__ void LoadShared(float (&to)[kWidth], const T* from) {
+  using Pack = typename PackOf<sizeof(T), kWidth>::Type;
+  const Pack pack = *reinterpret_cast<const Pack*>(from);
+  Unpack<kWidth, T>(to, pack);
+}
+
+// From global memory that no thread of the kernel writes.
+template <int kWidth, typename T>
 __device__ __forceinline__ void Load(float (&to)[kWidth], const T* from) {
   using Pack = typename PackOf<sizeof(T), kWidth>::Type;
-  union {
-    Pack pack;
-    T elements[kWidth];
-  } in = {__ldg(reinterpret_cast<const Pack*>(from))};
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) to[i] = ToFloat(in.elements[i]);
+  const Pack pack = __ldg(reinterpret_cast<const Pack*>(from));
+  Unpack<kWidth, T>(to, pack);
 }
 
 template <int kWidth, typename T>

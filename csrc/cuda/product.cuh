@@ -10,15 +10,9 @@
 #include "cuda/geometry.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/pack.cuh"
+#include "cuda/values.cuh"
 
 namespace sk::cuda {
-
-// The values of one block; past `height` zeros, so that the sums of rows that are not there stay 0.
-template <int kHeight>
-__device__ __forceinline__ void LoadValues(float (&to)[kHeight], const float* from, int height) {
-#pragma unroll
-  for (int v = 0; v < kHeight; ++v) to[v] = v < height ? __ldg(from + v) : 0.0f;
-}
 
 // kHeight >= bh: sums of the rows above bh are not stored.
 template <typename T, int kHeight, int kWidth, typename Source>
@@ -62,13 +56,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     for (int v = 0; v < kHeight; ++v) {
       if (v >= rows.height) break;
       const int row = rows.first + v;
-      const float add = bias != nullptr ? __ldg(bias + row) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        sum[v][i] += add;
-        if (relu && sum[v][i] < 0.0f) sum[v][i] = 0.0f;  // not fmaxf, which would swallow NaN
-      }
-      Store<kWidth>(y + static_cast<int64_t>(row) * points + point, sum[v]);
+      FinishRow<kWidth>(y + static_cast<int64_t>(row) * points + point, sum[v], bias, row, relu);
     }
   }
 }

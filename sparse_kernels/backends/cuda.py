@@ -120,6 +120,7 @@ def _product(
         geometry,
         values.shape[1],
         relu,
+        0,  # the variant is the launcher's choice
         _ELEMENTS[x.dtype],
         *_place(x),
     )

@@ -26,7 +26,7 @@ from sparse_kernels.backends import reference
 
 Case = LinearCase | ConvCase
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNELS = ("product", "dgrad", "wgrad")
+KERNELS = ("product", "staged", "dgrad", "wgrad")
 
 # Beside the shared table: every height that has a kernel of its own, heights between, batches that
 # take the wide and the narrow loads, sums in several parts, strides and groups with tall blocks.
@@ -38,6 +38,10 @@ EXTRA: tuple[Case, ...] = (
     ),
     LinearCase("even-wide-32", 70, 40, 64, 0.3, (32, 1)),
     LinearCase("long-rows", 136, 200, 3, 0.9),
+    LinearCase("staged-wide", 136, 300, 150, 0.2, relu=True),
+    LinearCase("staged-dense", 64, 517, 9, 0.95),
+    LinearCase("staged-b5", 72, 260, 43, 0.3, (5, 1)),
+    LinearCase("staged-b16", 8, 131, 300, 0.2, (16, 1)),
     LinearCase("parts", 4500, 9, 6, 0.4),
     LinearCase("parts-b4", 4100, 6, 9, 0.5, (4, 1)),
     ConvCase("conv-parts", 33, 9, 8, _conv((5, 6), (3, 3), pad=1), 0.2),
@@ -63,6 +67,7 @@ SMALL = {
     "empty-row-blocks", "no-bias", "relu", "b1-batch132", "b3-batch33", "b4-batch132",
     "b16-batch33", "b32-batch132", "parts", "long-rows", "conv-parts", "dilation3x1-stride2",
     "one-sided-pad", "groups3-blocks", "depthwise-twice", "conv-b8-stride-groups", "conv-wide",
+    "staged-wide", "staged-b5", "staged-b16", "even-wide-32",
     "conv-b32-stride-groups", "stride3-gaps", "pad-beyond-kernel", "even-b8x1",
 }  # fmt: skip
 
@@ -121,7 +126,7 @@ def expected(p: Problem, kernel: str) -> torch.Tensor:
     values = torch.nan_to_num(t["values"].double())
     bias = None if t["bias"] is None else t["bias"].double()
     indices, linear = t["indices"], isinstance(case, LinearCase)
-    if kernel == "product":
+    if kernel in ("product", "staged"):
         if linear:
             return reference.linear(x, values, *indices, bias, case.out_features, case.relu)
         return reference.conv2d(x, values, *indices, bias, case.geometry, case.relu)
@@ -142,11 +147,14 @@ def compute(p: Problem, kernel: str, seed: int = 0, device: int = 0) -> torch.Te
     x, grad = feature_major(t["x"]), feature_major(t["grad"])
     values, bias = t["values"].contiguous(), t["bias"]
     element = DTYPES.index(p.dtype)
-    if kernel == "product":
+    if kernel in ("product", "staged"):
+        variant = 1 if kernel == "product" else 2
         y = nan_like(grad.shape, p.dtype)
         with registered(seed, out_y=y, x=x, values=values, bias=bias, crow=crow, col=col) as e:
             tensors = map(address, (y, x, values, bias, crow, col))
-            e.cuda_product("product", *tensors, p.geometry, bh, p.case.relu, element, device, 0)
+            e.cuda_product(
+                "product", *tensors, p.geometry, bh, p.case.relu, variant, element, device, 0
+            )
         return y.movedim(-1, 0)
     if kernel == "dgrad":
         dx = nan_like(x.shape, p.dtype)
@@ -182,8 +190,14 @@ def bound(p: Problem, kernel: str) -> float:
     rows, cols = p.t["matrix"].shape
     points = p.t["grad"].numel() // max(rows, 1)
     taps = 1 if isinstance(p.case, LinearCase) else p.case.geometry.taps
-    length = {"product": cols, "dgrad": rows * taps, "wgrad": points}[kernel]
+    length = {"product": cols, "staged": cols, "dgrad": rows * taps, "wgrad": points}[kernel]
     return tolerance(torch.float32 if kernel == "wgrad" else p.dtype, length)
+
+
+def has(case: Case, dtype: torch.dtype, kernel: str) -> bool:
+    """Whether the kernel serves the case: the staged one wants linear layers and whole copies."""
+    whole = case.batch % (4 if dtype == torch.float32 else 8) == 0
+    return kernel != "staged" or (isinstance(case, LinearCase) and case.block[0] <= 16 and whole)
 
 
 def check(case: Case, dtype: torch.dtype, kernel: str, seed: int = 0) -> float:

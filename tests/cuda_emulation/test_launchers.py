@@ -12,7 +12,7 @@ def call(kernel: str = "product", geometry: list[int] | None = None, bh: int = 1
     geometry = geometry or [7, 5, 3]
     if kernel == "product":
         return load().cuda_product(
-            "linear", 64, 64, 64, 0, 64, 64, geometry, bh, False, 0, device, 0
+            "linear", 64, 64, 64, 0, 64, 64, geometry, bh, False, 0, 0, device, 0
         )
     return load().cuda_wgrad(
         "linear_wgrad", 64, 64, 64, 64, 64, 0, 0, geometry, bh, 9, 0, device, 0

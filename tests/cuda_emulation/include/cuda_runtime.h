@@ -45,6 +45,7 @@ struct alignas(16) uint4 {
 
 template <typename T>
 inline T __ldg(const T* from) {
+  emulation::RequireGlobal(from);
   return *from;
 }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }

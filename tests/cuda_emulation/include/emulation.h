@@ -74,6 +74,8 @@ void CopyWait(int groups_left);
 // An access that instrumentation does not see or would misjudge (atomics, ldmatrix).
 enum class Kind { kRead, kWrite, kAtomic };
 void CheckAccess(const void* address, size_t bytes, Kind kind);
+// A fault if the address is one of shared memory: __ldg reads global memory only.
+void RequireGlobal(const void* address);
 // Such an access to shared memory only.
 void CheckShared(const void* address, size_t bytes, Kind kind);
 

@@ -189,6 +189,11 @@ void CheckShared(const void* address, size_t bytes, Kind kind) {
   CheckRegion(*region, static_cast<const char*>(address), bytes, kind);
 }
 
+void RequireGlobal(const void* address) {
+  Quiet quiet;
+  if (FindShared(address) != nullptr) Fault("__ldg of shared memory");
+}
+
 void BeginSharedOf(size_t dynamic_bytes) { dynamic = NewRegion(dynamic_bytes, 0); }
 
 void EndShared() {
