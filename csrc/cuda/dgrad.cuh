@@ -24,7 +24,7 @@ __device__ __forceinline__ int LowerBound(const int32_t* t_row, int begin, int e
 }
 
 template <typename T, int kWidth, typename Target>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, MinBlocks(kWidth))
     DgradKernel(T* __restrict__ dx, const T* __restrict__ grad, const float* __restrict__ values,
                 const int32_t* __restrict__ t_crow, const int32_t* __restrict__ t_row,
                 const int32_t* __restrict__ t_perm, int in_channels, int rows_per_group, int bh,

@@ -23,6 +23,9 @@ struct CallName {
 
 // Of every kernel of the products: blocks of 32 x 8 threads, a warp each for its own work.
 constexpr int kWarpsPerBlock = 8;
+// Blocks that shall fit on a multiprocessor, said for every kernel: left to itself, ptxas spills a
+// few registers to fit one more.
+constexpr int MinBlocks(int sums) { return sums <= 16 ? 4 : sums <= 32 ? 2 : 1; }
 constexpr int kMaxGridY = 65535;
 
 struct LaunchShape {

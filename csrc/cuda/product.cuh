@@ -16,7 +16,7 @@ namespace sk::cuda {
 
 // kHeight >= bh: sums of the rows above bh are not stored.
 template <typename T, int kHeight, int kWidth, typename Source>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, MinBlocks(kHeight* kWidth))
     ProductKernel(T* __restrict__ y, const T* __restrict__ x, const float* __restrict__ values,
                   const float* __restrict__ bias, const int32_t* __restrict__ crow,
                   const int32_t* __restrict__ col, int block_rows, int bh, int points, bool relu,

@@ -59,7 +59,7 @@ __device__ __forceinline__ void AddEntries(float (&sum)[kHeight][kStageWidth], i
 }
 
 template <typename T, int kHeight>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 2)
     StagedKernel(T* __restrict__ y, const T* __restrict__ x, const float* __restrict__ values,
                  const float* __restrict__ bias, const int32_t* __restrict__ crow,
                  const int32_t* __restrict__ col, int block_rows, int rows, int cols, int bh,

@@ -47,7 +47,8 @@ __device__ __forceinline__ int RowOfEntry(const int32_t* crow, int block_rows, i
 }
 
 template <typename T, int kHeight, int kBlocks, int kWidth, typename Source>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock,
+                                  Source::kImage && kBlocks * kWidth >= 32 ? 1 : 2)
     WgradKernel(float* __restrict__ out, const T* __restrict__ grad, const T* __restrict__ x,
                 const int32_t* __restrict__ crow, const int32_t* __restrict__ col, int block_rows,
                 int capacity, int bh, int points, int part, Source source) {
