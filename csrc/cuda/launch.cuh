@@ -25,7 +25,7 @@ struct CallName {
 constexpr int kWarpsPerBlock = 8;
 // Blocks that shall fit on a multiprocessor, said for every kernel: left to itself, ptxas spills a
 // few registers to fit one more.
-constexpr int MinBlocks(int sums) { return sums <= 16 ? 4 : sums <= 32 ? 2 : 1; }
+constexpr int MinBlocks(int sums) { return sums <= 8 ? 4 : sums <= 32 ? 2 : 1; }
 constexpr int kMaxGridY = 65535;
 
 struct LaunchShape {
