@@ -25,7 +25,7 @@ PYTEST := SPARSE_KERNELS_INSTALLED=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -p no:
 TEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev-tools demo test test-full lint format cuda-compile bench gpu-check clean
+.PHONY: help venv dev-tools demo test test-full lint format cuda-compile cuda-emulation bench gpu-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -52,9 +52,10 @@ demo: $(INSTALL_STAMP) ## train a wide MLP at 5 % density beside dense on the sh
 	$(VENV)/bin/sparse-kernels train --preset demo $(DEMO_ARGS)
 
 test: $(INSTALL_STAMP) ## core tests, under 6 minutes on 2 cores, against the installed package
-	$(PYTEST) -n 2 -m "not slow and not gpu" $(TEST_ARGS) tests
+	$(PYTEST) -n 2 -m "not slow and not gpu" --ignore tests/cuda_emulation $(TEST_ARGS) tests
 
 test-full: $(INSTALL_STAMP) $(TOOLS_STAMP) ## everything: slow tests, every instruction set of this CPU, qemu where it is installed
+	$(VPY) tests/cuda_emulation/emulation_build.py
 	$(PYTEST) -n 2 $(TEST_ARGS) tests
 	VENV=$(VENV) bash make/test_isas.sh
 
@@ -79,8 +80,13 @@ format: $(TOOLS_STAMP) ## rewrite the sources as ruff and clang-format want them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
-cuda-compile: ## compile every csrc/cuda/*.cu for sm_80 and sm_90a, fail on register spills
+cuda-compile: ## compile every csrc/cuda/*.cu for every architecture, fail on register spills
 	$(PYTHON) tools/cuda_compile.py
+
+# Needs a C++ compiler, neither nvcc nor a GPU. Built first: two test workers would both build it.
+cuda-emulation: $(INSTALL_STAMP) $(TOOLS_STAMP) ## run the CUDA kernels on the CPU, a small set of cases (all: make test-full)
+	$(VPY) tests/cuda_emulation/emulation_build.py checked
+	$(PYTEST) -n 2 -m "not slow" $(TEST_ARGS) tests/cuda_emulation
 
 bench: $(INSTALL_STAMP) ## time every operator against dense PyTorch (BENCH_ARGS for pytest-benchmark)
 	$(VENV)/bin/pytest -p no:cacheprovider --benchmark-only benchmarks $(BENCH_ARGS)

@@ -1,54 +1,152 @@
 // Bindings of the CUDA kernels. Without CUDA in the build the functions exist and say why not.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bind_checks.h"
+#include "bind_geometry.h"
 #include "bindings.h"
 #include "build_config.h"
-#if SK_CUDA
-#include "cuda/linear.cuh"
-#endif
+#include "kernels_cuda.h"
 
 namespace py = pybind11;
 
 namespace sk {
 namespace {
 
-void CudaLinear(Address y, Address x, Address values, Address bias, Address crow, Address col,
-                int64_t rows, int64_t cols, int64_t batch, bool relu, int64_t device,
-                Address stream) {
+// A linear layer is passed as the geometry [rows, cols, batch], a convolution as the 18 integers
+// of bind_geometry.h.
+ConvGeometry CudaGeometry(const char* kernel, const std::vector<int64_t>& v) {
+  if (v.size() != 3) return Geometry(kernel, v);
+  RequireSize(kernel, "rows", v[0]);
+  RequireSize(kernel, "cols", v[1]);
+  RequireSize(kernel, "batch", v[2]);
+  return cuda::LinearGeometry(v[0], v[1], v[2]);
+}
+
 #if SK_CUDA
-  const char* kernel = "cuda_linear";
-  RequireSize(kernel, "rows", rows);
-  RequireSize(kernel, "cols", cols);
-  RequireSize(kernel, "batch", batch);
+
+cuda::Element ElementOf(const char* kernel, int64_t element) {
+  if (element < 0 || element > 2)
+    Refuse(std::string(kernel) +
+           ": element must be 0 (float32), 1 (float16) or 2 (bfloat16), got " +
+           std::to_string(element));
+  return static_cast<cuda::Element>(element);
+}
+
+cuda::Variant VariantOf(const char* kernel, int64_t variant) {
+  if (variant < 0 || variant > 2)
+    Refuse(std::string(kernel) + ": variant must be 0 (chosen), 1 (direct) or 2 (staged), got " +
+           std::to_string(variant));
+  return static_cast<cuda::Variant>(variant);
+}
+
+cuda::Place PlaceOf(const char* kernel, int64_t device, Address stream) {
   RequireSize(kernel, "device", device);
-  RequirePointer(kernel, "y", y, rows * batch);
-  RequirePointer(kernel, "x", x, cols * batch);
-  RequirePointer(kernel, "crow", crow, rows + 1);
-  cuda::linear({Pointer<float>(y), Pointer<const float>(x), Pointer<const float>(values),
-                Pointer<const float>(bias), Pointer<const int32_t>(crow),
-                Pointer<const int32_t>(col), rows, cols, batch, relu, static_cast<int>(device),
-                Pointer<void>(stream)});
+  return {static_cast<int>(device), Pointer<void>(stream)};
+}
+
+void CudaProduct(const char* kernel, Address y, Address x, Address values, Address bias,
+                 Address crow, Address col, const std::vector<int64_t>& geometry, int64_t bh,
+                 bool relu, int64_t variant, int64_t element, int64_t device, Address stream) {
+  const ConvGeometry g = CudaGeometry(kernel, geometry);
+  RequirePointer(kernel, "y", y, OutputElements(g));
+  RequirePointer(kernel, "x", x, InputElements(g));
+  RequirePointer(kernel, "crow", crow, 1);
+  cuda::product(kernel, {Pointer<void>(y), Pointer<const void>(x), Pointer<const float>(values),
+                         Pointer<const float>(bias), Pointer<const int32_t>(crow),
+                         Pointer<const int32_t>(col), g, bh, relu, VariantOf(kernel, variant),
+                         ElementOf(kernel, element), PlaceOf(kernel, device, stream)});
+}
+
+void CudaDgrad(const char* kernel, Address dx, Address grad, Address values, Address t_crow,
+               Address t_row, Address t_perm, const std::vector<int64_t>& geometry, int64_t bh,
+               int64_t element, int64_t device, Address stream) {
+  const ConvGeometry g = CudaGeometry(kernel, geometry);
+  RequirePointer(kernel, "dx", dx, InputElements(g));
+  RequirePointer(kernel, "grad", grad, OutputElements(g));
+  RequirePointer(kernel, "t_crow", t_crow, 1);
+  cuda::dgrad(kernel, {Pointer<void>(dx), Pointer<const void>(grad), Pointer<const float>(values),
+                       Pointer<const int32_t>(t_crow), Pointer<const int32_t>(t_row),
+                       Pointer<const int32_t>(t_perm), g, bh, ElementOf(kernel, element),
+                       PlaceOf(kernel, device, stream)});
+}
+
+void CudaWgrad(const char* kernel, Address dvalues, Address grad, Address x, Address crow,
+               Address col, Address workspace, int64_t workspace_bytes,
+               const std::vector<int64_t>& geometry, int64_t bh, int64_t capacity, int64_t element,
+               int64_t device, Address stream) {
+  const ConvGeometry g = CudaGeometry(kernel, geometry);
+  RequireSize(kernel, "capacity", capacity);
+  RequireSize(kernel, "workspace_bytes", workspace_bytes);
+  RequirePointer(kernel, "dvalues", dvalues, capacity * bh);
+  RequirePointer(kernel, "grad", grad, OutputElements(g));
+  RequirePointer(kernel, "x", x, InputElements(g));
+  RequirePointer(kernel, "crow", crow, 1);
+  RequirePointer(kernel, "workspace", workspace, workspace_bytes);
+  cuda::wgrad(kernel, {Pointer<float>(dvalues), Pointer<const void>(grad), Pointer<const void>(x),
+                       Pointer<const int32_t>(crow), Pointer<const int32_t>(col),
+                       Pointer<void>(workspace), workspace_bytes, g, bh, capacity,
+                       ElementOf(kernel, element), PlaceOf(kernel, device, stream)});
+}
+
+int64_t CudaWgradWorkspace(const std::vector<int64_t>& geometry, int64_t bh, int64_t capacity) {
+  return cuda::wgrad_workspace(CudaGeometry("cuda_wgrad_workspace", geometry), bh, capacity);
+}
+
 #else
-  (void)y, (void)x, (void)values, (void)bias, (void)crow, (void)col, (void)rows, (void)cols;
-  (void)batch, (void)relu, (void)device, (void)stream;
-  throw std::runtime_error(std::string("cuda_linear: this build has no CUDA kernels (") +
+
+[[noreturn]] void NoCuda(const char* kernel) {
+  throw std::runtime_error(std::string(kernel) + ": this build has no CUDA kernels (" +
                            SK_CUDA_WHY +
                            "); reinstall with nvcc on PATH and SPARSE_KERNELS_CUDA=ON");
-#endif
 }
+void CudaProduct(const char* kernel, Address, Address, Address, Address, Address, Address,
+                 const std::vector<int64_t>& geometry, int64_t, bool, int64_t, int64_t, int64_t,
+                 Address) {
+  CudaGeometry(kernel, geometry);
+  NoCuda(kernel);
+}
+void CudaDgrad(const char* kernel, Address, Address, Address, Address, Address, Address,
+               const std::vector<int64_t>& geometry, int64_t, int64_t, int64_t, Address) {
+  CudaGeometry(kernel, geometry);
+  NoCuda(kernel);
+}
+void CudaWgrad(const char* kernel, Address, Address, Address, Address, Address, Address, int64_t,
+               const std::vector<int64_t>& geometry, int64_t, int64_t, int64_t, int64_t, Address) {
+  CudaGeometry(kernel, geometry);
+  NoCuda(kernel);
+}
+int64_t CudaWgradWorkspace(const std::vector<int64_t>&, int64_t, int64_t) {
+  NoCuda("cuda_wgrad_workspace");
+}
+
+#endif
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("cuda_linear", &CudaLinear, py::arg("y"), py::arg("x"), py::arg("values"), py::arg("bias"),
-        py::arg("crow"), py::arg("col"), py::arg("rows"), py::arg("cols"), py::arg("batch"),
-        py::arg("relu"), py::arg("device"), py::arg("stream"),
-        py::call_guard<py::gil_scoped_release>(),
-        "Element SpMM on a GPU, see cuda/linear.cuh. RuntimeError with CUDA's message.");
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def("cuda_product", &CudaProduct, py::arg("kernel"), py::arg("y"), py::arg("x"),
+        py::arg("values"), py::arg("bias"), py::arg("crow"), py::arg("col"), py::arg("geometry"),
+        py::arg("bh"), py::arg("relu"), py::arg("variant"), py::arg("element"), py::arg("device"),
+        py::arg("stream"), Release(),
+        "Forward of a linear layer or a convolution on a GPU, see kernels_cuda.h. `kernel` is the "
+        "name for errors. RuntimeError with CUDA's message.");
+  m.def("cuda_dgrad", &CudaDgrad, py::arg("kernel"), py::arg("dx"), py::arg("grad"),
+        py::arg("values"), py::arg("t_crow"), py::arg("t_row"), py::arg("t_perm"),
+        py::arg("geometry"), py::arg("bh"), py::arg("element"), py::arg("device"),
+        py::arg("stream"), Release(), "Input gradient on a GPU, see kernels_cuda.h.");
+  m.def("cuda_wgrad", &CudaWgrad, py::arg("kernel"), py::arg("dvalues"), py::arg("grad"),
+        py::arg("x"), py::arg("crow"), py::arg("col"), py::arg("workspace"),
+        py::arg("workspace_bytes"), py::arg("geometry"), py::arg("bh"), py::arg("capacity"),
+        py::arg("element"), py::arg("device"), py::arg("stream"), Release(),
+        "Gradient of the values at the pattern on a GPU, see kernels_cuda.h.");
+  m.def("cuda_wgrad_workspace", &CudaWgradWorkspace, py::arg("geometry"), py::arg("bh"),
+        py::arg("capacity"), "Bytes of workspace that cuda_wgrad wants.");
 }
 
 }  // namespace sk

@@ -21,7 +21,7 @@ echo "=== instruction sets that this CPU can run: $isas"
 for isa in $isas; do
   echo "=== SPARSE_KERNELS_ISA=$isa"
   SPARSE_KERNELS_ISA=$isa "$VENV/bin/pytest" -p no:cacheprovider -q -n 2 \
-    -m "not gpu" --deselect tests/test_architecture.py tests
+    -m "not gpu" --deselect tests/test_architecture.py --ignore tests/cuda_emulation tests
 done
 
 # A CPU without AVX: an instruction of a wider set in a shared function would be an illegal instruction there.

@@ -139,10 +139,10 @@ def test_info_tells_what_is_built_and_chosen_and_why() -> None:
 
 def test_cuda_launch_without_a_gpu_is_a_clean_error() -> None:
     """Device 99 exists nowhere, so this also holds where there is a GPU."""
-    with pytest.raises(RuntimeError, match="^cuda_linear") as caught:
-        native().cuda_linear(64, 64, 64, 0, 64, 64, 7, 5, 3, False, 99, 0)
+    with pytest.raises(RuntimeError, match="^linear") as caught:
+        native().cuda_product("linear", 64, 64, 64, 0, 64, 64, [7, 5, 3], 1, False, 0, 0, 99, 0)
     if native().build_info()["cuda"]:
-        assert "(rows 7, cols 5, batch 3, device 99): cuda" in str(caught.value)
+        assert "(rows 7, cols 5, batch 3, block 1x1, float32, device 99): cuda" in str(caught.value)
     else:
         assert native().build_info()["why_no_cuda"] in str(caught.value)
 

@@ -19,12 +19,21 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "cuda-compile"
-ARCHITECTURES = ("sm_80", "sm_90a")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+# Of a multiprocessor, by architecture: registers, threads, blocks, shared memory in bytes, and what
+# of it the system keeps per block (programming guide, "technical specifications per compute
+# capability"). Registers are given to a warp in units of 256, so 8 per thread.
+LIMITS = {
+    "sm_80": (65536, 2048, 32, 164 << 10, 1 << 10),
+    "sm_90a": (65536, 2048, 32, 228 << 10, 1 << 10),
+    "sm_100": (65536, 2048, 32, 228 << 10, 1 << 10),
+}
+THREADS = 256  # of every kernel's block (kWarp * kWarpsPerBlock in csrc/cuda/product.cuh)
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'")
 SPILL = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+)"
 )
-USED = re.compile(r"Used (?P<registers>\d+) registers")
+USED = re.compile(r"Used (?P<registers>\d+) registers(?:.*?, (?P<shared>\d+) bytes smem)?")
 
 
 class Kernel(NamedTuple):
@@ -33,7 +42,21 @@ class Kernel(NamedTuple):
     arch: str
     name: str
     registers: int
+    shared_bytes: int  # static
     spill_bytes: int
+
+    @property
+    def occupancy(self) -> float:
+        """Part of a multiprocessor's threads that can be resident."""
+        registers, threads, blocks, shared, kept = LIMITS[self.arch]
+        per_thread = -(-self.registers // 8) * 8
+        resident = min(
+            registers // (per_thread * THREADS),
+            threads // THREADS,
+            blocks,
+            shared // (self.shared_bytes + kept),
+        )
+        return resident * THREADS / threads
 
 
 def find_nvcc() -> str | None:
@@ -57,7 +80,8 @@ def parse_ptxas(log: str) -> list[Kernel]:
         elif found := SPILL.search(line):
             spill = int(found["stores"]) + int(found["loads"])
         elif name and (used := USED.search(line)):
-            kernels.append(Kernel(arch, name, int(used["registers"]), spill))
+            shared = int(used["shared"] or 0)
+            kernels.append(Kernel(arch, name, int(used["registers"]), shared, spill))
             name = ""
     return kernels
 
@@ -71,23 +95,65 @@ def compile_source(nvcc: str, source: Path, arch: str) -> tuple[Path, str, int, 
     return source, arch, done.returncode, done.stdout + done.stderr
 
 
+def demangle(names: list[str]) -> dict[str, str]:
+    """Readable forms, cut to the kernel and its template arguments, by cu++filt or c++filt."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None or not names:
+        return {name: name for name in names}
+    done = subprocess.run([tool, *names], capture_output=True, text=True, check=True)
+    forms = {}
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        plain = re.sub(r"sk::cuda::|\(int\)|^void ", "", line)
+        head, template, _ = plain.partition(">(")
+        forms[name] = head + ">" if template else plain.partition("(")[0]
+    return forms
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    """One line per kernel: registers, shared memory, occupancy and spills per architecture."""
+    rows: dict[str, dict[str, Kernel]] = {}
+    for kernel in kernels:
+        rows.setdefault(kernel.name, {})[kernel.arch] = kernel
+    forms = demangle(list(rows))
+    print("\n| kernel | " + " | ".join(ARCHITECTURES) + " |")
+    print("|---|" + "---|" * len(ARCHITECTURES))
+    for name in sorted(rows, key=lambda name: forms[name]):
+        cells = []
+        for arch in ARCHITECTURES:
+            k = rows[name].get(arch)
+            text = "" if k is None else f"{k.registers} r, {k.shared_bytes} B, {k.occupancy:.0%}"
+            cells.append(text + (f", SPILLS {k.spill_bytes} B" if k and k.spill_bytes else ""))
+        print(f"| {forms[name]} | " + " | ".join(cells) + " |")
+    print("(r: registers per thread; B: static shared memory; %: threads resident of 2048)\n")
+
+
+def architectures(nvcc: str) -> list[str]:
+    """Those of ARCHITECTURES that this nvcc knows: sm_100 needs 12.8."""
+    command = [nvcc, "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [arch for arch in ARCHITECTURES if arch.rstrip("a").replace("sm", "compute") in known]
+
+
 def compile_all(nvcc: str, sources: list[Path]) -> int:
     """Compile all sources for all architectures, print a table; returns the number of failures."""
     OUT.mkdir(parents=True, exist_ok=True)
-    jobs = [(source, arch) for source in sources for arch in ARCHITECTURES]
+    jobs = [(source, arch) for source in sources for arch in architectures(nvcc)]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         results = list(pool.map(lambda job: compile_source(nvcc, *job), jobs))
     failures = 0
+    kernels: list[Kernel] = []
     for source, arch, status, log in results:
-        kernels = parse_ptxas(log)
-        print(f"{source.relative_to(ROOT)} {arch}: {len(kernels)} kernels, exit status {status}")
-        if status or not kernels:
-            failures += 1
-            print(log if status else "no kernel was found in ptxas's output:\n" + log)
-        for kernel in kernels:
-            verdict = f"SPILLS {kernel.spill_bytes} bytes" if kernel.spill_bytes else "no spill"
-            failures += bool(kernel.spill_bytes)
-            print(f"  {kernel.registers:4d} registers  {verdict:18s} {kernel.name}")
+        found = parse_ptxas(log)
+        kernels += found
+        spilled = sum(bool(kernel.spill_bytes) for kernel in found)
+        print(f"{source.relative_to(ROOT)} {arch}: {len(found)} kernels, {spilled} spill")
+        failures += bool(status) + spilled
+        if status:
+            print(f"nvcc exit status {status}\n{log}")
+    if not kernels:
+        print("no kernel was found in ptxas's output")
+        failures += 1
+    print_table(kernels)
     return failures
 
 
@@ -108,8 +174,8 @@ def main() -> int:
         return 1
     failures = compile_all(nvcc, sources)
     print(
-        f"{len(sources)} CUDA sources x {len(ARCHITECTURES)} architectures, {failures} failures, "
-        f"{time.monotonic() - start:.0f} s"
+        f"{len(sources)} CUDA sources x {len(architectures(nvcc))} architectures, "
+        f"{failures} failures, {time.monotonic() - start:.0f} s"
     )
     return 1 if failures else 0
 

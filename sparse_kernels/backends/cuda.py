@@ -1,25 +1,52 @@
 """The CUDA backend: the native kernels compiled by nvcc, for GPU tensors.
 
-Serves the element-sparse (block (1, 1)) linear layer; what it does not serve, ``supports`` says.
+Serves elements and vectors, blocks (V, 1) with V up to 32, in float32, float16 and bfloat16, with
+float32 sums; what it does not serve, ``supports`` says. Activations are feature-major; weights are
+read, and their gradients written, in float32. Work is queued on the current stream of the tensors'
+device. RuntimeError with CUDA's message where a launch fails.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparse_kernels._load import native, native_or_none
-from sparse_kernels.layout import empty_feature_major, to_feature_major
+from sparse_kernels.geometry import Conv2dGeometry
+from sparse_kernels.layout import empty_feature_major, is_feature_major, to_feature_major
 
-__all__ = ["linear", "linear_dgrad", "supports"]
+__all__ = [
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "linear",
+    "linear_dgrad",
+    "linear_wgrad",
+    "supports",
+]
 
-_SERVED = ("linear", "linear_dgrad")
+_SERVED = (
+    "linear",
+    "linear_dgrad",
+    "linear_wgrad",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+)
+# In the order of csrc/kernels_cuda.h's Element.
+_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_HIGHEST = 32  # kMaxBlockHeight there
 
 
 def supports(
     op: str, x: Tensor, values: Tensor | None = None, block: tuple[int, int] | None = None
 ) -> str | None:
-    """None if this backend computes ``op`` on tensors like these, else the reason why not."""
+    """None if this backend computes ``op`` on tensors like these, else the reason why not.
+
+    ``block`` (bh, bw) stands for the values where the operator makes them: weight gradients.
+    """
     if x.device.type != "cuda":
         return f"serves CUDA tensors, got device {x.device}"
     module = native_or_none()
@@ -28,15 +55,137 @@ def supports(
     built = module.build_info()
     if not built["cuda"]:
         return f"built without CUDA: {built['why_no_cuda']}"
+    return _why_not(op, x.dtype, values, block)
+
+
+def _why_not(
+    op: str, dtype: torch.dtype, values: Tensor | None, block: tuple[int, int] | None
+) -> str | None:
     if op not in _SERVED:
         return f"has kernels for {', '.join(_SERVED)} only"
-    if x.dtype != torch.float32:
-        return f"computes float32, got {x.dtype}"
-    if values is not None and values.dtype != torch.float32:
-        return f"takes float32 values, got {values.dtype}"
-    if values is not None and tuple(values.shape[1:]) != (1, 1):
-        return f"has element (1, 1) kernels only, got block {tuple(values.shape[1:])}"
+    if dtype not in _ELEMENTS:
+        return f"computes float32, float16 and bfloat16, got {dtype}"
+    if values is not None:
+        if values.dtype not in _ELEMENTS:
+            return f"takes float32, float16 or bfloat16 values, got {values.dtype}"
+        block = (int(values.shape[1]), int(values.shape[2]))
+    if block is not None and (block[1] != 1 or block[0] > _HIGHEST):
+        return f"has kernels for blocks (V, 1), V up to {_HIGHEST}, got block {block}"
     return None
+
+
+# -- what a launcher takes -------------------------------------------------------------------------
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Ordinal of x's device and its current stream."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _activation(x: Tensor) -> Tensor:
+    return x if is_feature_major(x) else to_feature_major(x.detach())
+
+
+def _float(x: Tensor) -> Tensor:
+    """Weights and biases: contiguous float32."""
+    return x.detach().to(torch.float32).contiguous()
+
+
+def _geometry(x_shape: Sequence[int], out_hw: Sequence[int], geometry: Sequence[int]) -> list[int]:
+    """The 18 integers of csrc/bind_geometry.h."""
+    return [x_shape[0], *x_shape[2:], *out_hw, *geometry]
+
+
+def _product(
+    kernel: str,
+    x: Tensor,
+    values: Tensor,
+    index: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    shape: Sequence[int],
+    geometry: list[int],
+    relu: bool,
+) -> Tensor:
+    """Forward of any layer: y of `shape`."""
+    xs, vs = _activation(x), _float(values)
+    bs = None if bias is None else _float(bias)
+    y = empty_feature_major(shape, x.dtype, x.device)
+    native().cuda_product(
+        kernel,
+        y.data_ptr(),
+        xs.data_ptr(),
+        vs.data_ptr(),
+        0 if bs is None else bs.data_ptr(),
+        *(tensor.data_ptr() for tensor in index),
+        geometry,
+        values.shape[1],
+        relu,
+        0,  # the variant is the launcher's choice
+        _ELEMENTS[x.dtype],
+        *_place(x),
+    )
+    return y
+
+
+def _dgrad(
+    kernel: str,
+    grad: Tensor,
+    values: Tensor,
+    index: tuple[Tensor, Tensor, Tensor],
+    shape: Sequence[int],
+    geometry: list[int],
+) -> Tensor:
+    """Input gradient of any layer: dx of `shape`."""
+    gs, vs = _activation(grad), _float(values)
+    dx = empty_feature_major(shape, grad.dtype, grad.device)
+    native().cuda_dgrad(
+        kernel,
+        dx.data_ptr(),
+        gs.data_ptr(),
+        vs.data_ptr(),
+        *(tensor.data_ptr() for tensor in index),
+        geometry,
+        values.shape[1],
+        _ELEMENTS[grad.dtype],
+        *_place(grad),
+    )
+    return dx
+
+
+def _wgrad(
+    kernel: str,
+    grad: Tensor,
+    x: Tensor,
+    index: tuple[Tensor, Tensor],
+    block: tuple[int, int],
+    geometry: list[int],
+) -> Tensor:
+    """Gradient of the values [capacity, bh, 1], float32."""
+    if why := _why_not(kernel, x.dtype, None, block):
+        raise ValueError(f"{kernel}: the CUDA backend {why}")
+    gs, xs = _activation(grad.to(x.dtype)), _activation(x)
+    capacity = index[1].shape[0]
+    dvalues = torch.empty((capacity, *block), dtype=torch.float32, device=x.device)
+    size = native().cuda_wgrad_workspace(geometry, block[0], capacity)
+    workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
+    native().cuda_wgrad(
+        kernel,
+        dvalues.data_ptr(),
+        gs.data_ptr(),
+        xs.data_ptr(),
+        *(tensor.data_ptr() for tensor in index),
+        workspace.data_ptr(),
+        size,
+        geometry,
+        block[0],
+        capacity,
+        _ELEMENTS[x.dtype],
+        *_place(x),
+    )
+    return dvalues
+
+
+# -- linear ----------------------------------------------------------------------------------------
 
 
 def linear(
@@ -51,12 +200,10 @@ def linear(
     out_features: int,
     relu: bool,
 ) -> Tensor:
-    """Y = X S^T (+ bias, ReLU); x [N, in] float32 -> y [N, out], feature-major.
-
-    values [capacity, 1, 1]; all tensors on x's GPU. Queued on x's device's current stream.
-    Raises RuntimeError with CUDA's message when the launch fails.
-    """
-    return _spmm(x, values, crow, col, bias, out_features, relu)
+    """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype."""
+    batch, cols = x.shape
+    shape, geometry = (batch, out_features), [out_features, cols, batch]
+    return _product("linear", x, values, (crow, col), bias, shape, geometry, relu)
 
 
 def linear_dgrad(
@@ -69,41 +216,80 @@ def linear_dgrad(
     t_perm: Tensor,
     in_features: int,
 ) -> Tensor:
-    """dX = dY S; grad [N, out] float32 -> dx [N, in], feature-major.
-
-    The same SpMM over the transposed index, with the values brought into its order first: one pass
-    over the values, against one over the activations for every one of them.
-    """
-    transposed = values.flatten().index_select(0, t_perm)
-    return _spmm(grad, transposed, t_crow, t_row, None, in_features, False)
+    """dX = dY S; grad [N, out] -> dx [N, in], feature-major, grad's dtype."""
+    batch, rows = grad.shape
+    shape, geometry = (batch, in_features), [rows, in_features, batch]
+    return _dgrad("linear_dgrad", grad, values, (t_crow, t_row, t_perm), shape, geometry)
 
 
-def _spmm(
+def linear_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bh: int,
+    bw: int,
+) -> Tensor:
+    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside."""
+    geometry = [grad.shape[1], x.shape[1], x.shape[0]]
+    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry)
+
+
+# -- convolution -----------------------------------------------------------------------------------
+
+
+def conv2d(
     x: Tensor,
     values: Tensor,
     crow: Tensor,
     col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
     bias: Tensor | None,
-    rows: int,
+    geometry: Sequence[int],
     relu: bool,
 ) -> Tensor:
-    """y [N, rows] of the CSR matrix (crow, col, values) [rows, cols] times x [N, cols]."""
-    batch, cols = x.shape
-    xs, vs = to_feature_major(x.detach()), values.detach().contiguous()
-    bs = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    y = empty_feature_major((batch, rows), torch.float32, x.device)
-    native().cuda_linear(
-        y.data_ptr(),
-        xs.data_ptr(),
-        vs.data_ptr(),
-        0 if bs is None else bs.data_ptr(),
-        crow.data_ptr(),
-        col.data_ptr(),
-        rows,
-        cols,
-        batch,
-        relu,
-        x.device.index,
-        torch.cuda.current_stream(x.device).cuda_stream,
-    )
-    return y
+    """Sparse convolution; x [N, C, H, W] -> y [N, C_out, H_out, W_out], feature-major."""
+    g = Conv2dGeometry(*geometry)
+    out_hw = g.output_size(x.shape[2], x.shape[3])
+    shape, sizes = (x.shape[0], g.out_channels, *out_hw), _geometry(x.shape, out_hw, geometry)
+    return _product("conv2d", x, values, (crow, col), bias, shape, sizes, relu)
+
+
+def conv2d_dgrad(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    in_height: int,
+    in_width: int,
+    geometry: Sequence[int],
+) -> Tensor:
+    """dx [N, C_in, in_height, in_width], feature-major, from grad [N, C_out, H_out, W_out]."""
+    shape = (grad.shape[0], Conv2dGeometry(*geometry).in_channels, in_height, in_width)
+    sizes = _geometry(shape, grad.shape[2:], geometry)
+    return _dgrad("conv2d_dgrad", grad, values, (t_crow, t_row, t_perm), shape, sizes)
+
+
+def conv2d_wgrad(
+    grad: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    t_crow: Tensor,
+    t_row: Tensor,
+    t_perm: Tensor,
+    bh: int,
+    bw: int,
+    geometry: Sequence[int],
+) -> Tensor:
+    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
+    sizes = _geometry(x.shape, grad.shape[2:], geometry)
+    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes)

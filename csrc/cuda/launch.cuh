@@ -1,0 +1,54 @@
+// Kernel launches: shape, checked status, and leave to use more than 48 KB of shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+#include <utility>
+
+#include "cuda/check.cuh"
+#include "kernels_cuda.h"
+
+namespace sk::cuda {
+
+// Renders kernel and shape of a call for exceptions.
+struct CallName {
+  const char* name;
+  const ConvGeometry& geometry;
+  int64_t bh;
+  Element element;
+  int device;
+  std::string operator()() const;  // launchers.cu
+};
+
+// Of every kernel of the products: blocks of 32 x 8 threads, a warp each for its own work.
+constexpr int kWarpsPerBlock = 8;
+// Blocks that shall fit on a multiprocessor, said for every kernel: left to itself, ptxas spills a
+// few registers to fit one more.
+constexpr int MinBlocks(int sums) { return sums <= 8 ? 4 : sums <= 32 ? 2 : 1; }
+constexpr int kMaxGridY = 65535;
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes;  // dynamic
+  void* stream;         // cudaStream_t
+};
+
+// Queues `kernel`; `what` renders kernel and shape for the exception (check.cuh).
+template <typename Describe, typename... Parameters, typename... Arguments>
+inline void Launch(Describe what, void (*kernel)(Parameters...), const LaunchShape& shape,
+                   Arguments&&... arguments) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shape.shared_bytes > kWithoutAsking)
+    Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)),
+          "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)", what);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(shape.stream);
+  Check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "launch", what);
+}
+
+}  // namespace sk::cuda

@@ -1,0 +1,179 @@
+// The launchers of kernels_cuda.h: what is served, sizes in 32 bits, which kernel.
+#include <algorithm>
+
+#include "cuda/dgrad.cuh"
+#include "cuda/product.cuh"
+#include "cuda/staged.cuh"
+#include "cuda/wgrad.cuh"
+
+namespace sk::cuda {
+
+// Instantiated in product_*.cu, staged.cu and gradients_*.cu.
+#define SK_KERNELS_OF(T)                                                               \
+  extern template void StagedOf<T>(const CallName&, const ProductArgs&, int);          \
+  extern template void ProductOf<T, LinearSource>(const CallName&, const ProductArgs&, \
+                                                  const ProductShape&);                \
+  extern template void ProductOf<T, ConvSource>(const CallName&, const ProductArgs&,   \
+                                                const ProductShape&);                  \
+  extern template void DgradOf<T, LinearTarget>(const CallName&, const DgradArgs&,     \
+                                                const DgradShape&);                    \
+  extern template void DgradOf<T, ConvTarget>(const CallName&, const DgradArgs&,       \
+                                              const DgradShape&);                      \
+  extern template void WgradOf<T, LinearSource>(const CallName&, const WgradArgs&,     \
+                                                const WgradShape&);                    \
+  extern template void WgradOf<T, ConvSource>(const CallName&, const WgradArgs&, const WgradShape&);
+SK_KERNELS_OF(float)
+SK_KERNELS_OF(__half)
+SK_KERNELS_OF(__nv_bfloat16)
+#undef SK_KERNELS_OF
+
+std::string CallName::operator()() const {
+  const char* types[] = {"float32", "float16", "bfloat16"};
+  const ConvGeometry& g = geometry;
+  std::string text = std::string(name) + " (rows " + std::to_string(g.out_channels) + ", cols " +
+                     std::to_string(g.kh * g.kw * g.in_channels / std::max<int64_t>(g.groups, 1)) +
+                     ", batch " + std::to_string(g.batch);
+  if (g.in_h != 1 || g.in_w != 1 || g.kh * g.kw != 1)
+    text += ", image " + std::to_string(g.in_h) + "x" + std::to_string(g.in_w) + ", kernel " +
+            std::to_string(g.kh) + "x" + std::to_string(g.kw);
+  return text + ", block " + std::to_string(bh) + "x1, " + types[static_cast<int>(element)] +
+         ", device " + std::to_string(device) + ")";
+}
+
+namespace {
+
+// Room above every int that a kernel forms of a point.
+constexpr int64_t kMaxPoints = INT32_MAX - 1024;
+constexpr int64_t kShortestPart = 2048, kMostParts = 64;
+
+void Serve(bool condition, const CallName& what, const char* expected) {
+  if (!condition) throw std::invalid_argument(what() + ": expected " + expected);
+}
+
+int64_t OutPoints(const ConvGeometry& g) { return g.out_h * g.out_w * g.batch; }
+int64_t InPoints(const ConvGeometry& g) { return g.in_h * g.in_w * g.batch; }
+
+// A layer without an image: one pixel, one tap, nothing around it.
+bool IsLinear(const ConvGeometry& g) {
+  return g.in_h == 1 && g.in_w == 1 && g.out_h == 1 && g.out_w == 1 && g.kh == 1 && g.kw == 1 &&
+         g.pad_top == 0 && g.pad_left == 0 && g.groups == 1;
+}
+
+void ServeGeometry(const ConvGeometry& g, const CallName& what) {
+  Serve(what.bh >= 1 && what.bh <= kMaxBlockHeight, what, "a block height of 1 to 32");
+  Serve(OutPoints(g) <= kMaxPoints && InPoints(g) <= kMaxPoints, what,
+        "fewer than 2^31 - 1024 pixels x batch per channel");
+  Serve(g.out_channels <= kMaxPoints && g.in_channels * g.kh * g.kw <= kMaxPoints, what,
+        "fewer than 2^31 - 1024 rows and columns");
+  Serve((g.kh - 1) * g.dil_h < 32768 && (g.kw - 1) * g.dil_w < 32768, what,
+        "a dilated kernel of at most 32768 pixels a side");
+  const int64_t sides[] = {g.in_h + g.pad_top + g.pad_bottom, g.in_w + g.pad_left + g.pad_right,
+                           g.stride_h, g.stride_w};
+  Serve(*std::max_element(sides, sides + 4) <= INT32_MAX / 2, what,
+        "a padded image and strides of less than 2^30");
+}
+
+int BlockRows(const ConvGeometry& g, int64_t bh) {
+  return static_cast<int>((g.out_channels / g.groups + bh - 1) / bh * g.groups);
+}
+
+// Points that a lane may move at once: 4, 2 or 1.
+int Width(const ConvGeometry& g, Element element, const void* a, const void* b) {
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
+  const uintptr_t bytes = element == Element::kFloat32 ? 4 : 2;
+  if (g.batch % 4 == 0 && addresses % (4 * bytes) == 0) return 4;
+  return g.batch % 2 == 0 && addresses % (2 * bytes) == 0 ? 2 : 1;
+}
+
+int64_t PartLength(int64_t points) {
+  const int64_t longest = (points + kMostParts - 1) / kMostParts;
+  return (std::max(longest, kShortestPart) + 127) / 128 * 128;
+}
+
+// Calls `run` with a value of the element's type.
+template <typename Run>
+void ForElement(Element element, Run run) {
+  if (element == Element::kFloat32) return run(float());
+  if (element == Element::kFloat16) return run(__half());
+  run(__nv_bfloat16());
+}
+
+void staged(const CallName& what, const ProductArgs& a) {
+  const ConvGeometry& g = a.geometry;
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.y);
+  const int64_t per_copy = a.element == Element::kFloat32 ? 4 : 8;
+  Serve(IsLinear(g) && a.bh <= 16 && g.batch % per_copy == 0 && addresses % 16 == 0, what,
+        "a linear layer, a block height of at most 16, and batch and addresses in multiples of 16 "
+        "bytes for the staged kernel");
+  ForElement(a.element,
+             [&](auto element) { StagedOf<decltype(element)>(what, a, BlockRows(g, a.bh)); });
+}
+
+}  // namespace
+
+void product(const char* name, const ProductArgs& a) {
+  const ConvGeometry& g = a.geometry;
+  const CallName what = {name, g, a.bh, a.element, a.place.device};
+  ServeGeometry(g, what);
+  if (g.out_channels == 0 || OutPoints(g) == 0) return;
+  DeviceGuard guard(a.place.device, what);
+  if (a.variant == Variant::kStaged) return staged(what, a);
+  const ProductShape shape = {BlockRows(g, a.bh), static_cast<int>(OutPoints(g)),
+                              Width(g, a.element, a.x, a.y)};
+  ForElement(a.element, [&](auto element) {
+    using T = decltype(element);
+    if (IsLinear(g)) return ProductOf<T, LinearSource>(what, a, shape);
+    ProductOf<T, ConvSource>(what, a, shape);
+  });
+}
+
+void dgrad(const char* name, const DgradArgs& a) {
+  const ConvGeometry& g = a.geometry;
+  const CallName what = {name, g, a.bh, a.element, a.place.device};
+  ServeGeometry(g, what);
+  if (g.in_channels == 0 || InPoints(g) == 0) return;
+  DeviceGuard guard(a.place.device, what);
+  const DgradShape shape = {static_cast<int>(g.in_channels),
+                            static_cast<int>(g.out_channels / g.groups),
+                            static_cast<int>(InPoints(g)), static_cast<int>(OutPoints(g)),
+                            Width(g, a.element, a.dx, a.grad)};
+  ForElement(a.element, [&](auto element) {
+    using T = decltype(element);
+    if (IsLinear(g)) return DgradOf<T, LinearTarget>(what, a, shape);
+    DgradOf<T, ConvTarget>(what, a, shape);
+  });
+}
+
+int64_t wgrad_workspace(const ConvGeometry& g, int64_t bh, int64_t capacity) {
+  const int64_t points = OutPoints(g), length = PartLength(points);
+  const int64_t parts = (points + length - 1) / length;
+  return parts <= 1 ? 0 : parts * capacity * bh * static_cast<int64_t>(sizeof(float));
+}
+
+void wgrad(const char* name, const WgradArgs& a) {
+  const ConvGeometry& g = a.geometry;
+  const CallName what = {name, g, a.bh, a.element, a.place.device};
+  ServeGeometry(g, what);
+  Serve(a.capacity <= kMaxPoints, what, "fewer than 2^31 - 1024 stored blocks");
+  if (a.capacity == 0) return;
+  if (a.workspace_bytes < wgrad_workspace(g, a.bh, a.capacity))
+    throw std::invalid_argument(what() + ": expected a workspace of at least " +
+                                std::to_string(wgrad_workspace(g, a.bh, a.capacity)) +
+                                " bytes (wgrad_workspace), got " +
+                                std::to_string(a.workspace_bytes));
+  DeviceGuard guard(a.place.device, what);
+  const int64_t points = OutPoints(g), length = PartLength(points);
+  const WgradShape shape = {BlockRows(g, a.bh),
+                            static_cast<int>(a.capacity),
+                            static_cast<int>(points),
+                            Width(g, a.element, a.x, a.grad),
+                            static_cast<int>(length),
+                            static_cast<int>(std::max<int64_t>(1, (points + length - 1) / length))};
+  ForElement(a.element, [&](auto element) {
+    using T = decltype(element);
+    if (IsLinear(g)) return WgradOf<T, LinearSource>(what, a, shape);
+    WgradOf<T, ConvSource>(what, a, shape);
+  });
+}
+
+}  // namespace sk::cuda

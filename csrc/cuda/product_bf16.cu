@@ -1,0 +1,11 @@
+// The forward kernels of one type of activations: files of their own compile side by side.
+#include "cuda/product.cuh"
+
+namespace sk::cuda {
+
+template void ProductOf<__nv_bfloat16, LinearSource>(const CallName&, const ProductArgs&,
+                                                     const ProductShape&);
+template void ProductOf<__nv_bfloat16, ConvSource>(const CallName&, const ProductArgs&,
+                                                   const ProductShape&);
+
+}  // namespace sk::cuda

@@ -1,0 +1,98 @@
+// The launchers of the sparse product on a GPU: what each computes, pointer by pointer. No torch.
+//
+// Common to all of them:
+//   memory      of GPU `device`, owned by the caller. Nothing is allocated; the work is queued on
+//               `stream` and not waited for. No pointer but the stream may be a host address.
+//               Inputs and outputs must not overlap.
+//   activation  float32, float16 or bfloat16 (`element`), feature-major without gaps:
+//               [features][batch], or [channels][height][width][batch]. Alignment of its element;
+//               where it is 16 bytes and the batch a multiple of 4, loads are wide.
+//   values      float32 [capacity][bh], blocks of one column: bh = 1 is element sparsity. Sums are
+//               float32, rounded once on the way out.
+//   W, crow, col, t_crow, t_row, t_perm, bias (float32), relu, output   as kernels.h says, with
+//               bw = 1. The index arrays are trusted: they are on the GPU, and no launcher waits.
+//   order       sums have a fixed order: equal calls give equal bits, on every GPU.
+//   errors      std::runtime_error with the kernel, its shape and CUDA's message when a CUDA call
+//               fails; std::invalid_argument, before anything is queued, for what is not served.
+//               A kernel that fails while it runs shows at a later call, as CUDA has it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace sk::cuda {
+
+enum class Element { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+constexpr int64_t kMaxBlockHeight = 32;
+
+// How the forward is computed. kStaged serves linear layers with bh <= 16 whose batch and addresses
+// are multiples of 16 bytes; kChosen is kDirect until a GPU has said where kStaged is faster.
+enum class Variant { kChosen = 0, kDirect = 1, kStaged = 2 };
+
+struct Place {
+  int device;    // CUDA ordinal
+  void* stream;  // cudaStream_t of `device`; null is the default stream
+};
+
+// y = relu?(W x + bias). For a linear layer the geometry is that of a 1 x 1 image (LinearGeometry).
+struct ProductArgs {
+  void* y;              // [out_channels][out_h][out_w][batch], written
+  const void* x;        // [in_channels][in_h][in_w][batch]
+  const float* values;  // [capacity][bh]
+  const float* bias;    // [out_channels] or null
+  const int32_t* crow;  // [block_rows + 1]
+  const int32_t* col;   // [capacity]
+  ConvGeometry geometry;
+  int64_t bh;
+  bool relu;
+  Variant variant;
+  Element element;
+  Place place;
+};
+void product(const char* name, const ProductArgs& args);
+
+// dx = W^T grad (transposed convolution).
+struct DgradArgs {
+  void* dx;               // like x above, written
+  const void* grad;       // like y above
+  const float* values;    // [capacity][bh]
+  const int32_t* t_crow;  // [cols + 1]
+  const int32_t* t_row;   // [capacity]
+  const int32_t* t_perm;  // [capacity]
+  ConvGeometry geometry;
+  int64_t bh;
+  Element element;
+  Place place;
+};
+void dgrad(const char* name, const DgradArgs& args);
+
+// dvalues = the gradient of W at the pattern; zero past the last stored block and outside of
+// partial blocks.
+struct WgradArgs {
+  float* dvalues;       // [capacity][bh], written
+  const void* grad;     // like y above
+  const void* x;        // like x above
+  const int32_t* crow;  // [block_rows + 1]
+  const int32_t* col;   // [capacity]
+  void* workspace;      // wgrad_workspace bytes, 4-byte aligned; null where that is 0
+  int64_t workspace_bytes;
+  ConvGeometry geometry;
+  int64_t bh;
+  int64_t capacity;
+  Element element;
+  Place place;
+};
+void wgrad(const char* name, const WgradArgs& args);
+
+// Bytes of workspace that wgrad wants: one copy of dvalues per part of a long sum, at most 64.
+int64_t wgrad_workspace(const ConvGeometry& geometry, int64_t bh, int64_t capacity);
+
+// A linear layer [rows, cols] as a convolution.
+inline ConvGeometry LinearGeometry(int64_t rows, int64_t cols, int64_t batch) {
+  return {batch, 1, 1, 1, 1, rows, cols, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1};
+}
+
+}  // namespace sk::cuda

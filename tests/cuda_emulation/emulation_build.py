@@ -1,0 +1,120 @@
+"""Builds the CUDA kernels for the host: csrc/cuda/*.cu, their bindings and the emulator, by g++.
+
+Two variants: "checked" sees every access of the kernels (runtime/hooks.cpp), "asan" is the same
+under AddressSanitizer and UndefinedBehaviorSanitizer. Objects are kept by the hash of what they
+are made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+OUT = ROOT / "build" / "cuda-emulation"
+VARIANTS = ("checked", "asan")
+
+# FMA contraction stays off here: nvcc contracts, and the tests' tolerances cover both.
+COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+# The front end's checks that hooks.cpp answers; -fsanitize=thread only to have every access called.
+WATCHED = [
+    "-fsanitize=thread",
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,null",
+]
+# Kernels get neither the class layout checks (vptr) nor -O0: the first needs the runtime's RTTI.
+ASAN = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+
+
+def module_name(variant: str) -> str:
+    """Name of the extension module: two variants can be on one path."""
+    return f"cuda_emulation_{variant}"
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _sources(csrc: Path) -> list[tuple[Path, bool]]:
+    """Every source with whether it holds kernels (and is to be watched)."""
+    found = [(path, True) for path in sorted((csrc / "cuda").glob("*.cu"))]
+    found += [(HERE / "selftest.cu", True), (csrc / "bind_cuda.cpp", False)]
+    return found + [(path, False) for path in sorted((HERE / "runtime").glob("*.cpp"))]
+
+
+def _command(source: Path, watched: bool, variant: str, csrc: Path, config: Path) -> list[str]:
+    import pybind11
+
+    command = [_compiler(), *COMMON, f"-DSK_EMULATION_MODULE={module_name(variant)}"]
+    command += ["-O1"]
+    if variant == "asan":
+        command += ASAN
+    elif watched:
+        command += WATCHED
+    # The emulator's include folder first: its cuda/intrinsics.cuh and CUDA headers are found there.
+    for folder in (HERE / "include", csrc, config):
+        command += ["-I", str(folder)]
+    for folder in (pybind11.get_include(), sysconfig.get_paths()["include"]):
+        command += ["-isystem", folder]
+    return [*command, "-x", "c++", "-c", str(source)]
+
+
+def _digest(command: list[str]) -> str:
+    """Of all that the compiler reads: the preprocessed source, and the options."""
+    done = subprocess.run([*command, "-E", "-P"], capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} -E\n{done.stderr.decode()}")
+    options = " ".join(word for word in command if not word.startswith("/"))
+    return hashlib.sha256(done.stdout + options.encode()).hexdigest()[:16]
+
+
+def _compile(source: Path, command: list[str], out: Path) -> Path:
+    target = out / f"{source.stem}-{_digest(command)}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.tmp")
+        line = [*command, "-o", str(partial)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        if done.stderr:
+            print(done.stderr, file=sys.stderr)
+        partial.replace(target)
+    return target
+
+
+def build(variant: str = "checked", csrc: Path = ROOT / "csrc", out: Path | None = None) -> Path:
+    """Build one variant of the kernels in `csrc`; returns the extension module's path.
+
+    Raises RuntimeError with the compiler's output.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    out = out or OUT / variant
+    out.mkdir(parents=True, exist_ok=True)
+    config = out / "build_config.h"
+    if not config.exists():
+        config.write_text('#pragma once\n#define SK_CUDA 1\n#define SK_CUDA_WHY ""\n')
+    jobs = [(source, _command(source, kind, variant, csrc, out)) for source, kind in _sources(csrc)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(lambda job: _compile(*job, out), jobs))
+    module = out / (module_name(variant) + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    stamp = out / "objects"
+    names = "\n".join(path.name for path in objects)
+    if not module.exists() or not stamp.exists() or stamp.read_text() != names:
+        link = [_compiler(), "-shared", "-Wl,-Bsymbolic", *map(str, objects)]
+        link += ASAN if variant == "asan" else []
+        partial = module.with_suffix(f".{os.getpid()}.tmp")
+        subprocess.run([*link, "-o", str(partial)], check=True)
+        partial.replace(module)
+        stamp.write_text(names)
+    return module
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or VARIANTS:
+        print(build(name))

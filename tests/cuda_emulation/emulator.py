@@ -1,0 +1,75 @@
+"""The emulated module and how tests hand it tensors.
+
+`SPARSE_KERNELS_EMULATION=asan` loads the sanitized variant (with LD_PRELOAD, see test_asan.py),
+`SPARSE_KERNELS_EMULATION_CSRC` other kernel sources (planted_faults.py).
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import emulation_build
+
+_loaded: dict[str, ModuleType] = {}
+SEED = int(os.environ.get("SPARSE_KERNELS_EMULATION_SEED", "0"))
+
+
+def load() -> ModuleType:
+    """The emulated module, built if its sources changed."""
+    variant = os.environ.get("SPARSE_KERNELS_EMULATION", "checked")
+    if variant not in _loaded:
+        csrc = os.environ.get("SPARSE_KERNELS_EMULATION_CSRC")
+        path = (
+            emulation_build.build(variant, Path(csrc), Path(csrc).parent / "out")
+            if csrc
+            else emulation_build.build(variant)
+        )
+        name = emulation_build.module_name(variant)
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        _loaded[variant] = module
+    return _loaded[variant]
+
+
+@contextmanager
+def registered(seed: int = SEED, **tensors: torch.Tensor | None) -> Iterator[ModuleType]:
+    """Inside, kernels may touch these tensors only, and write only to those named out_...
+
+    Under a seed of its own: the order of blocks, warps and lanes follows from it.
+    """
+    emulated = load()
+    emulated.forget_memory()
+    emulated.set_seed(seed)
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.numel() == 0:
+            continue
+        span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        emulated.register_memory(
+            tensor.data_ptr(), span * tensor.element_size(), name.startswith("out_"), name
+        )
+    try:
+        yield emulated
+    finally:
+        emulated.forget_memory()
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Its address, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def nan_like(shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An output that shows what was not written."""
+    return torch.full(shape, float("nan"), dtype=dtype)

@@ -1,0 +1,215 @@
+"""Cases of the CUDA kernels: a layer, its tensors in feature-major layout, and one call of each
+kernel through the project's own bindings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from cases import (
+    CONV_CASES,
+    LINEAR_CASES,
+    ConvCase,
+    LinearCase,
+    _conv,
+    make_conv,
+    make_linear,
+    random_conv_cases,
+    random_linear_cases,
+    relative_error,
+    tolerance,
+)
+from emulator import address, nan_like, registered
+
+from sparse_kernels.backends import reference
+
+Case = LinearCase | ConvCase
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNELS = ("product", "staged", "dgrad", "wgrad")
+
+# Beside the shared table: every height that has a kernel of its own, heights between, batches that
+# take the wide and the narrow loads, sums in several parts, strides and groups with tall blocks.
+EXTRA: tuple[Case, ...] = (
+    *(
+        LinearCase(f"b{v}-batch{n}", n, 37, 2 * v + 5, 0.3, (v, 1), relu=n == 33)
+        for v in (1, 2, 3, 4, 8, 13, 16, 32)
+        for n in (33, 132)
+    ),
+    LinearCase("even-wide-32", 70, 40, 64, 0.3, (32, 1)),
+    LinearCase("long-rows", 136, 200, 3, 0.9),
+    LinearCase("staged-wide", 136, 300, 150, 0.2, relu=True),
+    LinearCase("staged-dense", 64, 517, 9, 0.95),
+    LinearCase("staged-b5", 72, 260, 43, 0.3, (5, 1)),
+    LinearCase("staged-b16", 8, 131, 300, 0.2, (16, 1)),
+    LinearCase("parts", 4500, 9, 6, 0.4),
+    LinearCase("parts-b4", 4100, 6, 9, 0.5, (4, 1)),
+    ConvCase("conv-parts", 33, 9, 8, _conv((5, 6), (3, 3), pad=1), 0.2),
+    *(
+        ConvCase(
+            f"conv-b{v}-stride-groups",
+            8,
+            7,
+            5,
+            _conv((6, 2 * (v + 3)), (3, 2), stride=2, pad=1, groups=2),
+            0.3,
+            (v, 1),
+        )
+        for v in (2, 5, 8, 16, 32)
+    ),
+    ConvCase("conv-wide", 132, 3, 2, _conv((6, 9), (3, 3), pad=2, dilation=2), 0.3, relu=True),
+)
+# Shapes that only matter to the CPU's caches, or are too big for a warp at a time by hand.
+TOO_BIG = {"pointwise-flat-streamed", "pointwise-stride2-streamed", "vgg-like"}
+# One of each kind: the CI's minutes. All of them: `make test-full`.
+SMALL = {
+    "smallest", "batch0", "batch1", "primes", "primes-blocks", "empty", "full-blocks",
+    "empty-row-blocks", "no-bias", "relu", "b1-batch132", "b3-batch33", "b4-batch132",
+    "b16-batch33", "b32-batch132", "parts", "long-rows", "conv-parts", "dilation3x1-stride2",
+    "one-sided-pad", "groups3-blocks", "depthwise-twice", "conv-b8-stride-groups", "conv-wide",
+    "staged-wide", "staged-b5", "staged-b16", "even-wide-32",
+    "conv-b32-stride-groups", "stride3-gaps", "pad-beyond-kernel", "even-b8x1",
+}  # fmt: skip
+
+
+def served(case: Case) -> bool:
+    return case.block[1] == 1 and case.block[0] <= 32 and case.id not in TOO_BIG
+
+
+def all_cases() -> list[Case]:
+    table = [*LINEAR_CASES, *CONV_CASES, *EXTRA]
+    table += [*random_linear_cases(40, 11), *random_conv_cases(60, 12)]
+    return [case for case in table if served(case)]
+
+
+def small_cases() -> list[Case]:
+    return [case for case in all_cases() if case.id in SMALL]
+
+
+def feature_major(x: torch.Tensor) -> torch.Tensor:
+    """[N, ...] as memory [..., N]."""
+    return x.movedim(0, -1).contiguous()
+
+
+class Problem(NamedTuple):
+    """Tensors of a case in one dtype, and what float64 makes of them."""
+
+    case: Case
+    dtype: torch.dtype
+    t: dict[str, Any]
+    geometry: list[int]
+
+
+def make(case: Case, dtype: torch.dtype) -> Problem:
+    generator = torch.Generator().manual_seed(len(case.id) + case.batch)
+    if isinstance(case, LinearCase):
+        t = make_linear(case, torch.float32, generator)
+        geometry = [case.out_features, case.in_features, case.batch]
+    else:
+        t = make_conv(case, torch.float32, generator)
+        out_h, out_w = case.geometry.output_size(case.height, case.width)
+        geometry = [case.batch, case.height, case.width, out_h, out_w, *case.geometry]
+    if case.relu:  # away from the kink: a rounded sum may fall on either side of it
+        t["bias"] = torch.full((t["matrix"].shape[0],), 0.5)
+        t["bias"][::2] = -0.5
+    for name in ("x", "grad"):
+        t[name] = t[name].to(dtype)
+    # What lies past the stored blocks is never read.
+    t["values"][int(t["indices"][0][-1]) :] = float("nan")
+    return Problem(case, dtype, t, geometry)
+
+
+def expected(p: Problem, kernel: str) -> torch.Tensor:
+    """The float64 reference's answer."""
+    t, case = p.t, p.case
+    x, grad = t["x"].double(), t["grad"].double()
+    values = torch.nan_to_num(t["values"].double())
+    bias = None if t["bias"] is None else t["bias"].double()
+    indices, linear = t["indices"], isinstance(case, LinearCase)
+    if kernel in ("product", "staged"):
+        if linear:
+            return reference.linear(x, values, *indices, bias, case.out_features, case.relu)
+        return reference.conv2d(x, values, *indices, bias, case.geometry, case.relu)
+    if kernel == "dgrad":
+        if linear:
+            return reference.linear_dgrad(grad, values, *indices, case.in_features)
+        size = (case.height, case.width)
+        return reference.conv2d_dgrad(grad, values, *indices, *size, case.geometry)
+    if linear:
+        return reference.linear_wgrad(grad, x, *indices, *case.block)
+    return reference.conv2d_wgrad(grad, x, *indices, *case.block, case.geometry)
+
+
+def compute(p: Problem, kernel: str, seed: int = 0, device: int = 0) -> torch.Tensor:
+    """The kernel's answer, in the reference's order of dimensions."""
+    t, bh = p.t, p.case.block[0]
+    crow, col, t_crow, t_row, t_perm = t["indices"]
+    x, grad = feature_major(t["x"]), feature_major(t["grad"])
+    values, bias = t["values"].contiguous(), t["bias"]
+    element = DTYPES.index(p.dtype)
+    if kernel in ("product", "staged"):
+        variant = 1 if kernel == "product" else 2
+        y = nan_like(grad.shape, p.dtype)
+        with registered(seed, out_y=y, x=x, values=values, bias=bias, crow=crow, col=col) as e:
+            tensors = map(address, (y, x, values, bias, crow, col))
+            e.cuda_product(
+                "product", *tensors, p.geometry, bh, p.case.relu, variant, element, device, 0
+            )
+        return y.movedim(-1, 0)
+    if kernel == "dgrad":
+        dx = nan_like(x.shape, p.dtype)
+        transposed = {"t_crow": t_crow, "t_row": t_row, "t_perm": t_perm}
+        with registered(seed, out_dx=dx, grad=grad, values=values, **transposed) as e:
+            tensors = map(address, (dx, grad, values, t_crow, t_row, t_perm))
+            e.cuda_dgrad("dgrad", *tensors, p.geometry, bh, element, device, 0)
+        return dx.movedim(-1, 0)
+    dvalues = nan_like(values.shape)
+    with registered(seed) as e:
+        size = e.cuda_wgrad_workspace(p.geometry, bh, len(values))
+    workspace = nan_like((size // 4,))
+    tensors = {"grad": grad, "x": x, "crow": crow, "col": col, "out_workspace": workspace}
+    with registered(seed, out_dvalues=dvalues, **tensors) as e:
+        places = [address(tensor) for tensor in tensors.values()]
+        e.cuda_wgrad(
+            "wgrad",
+            address(dvalues),
+            *places,
+            size,
+            p.geometry,
+            bh,
+            len(values),
+            element,
+            device,
+            0,
+        )
+    return dvalues
+
+
+def bound(p: Problem, kernel: str) -> float:
+    """Tolerance of the relative error: by dtype and length of the longest sum."""
+    rows, cols = p.t["matrix"].shape
+    points = p.t["grad"].numel() // max(rows, 1)
+    taps = 1 if isinstance(p.case, LinearCase) else p.case.geometry.taps
+    length = {"product": cols, "staged": cols, "dgrad": rows * taps, "wgrad": points}[kernel]
+    return tolerance(torch.float32 if kernel == "wgrad" else p.dtype, length)
+
+
+def has(case: Case, dtype: torch.dtype, kernel: str) -> bool:
+    """Whether the kernel serves the case: the staged one wants linear layers and whole copies."""
+    whole = case.batch % (4 if dtype == torch.float32 else 8) == 0
+    return kernel != "staged" or (isinstance(case, LinearCase) and case.block[0] <= 16 and whole)
+
+
+def check(case: Case, dtype: torch.dtype, kernel: str, seed: int = 0) -> float:
+    """Relative error of one case; AssertionError with the numbers if it is above the bound."""
+    p = make(case, dtype)
+    got, want = compute(p, kernel, seed), expected(p, kernel)
+    if want.numel() == 0:
+        assert got.shape == want.shape
+        return 0.0
+    if float(want.norm()) == 0.0:
+        assert torch.equal(got.double(), torch.zeros_like(want)), (case.id, kernel)
+        return 0.0
+    error, limit = relative_error(got, want), bound(p, kernel)
+    assert error <= limit, f"{kernel} {case.id} {dtype}: error {error:.2e}, bound {limit:.2e}"
+    return error

@@ -1,0 +1,58 @@
+"""What the launchers refuse, and what the bindings check, without a launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulator import load
+from problems import compute, make, small_cases
+
+
+def call(kernel: str = "product", geometry: list[int] | None = None, bh: int = 1, device: int = 0):  # type: ignore[no-untyped-def]
+    geometry = geometry or [7, 5, 3]
+    if kernel == "product":
+        return load().cuda_product(
+            "linear", 64, 64, 64, 0, 64, 64, geometry, bh, False, 0, 0, device, 0
+        )
+    return load().cuda_wgrad(
+        "linear_wgrad", 64, 64, 64, 64, 64, 0, 0, geometry, bh, 9, 0, device, 0
+    )
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(
+        RuntimeError,
+        match=r"^linear \(rows 7, cols 5, batch 3, block 1x1, float32, "
+        r"device 99\): cudaSetDevice failed: invalid device ordinal",
+    ):
+        call(device=99)
+
+
+@pytest.mark.parametrize("bh", [0, 33])
+def test_a_block_height_without_kernel_is_refused(bh: int) -> None:
+    with pytest.raises(ValueError, match="expected a block height of 1 to 32"):
+        call(bh=bh)
+
+
+def test_more_points_than_32_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="fewer than 2.31 - 1024 pixels x batch"):
+        call(geometry=[7, 5, 2**31])
+
+
+def test_a_workspace_that_is_too_small_is_refused() -> None:
+    assert load().cuda_wgrad_workspace([7, 5, 4097], 1, 9) == 3 * 9 * 4
+    assert load().cuda_wgrad_workspace([7, 5, 2048], 1, 9) == 0
+    with pytest.raises(ValueError, match="workspace of at least 108 bytes .*, got 0"):
+        call("wgrad", geometry=[7, 5, 4097])
+
+
+def test_a_geometry_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="geom must be the 18 integers"):
+        call(geometry=[1, 2, 3, 4])
+
+
+def test_the_callers_device_stays_current() -> None:
+    p = make(next(c for c in small_cases() if c.id == "relu"), torch.float32)
+    before = load().current_device()
+    compute(p, "product", device=1)
+    assert load().current_device() == before == 0
