@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 2)
   const int64_t step = static_cast<int64_t>(gridDim.y) * kStagePoints;
   for (int64_t tile = static_cast<int64_t>(blockIdx.y) * kStagePoints; tile < batch; tile += step) {
     const int first_point = static_cast<int>(tile);
-    // Lane i keeps the place in row i: in registers of every lane, 16 rows' places made ptxas spill.
+    // Lane i keeps the place in row i: in registers of every lane, 16 rows' places made ptxas
+    // spill.
     const int lane = threadIdx.x, row_of_lane = min(first_row + lane, block_rows - 1);
     int next = crow[row_of_lane];
     const int end = first_row + lane < block_rows ? crow[row_of_lane + 1] : next;

@@ -15,9 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 import emulation_build
+import torch
 
 _loaded: dict[str, ModuleType] = {}
 SEED = int(os.environ.get("SPARSE_KERNELS_EMULATION_SEED", "0"))

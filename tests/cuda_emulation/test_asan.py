@@ -9,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import emulation_build
+import pytest
 
 HERE = Path(__file__).resolve().parent
 FILES = ("test_emulator.py", "test_fragments.py", "test_kernels.py", "test_launchers.py")
