@@ -1,12 +1,16 @@
 """Compile every csrc/cuda/*.cu for each architecture, print what the kernels use, and fail on
 register spills.
 
-Needs nvcc, neither a GPU nor a CUDA torch. Objects go to build/cuda-compile/. Without nvcc the
+    python tools/cuda_compile.py [--write docs/cuda.md]
+
+With --write the table also replaces the one between the markers of that file. Needs nvcc, neither a
+GPU nor a CUDA torch. Objects go to build/cuda-compile/. Without nvcc the
 script says so and succeeds, unless SPARSE_KERNELS_CUDA=ON asks for CUDA: then it fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -109,22 +113,34 @@ def demangle(names: list[str]) -> dict[str, str]:
     return forms
 
 
-def print_table(kernels: list[Kernel]) -> None:
+def table(kernels: list[Kernel]) -> str:
     """One line per kernel: registers, shared memory, occupancy and spills per architecture."""
     rows: dict[str, dict[str, Kernel]] = {}
     for kernel in kernels:
         rows.setdefault(kernel.name, {})[kernel.arch] = kernel
     forms = demangle(list(rows))
-    print("\n| kernel | " + " | ".join(ARCHITECTURES) + " |")
-    print("|---|" + "---|" * len(ARCHITECTURES))
+    lines = [
+        "| kernel | " + " | ".join(ARCHITECTURES) + " |",
+        "|---|" + "---|" * len(ARCHITECTURES),
+    ]
     for name in sorted(rows, key=lambda name: forms[name]):
         cells = []
         for arch in ARCHITECTURES:
             k = rows[name].get(arch)
             text = "" if k is None else f"{k.registers} r, {k.shared_bytes} B, {k.occupancy:.0%}"
             cells.append(text + (f", SPILLS {k.spill_bytes} B" if k and k.spill_bytes else ""))
-        print(f"| {forms[name]} | " + " | ".join(cells) + " |")
-    print("(r: registers per thread; B: static shared memory; %: threads resident of 2048)\n")
+        lines.append(f"| {forms[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(path: Path, text: str) -> None:
+    """Put the table between the markers of a document; ValueError where they are not."""
+    begin, end = "<!-- cuda-table: begin -->\n", "<!-- cuda-table: end -->"
+    document = path.read_text(encoding="utf-8")
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ValueError(f"{path}: expected the lines {begin.strip()} and {end}, once each")
+    before, rest = document.split(begin)
+    path.write_text(before + begin + text + end + rest.split(end)[1], encoding="utf-8")
 
 
 def architectures(nvcc: str) -> list[str]:
@@ -134,8 +150,10 @@ def architectures(nvcc: str) -> list[str]:
     return [arch for arch in ARCHITECTURES if arch.rstrip("a").replace("sm", "compute") in known]
 
 
-def compile_all(nvcc: str, sources: list[Path]) -> int:
-    """Compile all sources for all architectures, print a table; returns the number of failures."""
+def compile_all(nvcc: str, sources: list[Path], document: Path | None) -> int:
+    """Compile all sources for all architectures, print a table and put it into `document`; returns
+    the number of failures.
+    """
     OUT.mkdir(parents=True, exist_ok=True)
     jobs = [(source, arch) for source in sources for arch in architectures(nvcc)]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -153,12 +171,20 @@ def compile_all(nvcc: str, sources: list[Path]) -> int:
     if not kernels:
         print("no kernel was found in ptxas's output")
         failures += 1
-    print_table(kernels)
+    text = table(kernels)
+    print(
+        f"\n{text}(r: registers per thread; B: static shared memory; %: threads resident of 2048)\n"
+    )
+    if document is not None:
+        write_table(document, text)
     return failures
 
 
 def main() -> int:
     """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", type=Path, metavar="FILE", help="document that gets the table")
+    document: Path | None = parser.parse_args().write
     start = time.monotonic()
     nvcc = find_nvcc()
     if nvcc is None:
@@ -172,7 +198,7 @@ def main() -> int:
     if not sources:
         print("expected CUDA sources in csrc/cuda/*.cu, found none")
         return 1
-    failures = compile_all(nvcc, sources)
+    failures = compile_all(nvcc, sources, document)
     print(
         f"{len(sources)} CUDA sources x {len(architectures(nvcc))} architectures, "
         f"{failures} failures, {time.monotonic() - start:.0f} s"
