@@ -38,8 +38,9 @@ cuda::Element ElementOf(const char* kernel, int64_t element) {
 }
 
 cuda::Variant VariantOf(const char* kernel, int64_t variant) {
-  if (variant < 0 || variant > 2)
-    Refuse(std::string(kernel) + ": variant must be 0 (chosen), 1 (direct) or 2 (staged), got " +
+  if (variant < 0 || variant > 3)
+    Refuse(std::string(kernel) +
+           ": variant must be 0 (chosen), 1 (direct), 2 (staged) or 3 (small), got " +
            std::to_string(variant));
   return static_cast<cuda::Variant>(variant);
 }

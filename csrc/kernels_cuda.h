@@ -29,8 +29,9 @@ enum class Element { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 constexpr int64_t kMaxBlockHeight = 32;
 
 // How the forward is computed. kStaged serves linear layers with bh <= 16 whose batch and addresses
-// are multiples of 16 bytes; kChosen is kDirect until a GPU has said where kStaged is faster.
-enum class Variant { kChosen = 0, kDirect = 1, kStaged = 2 };
+// are multiples of 16 bytes; kSmall serves at most 16 points (output pixels x batch). kChosen is
+// kSmall where that serves, else kDirect until a GPU has said where kStaged is faster.
+enum class Variant { kChosen = 0, kDirect = 1, kStaged = 2, kSmall = 3 };
 
 struct Place {
   int device;    // CUDA ordinal

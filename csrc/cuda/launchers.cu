@@ -3,12 +3,18 @@
 
 #include "cuda/dgrad.cuh"
 #include "cuda/product.cuh"
+#include "cuda/small.cuh"
 #include "cuda/staged.cuh"
 #include "cuda/wgrad.cuh"
 
 namespace sk::cuda {
 
-// Instantiated in product_*.cu, staged.cu and gradients_*.cu.
+// Instantiated in product_*.cu, staged.cu, gradients_*.cu and small_*.cu.
+#define SK_SMALL_KERNELS_OF(T, Source, Target)                                                   \
+  extern template void SmallProductOf<T, Source>(const CallName&, const ProductArgs&, int, int); \
+  extern template void SmallDgradOf<T, Target>(const CallName&, const DgradArgs&,                \
+                                               const DgradShape&);                               \
+  extern template void SmallWgradOf<T, Source>(const CallName&, const WgradArgs&, int, int);
 #define SK_KERNELS_OF(T)                                                               \
   extern template void StagedOf<T>(const CallName&, const ProductArgs&, int);          \
   extern template void ProductOf<T, LinearSource>(const CallName&, const ProductArgs&, \
@@ -21,11 +27,15 @@ namespace sk::cuda {
                                               const DgradShape&);                      \
   extern template void WgradOf<T, LinearSource>(const CallName&, const WgradArgs&,     \
                                                 const WgradShape&);                    \
-  extern template void WgradOf<T, ConvSource>(const CallName&, const WgradArgs&, const WgradShape&);
+  extern template void WgradOf<T, ConvSource>(const CallName&, const WgradArgs&,       \
+                                              const WgradShape&);                      \
+  SK_SMALL_KERNELS_OF(T, LinearSource, LinearTarget)                                   \
+  SK_SMALL_KERNELS_OF(T, ConvSource, ConvTarget)
 SK_KERNELS_OF(float)
 SK_KERNELS_OF(__half)
 SK_KERNELS_OF(__nv_bfloat16)
 #undef SK_KERNELS_OF
+#undef SK_SMALL_KERNELS_OF
 
 std::string CallName::operator()() const {
   const char* types[] = {"float32", "float16", "bfloat16"};
@@ -109,6 +119,15 @@ void staged(const CallName& what, const ProductArgs& a) {
              [&](auto element) { StagedOf<decltype(element)>(what, a, BlockRows(g, a.bh)); });
 }
 
+void small(const CallName& what, const ProductArgs& a, int points) {
+  const int block_rows = BlockRows(a.geometry, a.bh);
+  ForElement(a.element, [&](auto element) {
+    using T = decltype(element);
+    if (IsLinear(a.geometry)) return SmallProductOf<T, LinearSource>(what, a, block_rows, points);
+    SmallProductOf<T, ConvSource>(what, a, block_rows, points);
+  });
+}
+
 }  // namespace
 
 void product(const char* name, const ProductArgs& a) {
@@ -118,8 +137,11 @@ void product(const char* name, const ProductArgs& a) {
   if (g.out_channels == 0 || OutPoints(g) == 0) return;
   DeviceGuard guard(a.place.device, what);
   if (a.variant == Variant::kStaged) return staged(what, a);
-  const ProductShape shape = {BlockRows(g, a.bh), static_cast<int>(OutPoints(g)),
-                              Width(g, a.element, a.x, a.y)};
+  const int points = static_cast<int>(OutPoints(g));
+  if (a.variant == Variant::kSmall)
+    Serve(points <= kSmallPoints, what, "at most 16 pixels x batch for the small-batch kernel");
+  if (points <= kSmallPoints && a.variant != Variant::kDirect) return small(what, a, points);
+  const ProductShape shape = {BlockRows(g, a.bh), points, Width(g, a.element, a.x, a.y)};
   ForElement(a.element, [&](auto element) {
     using T = decltype(element);
     if (IsLinear(g)) return ProductOf<T, LinearSource>(what, a, shape);
@@ -137,8 +159,11 @@ void dgrad(const char* name, const DgradArgs& a) {
                             static_cast<int>(g.out_channels / g.groups),
                             static_cast<int>(InPoints(g)), static_cast<int>(OutPoints(g)),
                             Width(g, a.element, a.dx, a.grad)};
+  const bool few = shape.in_points <= kSmallPoints;
   ForElement(a.element, [&](auto element) {
     using T = decltype(element);
+    if (few && IsLinear(g)) return SmallDgradOf<T, LinearTarget>(what, a, shape);
+    if (few) return SmallDgradOf<T, ConvTarget>(what, a, shape);
     if (IsLinear(g)) return DgradOf<T, LinearTarget>(what, a, shape);
     DgradOf<T, ConvTarget>(what, a, shape);
   });
@@ -169,8 +194,12 @@ void wgrad(const char* name, const WgradArgs& a) {
                             Width(g, a.element, a.x, a.grad),
                             static_cast<int>(length),
                             static_cast<int>(std::max<int64_t>(1, (points + length - 1) / length))};
+  const bool few = points <= kSmallPoints;
   ForElement(a.element, [&](auto element) {
     using T = decltype(element);
+    if (few && IsLinear(g))
+      return SmallWgradOf<T, LinearSource>(what, a, shape.block_rows, shape.points);
+    if (few) return SmallWgradOf<T, ConvSource>(what, a, shape.block_rows, shape.points);
     if (IsLinear(g)) return WgradOf<T, LinearSource>(what, a, shape);
     WgradOf<T, ConvSource>(what, a, shape);
   });

@@ -26,7 +26,10 @@ from sparse_kernels.backends import reference
 
 Case = LinearCase | ConvCase
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNELS = ("product", "staged", "dgrad", "wgrad")
+KERNELS = ("product", "staged", "small", "dgrad", "wgrad")
+
+# In the order of csrc/kernels_cuda.h's Variant.
+VARIANTS = ("chosen", "product", "staged", "small")
 
 # Beside the shared table: every height that has a kernel of its own, heights between, batches that
 # take the wide and the narrow loads, sums in several parts, strides and groups with tall blocks.
@@ -35,6 +38,32 @@ EXTRA: tuple[Case, ...] = (
         LinearCase(f"b{v}-batch{n}", n, 37, 2 * v + 5, 0.3, (v, 1), relu=n == 33)
         for v in (1, 2, 3, 4, 8, 13, 16, 32)
         for n in (33, 132)
+    ),
+    # At most 16 points: the kernels of small batches.
+    *(
+        LinearCase(f"small-b{v}-batch{n}", n, 141, 5 * v + 3, 0.3, (v, 1), relu=n == 8)
+        for v, n in (
+            *((1, n) for n in (1, 2, 3, 4, 7, 8, 9, 16)),
+            (2, 1),
+            (2, 5),
+            (3, 4),
+            (4, 2),
+            (4, 16),
+            (8, 1),
+            (8, 13),
+            (13, 8),
+            (16, 1),
+            (16, 4),
+            (32, 1),
+            (32, 2),
+            (32, 9),
+            (32, 16),
+        )
+    ),
+    ConvCase("small-conv", 1, 4, 4, _conv((6, 9), (3, 3), pad=1), 0.4, relu=True),
+    ConvCase("small-conv-b4-groups", 3, 2, 2, _conv((6, 22), (3, 3), pad=1, groups=2), 0.4, (4, 1)),
+    ConvCase(
+        "small-conv-b32-stride", 2, 3, 3, _conv((5, 70), (3, 2), stride=2, pad=1), 0.3, (32, 1)
     ),
     LinearCase("even-wide-32", 70, 40, 64, 0.3, (32, 1)),
     LinearCase("long-rows", 136, 200, 3, 0.9),
@@ -69,6 +98,9 @@ SMALL = {
     "one-sided-pad", "groups3-blocks", "depthwise-twice", "conv-b8-stride-groups", "conv-wide",
     "staged-wide", "staged-b5", "staged-b16", "even-wide-32",
     "conv-b32-stride-groups", "stride3-gaps", "pad-beyond-kernel", "even-b8x1",
+    "small-b1-batch1", "small-b1-batch9", "small-b1-batch16", "small-b4-batch2", "small-b13-batch8",
+    "small-b32-batch1", "small-b32-batch9", "small-conv", "small-conv-b4-groups",
+    "small-conv-b32-stride",
 }  # fmt: skip
 
 
@@ -126,7 +158,7 @@ def expected(p: Problem, kernel: str) -> torch.Tensor:
     values = torch.nan_to_num(t["values"].double())
     bias = None if t["bias"] is None else t["bias"].double()
     indices, linear = t["indices"], isinstance(case, LinearCase)
-    if kernel in ("product", "staged"):
+    if kernel in ("product", "staged", "small"):
         if linear:
             return reference.linear(x, values, *indices, bias, case.out_features, case.relu)
         return reference.conv2d(x, values, *indices, bias, case.geometry, case.relu)
@@ -147,8 +179,8 @@ def compute(p: Problem, kernel: str, seed: int = 0, device: int = 0) -> torch.Te
     x, grad = feature_major(t["x"]), feature_major(t["grad"])
     values, bias = t["values"].contiguous(), t["bias"]
     element = DTYPES.index(p.dtype)
-    if kernel in ("product", "staged"):
-        variant = 1 if kernel == "product" else 2
+    if kernel in VARIANTS:
+        variant = VARIANTS.index(kernel)
         y = nan_like(grad.shape, p.dtype)
         with registered(seed, out_y=y, x=x, values=values, bias=bias, crow=crow, col=col) as e:
             tensors = map(address, (y, x, values, bias, crow, col))
@@ -190,12 +222,19 @@ def bound(p: Problem, kernel: str) -> float:
     rows, cols = p.t["matrix"].shape
     points = p.t["grad"].numel() // max(rows, 1)
     taps = 1 if isinstance(p.case, LinearCase) else p.case.geometry.taps
-    length = {"product": cols, "staged": cols, "dgrad": rows * taps, "wgrad": points}[kernel]
+    length = {"dgrad": rows * taps, "wgrad": points}.get(kernel, cols)
     return tolerance(torch.float32 if kernel == "wgrad" else p.dtype, length)
 
 
 def has(case: Case, dtype: torch.dtype, kernel: str) -> bool:
-    """Whether the kernel serves the case: the staged one wants linear layers and whole copies."""
+    """Whether the kernel serves the case: the staged one wants linear layers and whole copies, the
+    small one at most 16 points.
+    """
+    if kernel == "small":
+        if isinstance(case, LinearCase):
+            return case.batch <= 16
+        out_h, out_w = case.geometry.output_size(case.height, case.width)
+        return bool(case.batch * out_h * out_w <= 16)
     whole = case.batch % (4 if dtype == torch.float32 else 8) == 0
     return kernel != "staged" or (isinstance(case, LinearCase) and case.block[0] <= 16 and whole)
 
