@@ -110,7 +110,7 @@ def demangle(names: list[str]) -> dict[str, str]:
     done = subprocess.run([tool, *names], capture_output=True, text=True, check=True)
     forms = {}
     for name, line in zip(names, done.stdout.splitlines(), strict=True):
-        plain = re.sub(r"sk::cuda::|\(int\)|^void ", "", line)
+        plain = re.sub(r"sk::cuda::|\(anonymous namespace\)::|\(int\)|^void ", "", line)
         head, template, _ = plain.partition(">(")
         forms[name] = head + ">" if template else plain.partition("(")[0]
     return forms

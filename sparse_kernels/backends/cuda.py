@@ -1,9 +1,9 @@
 """The CUDA backend: the native kernels compiled by nvcc, for GPU tensors.
 
-Serves elements and vectors, blocks (V, 1) with V up to 32, in float32, float16 and bfloat16, with
-float32 sums; what it does not serve, ``supports`` says. Activations are feature-major; weights are
-read, and their gradients written, in float32. Work is queued on the current stream of the tensors'
-device. RuntimeError with CUDA's message where a launch fails.
+Serves elements and vectors, blocks (V, 1) with V up to 32, batch norm and pooling, in float32,
+float16 and bfloat16, with float32 sums; what it does not serve, ``supports`` says. Activations are
+feature-major; weights are read, and their gradients written, in float32. Work is queued on the
+current stream of the tensors' device. RuntimeError with CUDA's message where a launch fails.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.layout import empty_feature_major, is_feature_major, to_feature_major
 
 __all__ = [
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "batch_norm",
+    "batch_norm_backward",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
     "linear",
     "linear_dgrad",
     "linear_wgrad",
+    "max_pool2d",
+    "max_pool2d_backward",
     "supports",
 ]
 
@@ -34,6 +40,12 @@ _SERVED = (
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "batch_norm",
+    "batch_norm_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "avg_pool2d",
+    "avg_pool2d_backward",
 )
 # In the order of csrc/kernels_cuda.h's Element.
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -293,3 +305,14 @@ def conv2d_wgrad(
     """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
     sizes = _geometry(x.shape, grad.shape[2:], geometry)
     return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes)
+
+
+# Last: they use what is above.
+from sparse_kernels.backends._cuda_dense import (  # noqa: E402
+    avg_pool2d,
+    avg_pool2d_backward,
+    batch_norm,
+    batch_norm_backward,
+    max_pool2d,
+    max_pool2d_backward,
+)

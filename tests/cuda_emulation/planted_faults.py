@@ -85,6 +85,22 @@ FAULTS = (
           "tile = points)", "product and conv-wide", True),
     Fault("dgrad: tiles beyond the grid forgotten", "dgrad.cuh", "tile += step)",
           "tile = in_points)", "dgrad and conv-wide", True),
+    Fault("small: entries skipped", "small.cuh", "k += step)", "k += step + 1)",
+          "small and small-b1-batch9"),
+    Fault("small: half of the lanes left out of the sum", "small.cuh", "if (kBit >= stop) {",
+          "if (kBit > stop) {", "small and small-b1-batch9"),
+    Fault("small: rows below a partial block read", "small.cuh",
+          "if (v >= rows.height) continue;", "", "dgrad and small-b13-batch8"),
+    Fault("norm: barrier between two sums dropped", "norm.cuh",
+          "__syncthreads(); // the next sums", "// the next sums", "batch_norm"),
+    Fault("norm: a part forgotten", "norm.cuh", "for (int p = 0; p < parts; ++p) {",
+          "for (int p = 0; p < parts - 1; ++p) {", "batch_norm"),
+    Fault("norm: rounding of the mean forgotten", "norm.cuh", "add - rounding *",
+          "add - 0 * rounding *", "batch_norm"),
+    Fault("max pooling: ties go to the last", "pooling.cu", "v[j] > best[j]", "v[j] >= best[j]",
+          "max_pooling"),
+    Fault("pooling: one window too many", "pooling.cu", "from / stride < windows",
+          "from / stride <= windows", "pooling"),
     Fault("a small grid", "launch.cuh", "kMaxGridY = 65535", "kMaxGridY = 2",
           "(product or staged or dgrad) and (conv-wide or staged-wide or long-rows)",
           harmless=True),
@@ -135,7 +151,8 @@ def is_found(fault: Fault) -> bool:
             shutil.copytree(ROOT / "build" / "cuda-emulation" / "checked", out)
         environment = os.environ | {"SPARSE_KERNELS_EMULATION_CSRC": str(csrc)}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
-        command += [f"float32 and {fault.tests}", str(HERE / "test_kernels.py")]
+        command += [f"float32 and {fault.tests}"]
+        command += [str(HERE / "test_kernels.py"), str(HERE / "test_dense.py")]
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False
         )
