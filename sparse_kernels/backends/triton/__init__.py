@@ -1,4 +1,4 @@
-"""The Triton backend: element, V x 1 and block patterns on a GPU.
+"""The Triton backend: element, V x 1 and block patterns on a GPU, and dropout.
 
 Blocks with both sides in 16 to 128 are multiplied by the tensor cores, in batch-major ([N, F]
 contiguous) or channels_last layout (``block_*``); elements and V x 1 blocks up to V = 32 in
@@ -30,13 +30,15 @@ __all__ = [
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "dropout",
     "linear",
     "linear_dgrad",
     "linear_wgrad",
     "supports",
 ]
 
-_SERVED = ("linear", "linear_dgrad", "linear_wgrad", "conv2d", "conv2d_dgrad", "conv2d_wgrad")
+_PRODUCTS = ("linear", "linear_dgrad", "linear_wgrad", "conv2d", "conv2d_dgrad", "conv2d_wgrad")
+_SERVED = (*_PRODUCTS, "dropout")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_SIDE, MAX_SIDE = 16, 128
 MAX_VECTOR = 32
@@ -236,3 +238,10 @@ def conv2d_wgrad(
 ) -> Tensor:
     """dvalues float32 [capacity, bh, bw] of the convolution; zero tail, zero outside."""
     return _wgrad("conv2d_wgrad", grad, x, crow, col, (bh, bw), geometry, config)
+
+
+def dropout(x: Tensor, seed: Tensor, p: float, stride: Sequence[int]) -> Tensor:
+    """x * noise(seed, place in memory) with strides ``stride``; the mask is every backend's."""
+    from sparse_kernels.backends.triton import noise
+
+    return noise.dropout(x, seed, p, stride)
