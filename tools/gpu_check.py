@@ -1,7 +1,18 @@
-"""Check this checkout on a GPU machine without network: build, gpu tests, operator benchmark.
+"""Check this checkout on a GPU machine without network: build, tests, sanitizer, benchmarks.
 
-On a machine with a GPU, nvcc and a CUDA build of torch:   python tools/gpu_check.py
+On a machine with a GPU and a CUDA build of torch:         python tools/gpu_check.py
 The rehearsal, the same steps on the CPU with small sizes: ... --device cpu --size small
+One part, where a machine is lent for minutes only:        ... --part bench   (parts: below)
+
+  build      install into build/gpu-check/site; with nvcc its CUDA part too
+  tests      pytest -m gpu
+  sanitizer  compute-sanitizer (memcheck, racecheck) on the small cases, where the tool is found
+  ops        `sparse-kernels bench ops`: single operators against dense
+  bench      tools/gpu_bench: layers and whole steps inside CUDA graphs, at most 8 minutes; the
+             same command goes on where it stopped, and exit status 3 says that rows are left
+
+Without nvcc the CUDA part is left out and Triton serves. In the rehearsal Triton, where it is
+installed, is interpreted.
 
 Needs in the Python that runs it: torch (>= 2.11), setuptools, pybind11, cmake, ninja, pytest.
 hypothesis, rich and matplotlib are optional. The package goes to build/gpu-check/site: the
@@ -27,7 +38,8 @@ REQUIRED = ("torch", "setuptools", "pybind11", "cmake", "ninja", "pytest")
 # `python -c` and `-m` put the working directory, here the source tree, first on sys.path: the
 # built package counts.
 DROP_SOURCE_TREE = "import sys; sys.path[:] = [path for path in sys.path if path]; "
-OPTIONAL = ("hypothesis", "rich", "matplotlib", "pytest_benchmark")
+PARTS = ("build", "tests", "sanitizer", "ops", "bench")
+OPTIONAL = ("triton", "hypothesis", "rich", "matplotlib", "pytest_benchmark")
 
 
 class CheckError(RuntimeError):
@@ -57,9 +69,17 @@ def describe_machine(device: str) -> None:
             f"torch {torch.__version__} sees no GPU: install a CUDA build of torch, "
             "or rehearse with --device cpu"
         )
-    if shutil.which("nvcc") is None and not os.environ.get("CUDACXX"):
-        raise CheckError("expected nvcc on PATH (or CUDACXX) to build the CUDA kernels, found none")
+    if not has_nvcc():
+        if importlib.util.find_spec("triton") is None:
+            raise CheckError(
+                "expected nvcc on PATH (or CUDACXX), or triton, to compute on a GPU; found neither"
+            )
+        print("no nvcc: the CUDA part is not built, Triton serves alone")
     print(f"gpu: {torch.cuda.get_device_name()}, {torch.cuda.get_device_capability()}")
+
+
+def has_nvcc() -> bool:
+    return bool(shutil.which("nvcc") or os.environ.get("CUDACXX"))
 
 
 def run_step(name: str, command: list[str], environment: dict[str, str]) -> int:
@@ -84,7 +104,7 @@ def build(device: str) -> None:
     line += ["--disable-pip-version-check", "--target", str(SITE), "."]
     environment = dict(os.environ)
     if device.startswith("cuda"):
-        environment["SPARSE_KERNELS_CUDA"] = "ON"
+        environment["SPARSE_KERNELS_CUDA"] = "ON" if has_nvcc() else "OFF"
     if run_step("build", line, environment):
         raise CheckError("the build failed: its output above says why")
 
@@ -124,6 +144,54 @@ def run_tests(device: str) -> None:
         raise CheckError("the rehearsal of tests/test_gpu.py on the CPU failed")
 
 
+# Small launches of every kind of kernel, native and Triton; under the tool each takes seconds.
+SANITIZED = (
+    "tests/test_gpu.py",
+    "tests/test_torch_ops.py",
+    "tests/triton_kernels/test_operators.py",
+    "tests/triton_kernels/test_training_step.py",
+)
+
+
+def sanitize(device: str) -> None:
+    """compute-sanitizer over the small GPU cases, if there is one. Raises CheckError."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or not device.startswith("cuda"):
+        why = "is not on PATH (it comes with the CUDA toolkit)" if tool is None else "needs a GPU"
+        print(f"\n=== sanitizer: left out, compute-sanitizer {why}", flush=True)
+        return
+    launcher = DROP_SOURCE_TREE + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    tests = command("-c", launcher, "-p", "no:cacheprovider", "-q", "-m", "gpu", *SANITIZED)
+    # torch's caching allocator would hide a kernel that reads past the end of its tensor.
+    environment = {**check_environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for check in ("memcheck", "racecheck"):
+        line = [tool, "--tool", check, "--target-processes", "all", "--error-exitcode", "9", *tests]
+        status = run_step(f"compute-sanitizer {check}", line, environment)
+        if status:
+            raise CheckError(f"compute-sanitizer {check} ended with exit status {status}")
+
+
+LEFT = 3  # exit status of tools/gpu_bench when its time was up
+
+
+def graph_benchmark(device: str, size: str, results: Path | None, minutes: float) -> bool:
+    """Layers and whole steps inside CUDA graphs; False if rows are left. Raises CheckError."""
+    environment = check_environment()
+    if not device.startswith("cuda") and importlib.util.find_spec("triton") is not None:
+        environment |= {"TRITON_INTERPRET": "1", "SPARSE_KERNELS_BACKEND": "triton,torch"}
+    launcher = DROP_SOURCE_TREE + (
+        f"sys.path.append({str(ROOT)!r}); from tools.gpu_bench.__main__ import main; "
+        "sys.exit(main())"
+    )
+    line = command("-c", launcher, "--device", device, "--size", size, "--minutes", str(minutes))
+    if results is not None:
+        line += ["--results", str(results)]
+    status = run_step("layers and steps in CUDA graphs", line, environment)
+    if status not in (0, LEFT):
+        raise CheckError(f"tools/gpu_bench ended with exit status {status}: see its output above")
+    return status == 0
+
+
 def benchmark(device: str, size: str, results: Path | None) -> None:
     """Operator benchmark into `results` (default benchmarks/results/<machine>). Raises
     CheckError.
@@ -137,26 +205,49 @@ def benchmark(device: str, size: str, results: Path | None) -> None:
         raise CheckError("the operator benchmark failed: its output above says why")
 
 
+def check(part: str, options: argparse.Namespace) -> bool:
+    """Run one part; False if the benchmark has rows left. Raises CheckError."""
+    device = options.device
+    if part == "build":
+        build(device)
+        show_build()
+    elif part == "tests":
+        run_tests(device)
+    elif part == "sanitizer":
+        sanitize(device)
+    elif part == "ops":
+        benchmark(device, options.size, options.results)
+    else:
+        return graph_benchmark(device, options.size, options.results, options.minutes)
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 only if every step passed."""
+    """Returns the exit status: 0 only if every step passed, 3 if benchmark rows are left."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu for a rehearsal")
     parser.add_argument("--size", choices=("full", "small"), default="full")
+    parser.add_argument("--part", choices=PARTS, help="one part only; default all, in order")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of one call of the benchmark")
     parser.add_argument("--results", type=Path, help="folder for the results")
     options = parser.parse_args(arguments)
     start = time.monotonic()
+    complete = True
     try:
         describe_machine(options.device)
-        build(options.device)
-        show_build()
-        run_tests(options.device)
-        benchmark(options.device, options.size, options.results)
+        for part in [options.part] if options.part else PARTS:
+            complete = check(part, options) and complete
     except CheckError as error:
         print(f"\ngpu-check FAILED: {error}")
         return 1
-    print(f"\ngpu-check passed on {options.device} in {time.monotonic() - start:.0f} s")
+    seconds = time.monotonic() - start
+    if not complete:
+        print(f"\ngpu-check on {options.device}, {seconds:.0f} s: no failure, but benchmark rows")
+        print("are left: run `make gpu-check PART=bench` until this line no longer comes")
+        return LEFT
+    print(f"\ngpu-check passed on {options.device} in {seconds:.0f} s")
     return 0
 
 

@@ -57,8 +57,8 @@ def test_a_tile_that_is_too_large_is_found() -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_small_kernels_compile(arch: int) -> None:
-    """The lists of the input gradient, with and without groups, and the sum over parts."""
-    from sparse_kernels.backends.triton import block_products, block_wgrad
+    """The lists of the input gradient, with and without groups, the sum over parts, dropout."""
+    from sparse_kernels.backends.triton import block_products, block_wgrad, noise
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -74,6 +74,12 @@ def test_the_small_kernels_compile(arch: int) -> None:
     parts = empty(5, 500, 32, 32, dtype=torch.float32)
     found = compile_launch(block_wgrad.sum_launch(out, parts, index[0]), arch)
     assert (found["spills"], found["local"]) == (0, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = empty(10**6, dtype=dtype), empty(10**6, dtype=dtype)
+        launch = noise.launch(y, x, empty(dtype=torch.int64), 0.3)
+        assert set(launch.arguments) == set(launch.kernel.arg_names)
+        found = compile_launch(launch, arch)
+        assert (found["spills"], found["local"], found["scratch"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
