@@ -51,18 +51,18 @@ def test_every_part_measures_and_resumes(bench: Any, tmp_path: Path, capsys: Any
 
 
 def test_a_wrong_layer_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_kernels.nn.base import SparseLayer
+    from sparse_kernels.nn import SparseLinear
     from tools.gpu_bench import layers
 
-    right = SparseLayer.to_dense
+    right = SparseLinear.to_dense
 
-    def wrong(self: SparseLayer) -> nn.Module:
+    def wrong(self: SparseLinear) -> nn.Module:
         dense = right(self)
         with torch.no_grad():
             dense.get_parameter("weight").mul_(1.01)
         return dense
 
-    monkeypatch.setattr(SparseLayer, "to_dense", wrong)
+    monkeypatch.setattr(SparseLinear, "to_dense", wrong)
     settings = layers.Settings(True, torch.device("cpu"), 3)
     _, make = next(layers.products(settings))
     training = make()["training"]

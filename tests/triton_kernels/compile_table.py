@@ -176,6 +176,7 @@ def source_of(launch: Any) -> Any:
         torch.bfloat16: "*bf16",
         torch.float16: "*fp16",
         torch.int32: "*i32",
+        torch.int64: "*i64",
     }
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -185,6 +186,9 @@ def source_of(launch: Any) -> Any:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = names[value.dtype]
             aligned = value.storage_offset() * value.itemsize % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+            aligned = False
         elif parameter.is_constexpr or value == 1:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
