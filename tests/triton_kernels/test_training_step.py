@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason=HOW),
     *([] if INTERPRETING else [pytest.mark.gpu]),
 ]
-STEPS, EVERY = 4, 2
+STEPS, EVERY = 3, 2
 GPU = "triton,torch"
 
 
@@ -44,7 +44,7 @@ class Net(nn.Module):
         self.pool = nn.AvgPool2d(2)
         self.head = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(4 * width, 2 * width),
+            nn.Linear(width, 2 * width),
             nn.ReLU(),
             nn.Dropout(drop),
             nn.Linear(2 * width, width),
@@ -58,7 +58,7 @@ class Net(nn.Module):
 def trained(backends: str, device: str, block: tuple[int, int], signal: str) -> dict[str, Any]:
     """Losses, patterns and tensors after STEPS steps with a mask update every EVERY."""
     torch.manual_seed(0)
-    width = 32 if block[0] > 4 else 12
+    width = 32 if block[0] > 4 else 8
     # A mask is a function of seed and place in memory; blocks have another layout on a GPU, and
     # there nn.Dropout is torch's own.
     model = Net(width, 0.3 if INTERPRETING and block[0] <= 4 else 0.0)
@@ -70,7 +70,7 @@ def trained(backends: str, device: str, block: tuple[int, int], signal: str) -> 
     losses = []
     with plan.use_backend(backends):
         for _ in range(STEPS):
-            x = torch.randn(3, width, 8, 8, generator=draw).to(device)
+            x = torch.randn(3, width, 4, 4, generator=draw).to(device)
             target = torch.randint(width, (3,), generator=draw).to(device)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), target)
@@ -87,8 +87,11 @@ def trained(backends: str, device: str, block: tuple[int, int], signal: str) -> 
     return found
 
 
-@pytest.mark.parametrize("signal", ["window", "exact"])
-@pytest.mark.parametrize("block", [(1, 1), (4, 1), (16, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("block", "signal"),
+    [((1, 1), "window"), ((4, 1), "window"), ((16, 16), "window"), ((16, 16), "exact")],
+    ids=str,
+)
 def test_a_net_trains_as_on_the_cpu(
     block: tuple[int, int], signal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
