@@ -208,6 +208,8 @@ def benchmark(device: str, size: str, results: Path | None) -> None:
 def check(part: str, options: argparse.Namespace) -> bool:
     """Run one part; False if the benchmark has rows left. Raises CheckError."""
     device = options.device
+    if part != "build" and not SITE.is_dir():
+        raise CheckError(f"expected the built package in {SITE}, found none: run --part build")
     if part == "build":
         build(device)
         show_build()

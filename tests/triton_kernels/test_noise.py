@@ -56,6 +56,7 @@ def test_places_are_those_of_memory() -> None:
             assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's
 def test_nan_and_infinity_are_multiplied() -> None:
     x = torch.full((600,), float("inf"))
     x[::2] = float("nan")
