@@ -111,12 +111,12 @@ def _cases() -> Iterator[Case]:
             config = tiles.candidates(problem(op, precision, block))[0]
             yield Case(op, precision, block, tuple(config), 90, shape)
     # Few points: smaller tiles.
-    for points in (16, 64):
+    for points in (16, 64, 32):
         for op in OPERATORS[:2]:
             for precision in ("bf16", "tf32", "fp32"):
                 for block in BLOCKS:
                     config = tiles.candidates(problem(op, precision, block, points))[0]
-                    for arch in (80, 90):
+                    for arch in ARCHITECTURES:
                         yield Case(op, precision, block, tuple(config), arch)
     for default in (True, False):
         for op, precision, side, vector, shape, first in vector_compile.rows(PRECISIONS):

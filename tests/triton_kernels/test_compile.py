@@ -5,10 +5,23 @@ of the same and writes it into docs/gpu.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from compile_table import ARCHITECTURES, Case, compile_case, compile_launch, every_case, launch_of
+from compile_table import (
+    ARCHITECTURES,
+    BLOCKS,
+    OPERATORS,
+    PRECISIONS,
+    Case,
+    compile_case,
+    compile_launch,
+    every_case,
+    launch_of,
+)
 from interpreter_support import INTERPRETING
+from vector_compile import SIDES
 
 from sparse_kernels.backends import triton as backend
 from sparse_kernels.geometry import Conv2dGeometry
@@ -101,3 +114,31 @@ def test_a_launch_names_every_parameter() -> None:
     for start in starts:
         launch = launch_of(next(case for case in ALL if case.key.startswith(start)))
         assert set(launch.arguments) == set(launch.kernel.arg_names)
+
+
+def test_every_choice_is_compiled() -> None:
+    """Whatever the number of points and of rows, a choice for these blocks is in the list above.
+
+    Operators of linear layers have the kernels of convolutions, float16 those of bfloat16, plain
+    products in TF32 those of strict float32.
+    """
+    from sparse_kernels.backends.triton import block_config, vector_config
+
+    chips: dict[tuple[Any, ...], set[int]] = {}
+    for case in ALL:
+        chips.setdefault(case[:4], set()).add(case.arch)
+    known = {key for key, found in chips.items() if found == set(ARCHITECTURES)}
+    for op in OPERATORS[:3]:
+        for precision in ("bf16", "tf32", "fp32"):
+            dtype, tf32 = PRECISIONS[precision]
+            for block in (*BLOCKS, *((side, 1) for side in SIDES)):
+                for points in (1, 16, 17, 40, 100, 200, 400, 1000, 1 << 17):
+                    for lists in (1, 4, 30, 200, 1 << 20):
+                        p = block_config.Problem(op, dtype, block, points, tf32, lists)
+                        if block[1] > 1:
+                            found = block_config.candidates(p)
+                        else:
+                            found = vector_config.vector_candidates(p)
+                            found = tuple(c for c in found if c.dot or precision != "tf32")
+                        for config in found:
+                            assert (op, precision, block, tuple(config)) in known, (p, config)
