@@ -23,8 +23,8 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason=HOW),
     *([] if INTERPRETING else [pytest.mark.gpu]),
 ]
-UPDATES, EVERY, BATCH = 12, 2, 2
 WARMING = 2  # momentum, gradients and machine code exist before the capture
+UPDATES, BATCH = WARMING + 12, 2  # one after every step
 
 
 class Run:
@@ -47,8 +47,8 @@ class Run:
         self.masks = SparseMomentum(
             self.model,
             self.optimizer,
-            total_steps=4 * UPDATES * EVERY,
-            update_every=EVERY,
+            total_steps=4 * UPDATES,
+            update_every=1,
             signal="random",
             dense_above=1.0,
         )
@@ -67,7 +67,7 @@ class Run:
         self.loss.copy_(loss.detach())
 
     def train(self, monkeypatch: pytest.MonkeyPatch | None) -> None:
-        """Twelve mask updates; with ``monkeypatch`` steps after the warming ones are replays."""
+        """With ``monkeypatch`` steps after the warming ones are replays: twelve updates."""
         step = self.step
         while self.masks.updates < UPDATES:
             self.x.copy_(torch.randn(self.x.shape, generator=self.draw))
