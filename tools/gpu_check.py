@@ -5,7 +5,8 @@ The rehearsal, the same steps on the CPU with small sizes: ... --device cpu --si
 One part, where a machine is lent for minutes only:        ... --part bench   (parts: below)
 
   build      install into build/gpu-check/site; with nvcc its CUDA part too
-  tests      pytest -m gpu
+  tests      pytest -m gpu, some tests after the other, at most 8 minutes; the same command goes on
+             behind the tests that have passed, and exit status 3 says that tests are left
   sanitizer  compute-sanitizer (memcheck, racecheck) on the small cases, where the tool is found
   ops        `sparse-kernels bench ops`: single operators against dense
   bench      tools/gpu_bench: layers and whole steps inside CUDA graphs, at most 8 minutes; the
@@ -34,6 +35,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu-check"
 SITE = WORK / "site"
+PASSED = WORK / "tests-passed.txt"  # names of tests, one a line; a new build deletes it
+TESTS_AT_ONCE = 40  # each process compiles its kernels, or finds them in Triton's cache
 REQUIRED = ("torch", "setuptools", "pybind11", "cmake", "ninja", "pytest")
 # `python -c` and `-m` put the working directory, here the source tree, first on sys.path: the
 # built package counts.
@@ -84,7 +87,8 @@ def has_nvcc() -> bool:
 
 def run_step(name: str, command: list[str], environment: dict[str, str]) -> int:
     """Run one command from the repository's root, its output shown; returns the exit status."""
-    print(f"\n=== {name}: {' '.join(command)}", flush=True)
+    shown = " ".join(command)
+    print(f"\n=== {name}: {shown[:500]}{' ...' if len(shown) > 500 else ''}", flush=True)
     start = time.monotonic()
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     print(f"=== {name}: exit status {status}, {time.monotonic() - start:.0f} s", flush=True)
@@ -98,6 +102,7 @@ def build(device: str) -> None:
     # build/lib*: setuptools would pack modules that the sources no longer have.
     for folder in [SITE, *(ROOT / "build").glob("lib*")]:
         shutil.rmtree(folder, ignore_errors=True)
+    PASSED.unlink(missing_ok=True)  # by another build
     line = command(
         "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "--no-compile"
     )
@@ -126,22 +131,55 @@ def show_build() -> None:
         raise CheckError("`sparse-kernels info` failed: the built package does not import")
 
 
-def run_tests(device: str) -> None:
-    """Tests marked `gpu`; a rehearsal, where they skip, also runs the operators' core tests.
-    Raises CheckError.
+def run_tests(device: str, minutes: float) -> bool:
+    """Tests marked `gpu`; False if time was over before the last. Raises CheckError.
+
+    A rehearsal, where they skip, also runs the operators' core tests.
     """
     launcher = DROP_SOURCE_TREE + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    common = ["-c", launcher, "-p", "no:cacheprovider", "-rs", "-q"]
-    status = run_step(
-        "tests marked gpu", command(*common, "-m", "gpu", "tests"), check_environment()
-    )
-    if status:
-        raise CheckError(f"tests marked gpu ended with pytest's exit status {status}")
+    common = command("-c", launcher, "-p", "no:cacheprovider", "-rs", "-q")
     if device.startswith("cuda"):
-        return
-    rehearsed = ["-m", "not slow and not gpu", "tests/test_gpu.py"]
-    if run_step("rehearsal on the CPU", command(*common, *rehearsed), check_environment()):
-        raise CheckError("the rehearsal of tests/test_gpu.py on the CPU failed")
+        return run_in_parts(common, gpu_tests(common), time.monotonic() + 60 * minutes)
+    for name, chosen in (
+        ("tests marked gpu", ["-m", "gpu", "tests"]),
+        ("rehearsal on the CPU", ["-m", "not slow and not gpu", "tests/test_gpu.py"]),
+    ):
+        status = run_step(name, [*common, *chosen], check_environment())
+        if status:
+            raise CheckError(f"{name}: pytest's exit status is {status}")
+    return True
+
+
+def gpu_tests(pytest: Sequence[str]) -> list[str]:
+    """Names of the tests marked `gpu`, in pytest's order. Raises CheckError if there are none."""
+    line = [*pytest, "--collect-only", "-m", "gpu", "tests"]
+    done = subprocess.run(
+        line, cwd=ROOT, env=check_environment(), check=False, capture_output=True, text=True
+    )
+    names = [name for name in done.stdout.splitlines() if name.startswith("tests/")]
+    if done.returncode or not names:
+        raise CheckError(f"pytest collects no tests marked gpu: {done.stdout}{done.stderr}")
+    return names
+
+
+def run_in_parts(pytest: Sequence[str], names: Sequence[str], deadline: float) -> bool:
+    """Run the tests that have not passed yet, as many as begin before ``deadline``, noting those
+    that pass in PASSED; whether none is left. Raises CheckError.
+    """
+    passed = set(PASSED.read_text().splitlines()) if PASSED.is_file() else set()
+    left = [name for name in names if name not in passed]
+    while left:
+        if time.monotonic() > deadline:
+            print(f"\n=== tests: time is up, {len(left)} of {len(names)} are left", flush=True)
+            return False
+        chunk, left = left[:TESTS_AT_ONCE], left[TESTS_AT_ONCE:]
+        status = run_step("tests marked gpu", [*pytest, *chunk], check_environment())
+        if status:
+            raise CheckError(f"tests marked gpu ended with pytest's exit status {status}")
+        PASSED.parent.mkdir(parents=True, exist_ok=True)
+        with PASSED.open("a") as file:
+            file.writelines(f"{name}\n" for name in chunk)
+    return True
 
 
 # Small launches of every kind of kernel, native and Triton; under the tool each takes seconds.
@@ -206,7 +244,7 @@ def benchmark(device: str, size: str, results: Path | None) -> None:
 
 
 def check(part: str, options: argparse.Namespace) -> bool:
-    """Run one part; False if the benchmark has rows left. Raises CheckError."""
+    """Run one part; False if tests or rows of the benchmark are left. Raises CheckError."""
     device = options.device
     if part != "build" and not SITE.is_dir():
         raise CheckError(f"expected the built package in {SITE}, found none: run --part build")
@@ -214,7 +252,7 @@ def check(part: str, options: argparse.Namespace) -> bool:
         build(device)
         show_build()
     elif part == "tests":
-        run_tests(device)
+        return run_tests(device, options.minutes)
     elif part == "sanitizer":
         sanitize(device)
     elif part == "ops":
@@ -225,14 +263,14 @@ def check(part: str, options: argparse.Namespace) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 only if every step passed, 3 if benchmark rows are left."""
+    """Returns the exit status: 0 only if every step passed, 3 if tests or rows are left."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu for a rehearsal")
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--part", choices=PARTS, help="one part only; default all, in order")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of one call of the benchmark")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of tests, and of the benchmark")
     parser.add_argument("--results", type=Path, help="folder for the results")
     options = parser.parse_args(arguments)
     start = time.monotonic()
@@ -246,8 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     seconds = time.monotonic() - start
     if not complete:
-        print(f"\ngpu-check on {options.device}, {seconds:.0f} s: no failure, but benchmark rows")
-        print("are left: run `make gpu-check PART=bench` until this line no longer comes")
+        print(f"\ngpu-check on {options.device}, {seconds:.0f} s: no failure, but tests or rows")
+        print("are left: run PART=tests and PART=bench again until this line no longer comes")
         return LEFT
     print(f"\ngpu-check passed on {options.device} in {seconds:.0f} s")
     return 0
