@@ -77,7 +77,8 @@ class Run:
             else:
                 step()
             self.losses.append(float(self.loss))
-            record = self.masks.step()
+            # A replay does not call optimizer.step(), by which masks.step() would know.
+            record = self.masks.step(skipped=False)
             if record is not None:
                 assert not record.reallocated and not record.storage_changes
                 layers = sparse_layers(self.model)
