@@ -38,6 +38,7 @@ from sparse_kernels.ops._library import (
     read_elements,
     readable,
     seen,
+    transformed,
     with_check,
 )
 from sparse_kernels.ops.linear import Index, autocast, convert_once, weight_dtype
@@ -390,6 +391,8 @@ def conv2d(
     rest = (*operands, list(geometry), relu)
     if y is not None:
         pass
+    elif transformed():
+        y = call("conv2d", batched, *rest)
     elif seen(batched, *rest):
         y = SparseConv2dFunction.apply(batched, *rest)
     else:
