@@ -30,9 +30,7 @@ def apply(name: str, *args: Any) -> Any:
     return _FUNCTIONS[name].apply(*args)
 
 
-def register(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
-) -> None:
+def register(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
     """Make the Function of the product ``name``; its forward is the operator itself."""
     operator = getattr(torch.ops.sparse_kernels, name)
 
@@ -53,7 +51,9 @@ def register(
         "jvp": staticmethod(jvp),
         "vmap": staticmethod(vmap),
     }
-    _FUNCTIONS[name] = type(f"sparse_kernels_{name}_transformed", (torch.autograd.Function,), methods)
+    _FUNCTIONS[name] = type(
+        f"sparse_kernels_{name}_transformed", (torch.autograd.Function,), methods
+    )
 
 
 def _vmapped(
