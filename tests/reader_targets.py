@@ -6,6 +6,7 @@ any other exception, a warning of numpy's or torch's, or a crash is a finding.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -56,10 +57,8 @@ def cifar(data: bytes) -> None:
             assert images.shape == (count, 3, 32, 32) and labels.max(initial=0) <= 9
         except DataError:
             pass
-    try:
+    with contextlib.suppress(DataError):
         formats.read_cifar_batches(_file("cifar.tar.gz", data), ["a.bin"], 1)
-    except DataError:
-        pass
 
 
 def _checkpoint_folder(files: dict[str, bytes], manifest: bytes | None = None) -> Path:

@@ -18,7 +18,7 @@ INTERESTING = (b"\xff" * 8, b"\x00" * 8, b"-1", b"1e999", b"NaN", b'"', b"{", b"
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """``data`` with a few bytes changed, cut out, doubled, or replaced by what readers stumble on."""
+    """``data`` with a few bytes changed, cut out, doubled or replaced by awkward ones."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
         at, length = rng.randrange(len(out) + 1), rng.choice((1, 2, 8, 64))

@@ -5,6 +5,7 @@ anew; descriptions of modules and inputs are torch's (module_support.py).  docs/
 table of what passes and what does not apply.
 """
 
+# ruff: noqa: B023  the functions made in loops are called in the same round
 from __future__ import annotations
 
 import copy
@@ -93,7 +94,7 @@ def test_copies(subject: Subject, dtype: torch.dtype, way: str) -> None:
 @every
 @pytest.mark.parametrize("swap", [False, True])
 def test_moves(subject: Subject, swap: bool) -> None:
-    """double(), float(), to(meta), to_empty: parameters keep their identity where torch keeps it."""
+    """double(), float(), to(meta), to_empty: parameters stay the objects that they were."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:

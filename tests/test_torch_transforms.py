@@ -3,6 +3,7 @@
 Right, or refused with a message that says what to do: never another number.
 """
 
+# ruff: noqa: B023  the functions made in loops are called in the same round
 from __future__ import annotations
 
 import copy
@@ -99,7 +100,7 @@ def test_an_ensemble_of_weights(subject: Subject) -> None:
         state = torch.func.stack_module_state([module, other])
 
         def run(p: Any, b: Any) -> torch.Tensor:
-            return torch.func.functional_call(module, (p, b), (x,))  # noqa: B023
+            return torch.func.functional_call(module, (p, b), (x,))
 
         _close(torch.vmap(run)(*state), torch.stack([module(x), other(x)]))
 

@@ -92,7 +92,7 @@ class SparseLayer(nn.Module, abc.ABC):
         parts = (row_parts, col_parts)
         made = initial_pattern(matrix_shape, parts, density, block, pattern, generator, capacity)
         self.block = made.block
-        # First: torch.export counts the buffers that are None, too, and finds no input for later ones.
+        # First: torch.export counts buffers that are None, too, and finds no input for later ones.
         self.register_buffer("mask", None)
         for name in _INDEX_NAMES:
             self.register_buffer(name, None, persistent=name in ("crow_indices", "col_indices"))

@@ -381,8 +381,7 @@ def conv2d(
     """
     if x.dim() not in (3, 4):
         raise ValueError(
-            "conv2d: input must be [N, C, H, W] or [C, H, W], got "
-            f"{x.dim()} dimensions with shape {tuple(x.shape)}"
+            f"conv2d: input must be [N, C, H, W] or [C, H, W], got shape {tuple(x.shape)}"
         )
     x = autocast(x, values, "conv2d")
     batched = x if x.dim() == 4 else x.unsqueeze(0)
@@ -396,7 +395,6 @@ def conv2d(
     elif seen(batched, *rest):
         y = SparseConv2dFunction.apply(batched, *rest)
     else:
-        if not batched.requires_grad:
-            batched = convert_once(batched, values)
-        y = call_unseen("conv2d", batched, *rest)
+        first = batched if batched.requires_grad else convert_once(batched, values)
+        y = call_unseen("conv2d", first, *rest)
     return y if x.dim() == 4 else y.squeeze(0)
