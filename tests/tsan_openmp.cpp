@@ -1,6 +1,7 @@
-// The part of libgomp that the kernels use, made of std::thread and std::mutex, for builds under ThreadSanitizer.
-// libgomp itself is not instrumented: TSan would not see that its barriers order anything and report every
-// parallel region. It sees all of this. A region starts its threads and joins them: slow, and that is all right.
+// The part of libgomp that the kernels use, made of std::thread and std::mutex, for builds under
+// ThreadSanitizer. libgomp itself is not instrumented: TSan would not see that its barriers order
+// anything and report every parallel region. It sees all of this. A region starts its threads and
+// joins them: slow, and that is all right.
 #include <condition_variable>
 #include <map>
 #include <mutex>
@@ -19,7 +20,8 @@ struct Team {
   std::condition_variable released;
   int waiting = 0;
   long round = 0;
-  std::map<long, Loop> loops;  // by how many dynamic loops a thread has met: some may be ahead (nowait)
+  std::map<long, Loop>
+      loops;  // by how many dynamic loops a thread has met: some may be ahead (nowait)
 
   void wait() {
     std::unique_lock<std::mutex> lock(mutex);
@@ -86,7 +88,8 @@ bool GOMP_loop_nonmonotonic_dynamic_next(long* first, long* last) {
   return team->take(loops_met, first, last);
 }
 
-bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long step, long chunk, long* first, long* last) {
+bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long step, long chunk, long* first,
+                                          long* last) {
   ++loops_met;
   {
     std::lock_guard<std::mutex> lock(team->mutex);

@@ -380,9 +380,8 @@ def conv2d(
         plan.BackendError: no backend computes this dtype on this device.
     """
     if x.dim() not in (3, 4):
-        raise ValueError(
-            f"conv2d: input must be [N, C, H, W] or [C, H, W], got shape {tuple(x.shape)}"
-        )
+        shape = tuple(x.shape)
+        raise ValueError(f"conv2d: input must be [N, C, H, W] or [C, H, W], got shape {shape}")
     x = autocast(x, values, "conv2d")
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     operands = (values, crow, col, t_crow, t_row, t_perm, bias, probe)
