@@ -176,7 +176,14 @@ _PLAN = {
 }
 #: name: (target, inputs that the reader accepts)
 TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
-    "idx": (idx, [bytes([0, 0, 8, 1, 0, 0, 0, 2, 5, 6]), bytes([0, 0, 8, 3]) + bytes(12)]),
+    "idx": (
+        idx,
+        [
+            bytes([0, 0, 8, 1, 0, 0, 0, 2, 5, 6]),
+            bytes([0, 0, 8, 3]) + bytes(12),
+            bytes.fromhex("00000803fffff9ffffffff0000000000"),
+        ],
+    ),
     "cifar": (cifar, [_RECORD, 2 * _RECORD, _tar(_RECORD)]),
     "manifest": (manifest, [checkpoint_files._manifest(7, _WHOLE)]),
     "manifest-rehashed": (manifest_rehashed, [checkpoint_files._manifest(7, _WHOLE)]),
