@@ -18,6 +18,10 @@ from sparse_kernels.nn import SparseConv2d, SparseLinear
 SANITIZED = os.environ.get("SPARSE_KERNELS_SANITIZED")
 
 
+#: ThreadSanitizer ends a process that starts threads after a fork of several threads.
+forks = pytest.mark.skipif(SANITIZED == "thread", reason="ThreadSanitizer does not support forks")
+
+
 def run(script: str, *arguments: str, seconds: int = 120) -> str:
     """The script's output, from a process of its own: what hangs is a failure, not a hung test."""
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
@@ -50,6 +54,7 @@ expected = [work(0), work(1)]   # both threads of the pool have run
 """
 
 
+@forks
 def test_dataloader_workers_that_fork_after_a_kernel_ran() -> None:
     run(
         FORKED
@@ -67,6 +72,7 @@ assert torch.equal(work(0), expected[0]) and torch.get_num_threads() == 2
     )
 
 
+@forks
 def test_a_fork_after_a_kernel_ran_computes_on_one_thread() -> None:
     """libgomp's pool does not survive a fork: two threads there would wait for ever."""
     run(
