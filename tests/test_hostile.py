@@ -1,4 +1,7 @@
-"""A few hundred hostile calls in every run; ``python tests/hostile_calls.py`` makes millions."""
+"""Some hostile calls in every run, thousands in `make test-full`.
+
+``python tests/hostile_calls.py --calls N`` makes as many as wanted.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from hostile_calls import COUNT, run
 
 
 def test_layers_under_any_order_of_calls() -> None:
-    run(examples=40, steps=25)
-    assert COUNT["calls"] > 300 and COUNT["refused"] > 30
+    run(examples=10, steps=25)
+    assert COUNT["calls"] > 150 and COUNT["refused"] > 40
 
 
 @pytest.mark.slow
