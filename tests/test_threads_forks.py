@@ -22,7 +22,7 @@ SANITIZED = os.environ.get("SPARSE_KERNELS_SANITIZED")
 forks = pytest.mark.skipif(SANITIZED == "thread", reason="ThreadSanitizer does not support forks")
 
 
-def run(script: str, *arguments: str, seconds: int = 120) -> str:
+def run(script: str, *arguments: str, seconds: int = 600) -> str:
     """The script's output, from a process of its own: what hangs is a failure, not a hung test."""
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
