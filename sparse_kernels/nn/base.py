@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels.nn import _checkpoint
+from sparse_kernels.nn import _checkpoint, _refusals
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
 from sparse_kernels.nn._parameter import replace_data
 from sparse_kernels.nn._weight_view import read_only
@@ -92,9 +92,10 @@ class SparseLayer(nn.Module, abc.ABC):
         parts = (row_parts, col_parts)
         made = initial_pattern(matrix_shape, parts, density, block, pattern, generator, capacity)
         self.block = made.block
+        # First: torch.export counts buffers that are None, too, and finds no input for later ones.
+        self.register_buffer("mask", None)
         for name in _INDEX_NAMES:
             self.register_buffer(name, None, persistent=name in ("crow_indices", "col_indices"))
-        self.register_buffer("mask", None)
         self._register_pattern(made if place.type == "meta" else made.to(place))
         self.values = nn.Parameter(
             torch.zeros(made.capacity, *made.block, device=place, dtype=dtype)
@@ -318,13 +319,17 @@ class SparseLayer(nn.Module, abc.ABC):
         return read_only(self.matrix_to_weight(self.dense_matrix()))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            raise AttributeError(
-                f"`weight` of {type(self).__name__} cannot be assigned: it is a dense copy made on "
-                "demand. Write to `values` (the stored blocks), build a layer with "
-                "`from_dense(module)`, or get a dense module with `to_dense()`"
-            )
+        _refusals.check_set(self, name)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _refusals.check_delete(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; "weight..." is refused with a ValueError."""
+        _refusals.check_register(name)
+        super().register_parameter(name, param)
 
     def _take_dense(
         self, module: nn.Linear | nn.Conv2d, pattern: SparsityPattern, matrix: Tensor
