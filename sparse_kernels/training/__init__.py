@@ -9,6 +9,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import SparseMomentumConfig
+from .data_parallel import attach
 from .rewrite import rewrite
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 from .schedule import UpdateSchedule, window_length
@@ -28,6 +29,7 @@ __all__ = [
     "SparseMomentumConfig",
     "UpdateRecord",
     "UpdateSchedule",
+    "attach",
     "latest_checkpoint",
     "load_checkpoint",
     "reserve",
