@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_kernels import SparseMomentum
 from sparse_kernels.nn.linear import SparseLinear
 from sparse_kernels.plan import use_backend
-from sparse_kernels.training import attach, reserve
+from sparse_kernels.training import attach
 from sparse_kernels.training.data_parallel import attachment
 
 STEPS, EVERY, BATCH = 17, 4, 24
@@ -129,3 +129,63 @@ def test_several_processes_train_as_one(world: int, alone: Any, tmp_path: Path) 
     # Otherwise the reducer was never stale, and equality shows nothing about it.
     assert reallocated > 0
     assert any(ranks[0][name]["rebuilt"] for name in alone)
+
+
+# ---- bytes -------------------------------------------------------------------------------------
+
+
+class CountBytes(TorchDispatchMode):
+    """Bytes of the tensors that collectives are given, by the collective's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = itertools.chain(*(a for a in args if isinstance(a, (list, tuple))))
+            size = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+            name = func._schema.name
+            self.found[name] = self.found.get(name, 0) + size
+        return func(*args, **(kwargs or {}))
+
+
+def bytes_of_steps(rank: int, world: int, folder: Path) -> list[dict[str, int]]:
+    """Bytes of each of ten steps, with mask updates after steps 4 and 8."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(
+        SparseLinear(200, 300, density=0.05),
+        nn.BatchNorm1d(300),
+        SparseLinear(300, 100, density=0.05),
+    )
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks = SparseMomentum(
+        ddp, optimizer, total_steps=10, update_every=4, signal="window", window_tolerance=0.85,
+        redistribution="none",
+    )  # fmt: skip
+    steps = []
+    for _ in range(10):
+        with CountBytes() as counted:
+            optimizer.zero_grad()
+            ddp(torch.randn(8, 200)).square().mean().backward()
+            optimizer.step()
+            masks.step()
+        steps.append(counted.found)
+    assert attachment(ddp).rebuilt == 0
+    return steps
+
+
+def test_bytes_of_a_step(tmp_path: Path) -> None:
+    steps = run_ranks(2, tmp_path, HERE, "bytes_of_steps")[0]
+    dense = 4 * (200 * 300 + 300 * 100)
+    others = 4 * (300 + 100 + 2 * 300)  # biases and batch norm
+    plain, in_window, update = steps[5], steps[6], steps[7]
+    print(plain, in_window, update)
+    # The gradients: 5 % of the weights, and what is not sparse.
+    assert plain["c10d::allreduce_"] == 0.05 * dense + others
+    # Before a forward pass only batch norm's buffers travel (two vectors and a counter).
+    assert plain["c10d::broadcast_"] == 4 * 2 * 300 + 8
+    # Inside of the window 256 numbers per layer besides, and at an update the signal, once.
+    assert in_window["c10d::allreduce_"] == plain["c10d::allreduce_"] + 2 * 256 * 8
+    assert update["c10d::allreduce_"] == plain["c10d::allreduce_"] + 2 * 256 * 8 + dense

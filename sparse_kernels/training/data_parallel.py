@@ -23,6 +23,7 @@ from torch.autograd.graph import get_gradient_edge
 from sparse_kernels.nn.base import COMPRESSED, SparseLayer
 
 from .layers import sparse_layers
+from .process_group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +92,19 @@ def attachment(ddp: nn.Module) -> Attachment:
     return _attached[attach(ddp)]
 
 
-class Attachment:
+def attachment_of(model: nn.Module, masks: Any = None) -> Attachment | None:
+    """The job that `model` (a DistributedDataParallel) or SparseMomentum `masks` is part of."""
+    if is_ddp(model):
+        return attachment(model)
+    return None if masks is None else masks.attachment
+
+
+class Attachment(Group):
     """The sparse layers of one DistributedDataParallel and the accumulators that it has hooked."""
 
     def __init__(self, ddp: Any) -> None:
+        super().__init__(ddp.process_group)
         self._ddp = weakref.ref(ddp)
-        self.group = ddp.process_group
-        self.rank = torch.distributed.get_rank(self.group)
-        self.world = torch.distributed.get_world_size(self.group)
         self.rebuilt = 0  # how often the reducer was built anew
         for _, layer in self.layers():
             if layer.storage == COMPRESSED:
@@ -109,6 +115,9 @@ class Attachment:
         ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) | ignored
         ddp._assign_modules_buffers()  # it looks at its list before it makes it anew
         self._hooked = self._accumulators()
+        if not self._obstacles(ddp):
+            # Values may have got other memory since the model was wrapped (a checkpoint).
+            self._rebuild_reducer(ddp)
         ddp.register_forward_pre_hook(lambda module, inputs: self._before_forward())
 
     @property
@@ -143,8 +152,22 @@ class Attachment:
         Raises RuntimeError where that cannot be done in place, with what to do instead.
         """
         ddp = self.ddp
-        self._check_rebuildable(ddp)
+        obstacles = self._obstacles(ddp)
+        if obstacles:
+            raise RuntimeError(
+                "sparse values have new memory, and the gradient reducer of this "
+                "DistributedDataParallel still points to the old; it cannot be built anew in place "
+                f"with {' and '.join(obstacles)}. Wrap the model again when "
+                "UpdateRecord.reallocated or storage_changes is not empty, or exclude that: "
+                "training.reserve(model, optimizer, room=math.inf) before wrapping, and "
+                "dense_above=1"
+            )
         self.check_equal()
+        self._rebuild_reducer(ddp)
+        self.rebuilt += 1
+        logger.info("sparse values were reallocated: DDP's reducer was built anew")
+
+    def _rebuild_reducer(self, ddp: Any) -> None:
         hooks = list(ddp._comm_hooks)
         # The old reducer takes its hooks off when it goes; its logger holds it, too.
         del ddp.reducer, ddp.logger
@@ -153,10 +176,9 @@ class Attachment:
         for hook, state in hooks:
             ddp.register_comm_hook(state, hook)
         self._hooked = self._accumulators()
-        self.rebuilt += 1
-        logger.info("sparse values were reallocated: DDP's reducer was built anew")
 
-    def _check_rebuildable(self, ddp: Any) -> None:
+    def _obstacles(self, ddp: Any) -> list[str]:
+        """Why the reducer cannot be built anew in place."""
         reasons = []
         if self.group is not torch.distributed.group.WORLD:
             reasons.append("a process group of its own")
@@ -165,20 +187,11 @@ class Attachment:
         named = ddp._get_ddp_logging_data().get("comm_hook", "")
         if named and not ddp._comm_hooks:
             reasons.append(f"the built-in communication hook {named}")
-        if reasons:
-            raise RuntimeError(
-                "sparse values have new memory, and the gradient reducer of this "
-                "DistributedDataParallel still points to the old; it cannot be built anew in place "
-                f"with {' and '.join(reasons)}. Wrap the model again when UpdateRecord.reallocated "
-                "or storage_changes is not empty, or exclude that: training.reserve(model, "
-                "optimizer, room=math.inf) before wrapping, and dense_above=1"
-            )
+        return reasons
 
     def check_equal(self) -> None:
         """Raise RuntimeError, naming a layer, unless every rank stores the same blocks alike."""
-        mine = [(name, _digest(layer)) for name, layer in self.layers()]
-        found: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(found, mine, group=self.group)
+        found = self.gathered([(name, _digest(layer)) for name, layer in self.layers()])
         for rank, theirs in enumerate(found):
             differing = [name for name, digest in found[0] if (name, digest) not in theirs]
             if differing:

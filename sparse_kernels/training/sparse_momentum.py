@@ -29,7 +29,7 @@ from sparse_kernels.nn.base import SparseLayer
 from . import device
 from .blocks import BlockGrid
 from .config import SparseMomentumConfig
-from .data_parallel import driven_model
+from .data_parallel import Attachment, driven_model
 from .distributed import Ranks
 from .driver_state import check_state, described, records, warn_of_changes
 from .layers import make_signals
@@ -173,6 +173,11 @@ class SparseMomentum:
     def prune_rate(self) -> float:
         """Prune rate after `steps` steps; stepped once per batch."""
         return self.config.decayed_rate(self.steps)
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The job under DistributedDataParallel; None without, or before its first forward."""
+        return self._ranks.attachment
 
     @property
     def finished(self) -> bool:
