@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_kernels import SparseMomentum
 from sparse_kernels.nn.linear import SparseLinear
 from sparse_kernels.plan import use_backend
-from sparse_kernels.training import attach
 from sparse_kernels.training.data_parallel import attachment
 
 STEPS, EVERY, BATCH = 17, 4, 24

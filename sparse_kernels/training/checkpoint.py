@@ -68,12 +68,13 @@ def save_checkpoint(
             scheduler, a GradScaler or the model of an average.
         extra: plain data and tensors of your own, such as the place in the data.
 
-    Several ranks: where `model` is a DistributedDataParallel, or `masks` drive one, call it on every
-    rank.  Rank 0 writes; stored are also the generators of the other ranks and the average of
-    the growth signals, with which every rank goes on.
+    Several ranks: where `model` is a DistributedDataParallel, or `masks` drive one, call it on
+    every rank.  Rank 0 writes; stored are also the generators of the other ranks and the average
+    of the growth signals, with which every rank goes on.
 
-    Memory: the tensors once more, as bytes.  Returns the new folder.  Raises TypeError naming an entry that is no plain data, ValueError for
-    a bad step, keep or name, OSError if the disk does not take it; older checkpoints then stay.
+    Memory: the tensors once more, as bytes.  Returns the new folder.  Raises TypeError naming an
+    entry that is no plain data, ValueError for a bad step, keep or name, OSError if the disk does
+    not take it; older checkpoints then stay.
     """
     job = data_parallel.attachment_of(model, masks)
     if masks is not None:
@@ -103,8 +104,8 @@ def load_checkpoint(
     before anything is changed.  In a directory a broken checkpoint is passed over with a
     RuntimeWarning that names its fault.
 
-    global_generators: whether to set torch's, numpy's and random's generators too; each rank its own.
-    On several ranks (see save_checkpoint) every rank reads the same files.
+    global_generators: whether to set torch's, numpy's and random's generators too; on several
+    ranks (see save_checkpoint), which all read the same files, each rank its own.
     Raises CheckpointError: nothing there, broken, of a newer format, or not of this model.
     """
     job = data_parallel.attachment_of(model, masks)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from . import data_parallel
-from .blocks import BlockGrid
 from .data_parallel import Attachment
 from .gradient_scale import gather, scales_of
 from .rewrite import added_mask

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_kernels.nn._checkpoint import CheckpointError
 
-from .data_parallel import Attachment
+from .process_group import Group
 
 _NUMPY = "MT19937"  # numpy.random's global generator is always this one
 _NUMPY_KEYS = 624
@@ -42,7 +42,7 @@ def _numpy_state() -> dict[str, Any]:
     }
 
 
-def of_all_ranks(job: Attachment | None) -> dict[str, Any]:
+def of_all_ranks(job: Group | None) -> dict[str, Any]:
     """Checkpoint entries "generators" (rank 0's) and "rank_generators" (the others', if any)."""
     if job is None:
         return {"generators": state()}

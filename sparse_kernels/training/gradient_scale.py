@@ -73,8 +73,8 @@ def _group_scale(members: Sequence[tuple[LayerSignal, list[float]]]) -> float:
             f"dense weight gradient (relative distance {missed:.2g} over its param group); "
             "something changed it element by element, layer by layer or averaged it over ranks "
             "(clip_grad_value_, a hook, an all_reduce of your own), which the growth signal cannot "
-            "follow. Use DistributedDataParallel for several ranks, clip_grad_norm_, give layers with a scale of their own a param group of their own, "
-            "use signal='random', or pass grad_scale=1.0 to SparseMomentum to take the dense "
-            "gradient as it is"
+            "follow. Use DistributedDataParallel for several ranks, clip_grad_norm_, give layers "
+            "with a scale of their own a param group of their own, use signal='random', or pass "
+            "grad_scale=1.0 to SparseMomentum to take the dense gradient as it is"
         )
     return 1.0 if abs(factor - 1.0) <= SCALE_SNAP else factor
