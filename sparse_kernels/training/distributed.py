@@ -141,8 +141,11 @@ class Ranks:
 
     def _average(self, tensor: Tensor) -> None:
         assert self.attachment is not None
-        torch.distributed.all_reduce(tensor, group=self.attachment.group)
-        tensor.div_(self.attachment.world)  # gloo has no average
+        packed = tensor.contiguous()  # a dense gradient may lie by columns
+        torch.distributed.all_reduce(packed, group=self.attachment.group)
+        packed.div_(self.attachment.world)  # gloo has no average
+        if packed is not tensor:
+            tensor.copy_(packed)
 
     # ---- at an update --------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -20,6 +21,10 @@ from ..training.process_group import Group
 from .errors import TrainingError, WorkbenchError
 
 _Result = TypeVar("_Result")
+_PAUSE = 2.0
+"""Seconds before a rank that has lost another ends: torchrun, which looks every 0.1 s, names as the
+cause the one that ended first, and then ends the others itself.
+"""
 _LOST = re.compile("Connection closed by peer|Connection reset|Broken pipe|Connection refused")
 
 
@@ -98,6 +103,7 @@ def of_environment() -> Iterator[Ranks]:
         except RuntimeError as error:
             if not _LOST.search(str(error)):
                 raise
+            time.sleep(_PAUSE)
             raise TrainingError(
                 f"rank {ranks.rank} of {ranks.world} has lost another rank, which has died or is "
                 f"out of reach; torchrun's report names it ({_first_line(error)})"

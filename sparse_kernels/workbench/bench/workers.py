@@ -127,7 +127,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure a step of the sparse and the dense net, in turns, and compute where scaling ends.
 
-    config: net, density, block, batch size, threads. bandwidths: bytes per second; latency: seconds.
+    config: net, density, block, batch size, threads. bandwidths: bytes per second;
+    latency: seconds.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -197,11 +198,11 @@ def table(found: dict[str, Any]) -> str:
             f"{found['net']}, density {found['density']:.3g}, batch {found['loads'][0].batch}; "
             f"{found['machine']}",
             "",
-            markdown([*heads, "8 workers, Gbit/s", "64 workers, Gbit/s"], loads),
+            *markdown([*heads, "8 workers, Gbit/s", "64 workers, Gbit/s"], loads),
             "",
-            markdown(
+            *markdown(
                 ["Gbit/s", "net", "one batch shared: workers", "images/s there",
-                 "a batch each: workers"], ends,
+                 "a batch each: workers"], ends, left=2,
             ),
         ]
     )  # fmt: skip
