@@ -25,9 +25,9 @@ def test_ends_by_hand() -> None:
     assert workers.end_of_scaling(LOAD, 1e8, 0.0, strong=True) == 1
     # 10 GB/s: 0.1 against 0.002 (w - 1): equal at w = 51.
     assert workers.end_of_scaling(LOAD, 1e10, 0.0, strong=True) == 51
-    # Own batches: at most 2 * 10 MB / 1 GB/s = 0.02 s, for ever; with latency 2 (w - 1) * 1 ms.
+    # Own batches: at most 2 * 10 MB / 1 GB/s = 0.02 s, for ever; with latency 1.98 (w - 1) ms.
     assert workers.end_of_scaling(LOAD, 1e9, 0.0, strong=False) == workers.MOST_WORKERS
-    assert workers.end_of_scaling(LOAD, FAST, 1e-3, strong=False) == 51
+    assert workers.end_of_scaling(LOAD, FAST, 0.99e-3, strong=False) == 51
 
 
 @pytest.mark.parametrize("strong", [False, True])
