@@ -159,7 +159,7 @@ def test_the_class_of_fsdp_is_refused_too() -> None:
     model = make_model()
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapped)
-    wrapped.add_module("_fsdp_wrapped_module", model)
+    wrapped._modules["_fsdp_wrapped_module"] = model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="FullyShardedDataParallel, which the mask updates"):
         SparseMomentum(wrapped, optimizer, total_steps=8, update_every=4)

@@ -92,7 +92,7 @@ def of_environment() -> Iterator[Ranks]:
         return
     begun = not torch.distributed.is_initialized()
     if begun:
-        torch.distributed.init_process_group("gloo")
+        _init_process_group()
     ranks = Ranks(Group(torch.distributed.group.WORLD))
     with contextlib.ExitStack() as stack:
         if ranks.rank:
@@ -110,6 +110,18 @@ def of_environment() -> Iterator[Ranks]:
             ) from error
     if begun:
         torch.distributed.destroy_process_group()
+
+
+def _init_process_group() -> None:
+    """gloo at the place that torchrun names, under keys of this attempt.
+
+    torch 2.13 keeps torchrun's store over a restart: ranks of the second attempt would find there
+    the addresses of the first one's dead processes.
+    """
+    store, rank, world = next(torch.distributed.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
 def _first_line(error: Exception) -> str:
