@@ -14,7 +14,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def is_ddp(model: Any) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model that a DistributedDataParallel wraps; any other model itself."""
-    return model.module if is_ddp(model) else model
+    return cast(nn.Module, model.module) if is_ddp(model) else model
 
 
 def driven_model(model: nn.Module) -> nn.Module:

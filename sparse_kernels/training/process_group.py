@@ -41,4 +41,4 @@ class Group:
             raise failure
         if box[1] is not None:
             raise RuntimeError(f"rank 0 of this job failed: {box[1]}")
-        return box[0]  # type: ignore[no-any-return]
+        return box[0]
