@@ -144,16 +144,14 @@ class SparseMomentum:
         self.generator = generator or torch.Generator().manual_seed(0)
         self.grad_scale = grad_scale
         self.on_update = on_update
-        self.steps = 0
-        self.updates = 0
+        self.steps = self.updates = 0
         self.history: list[UpdateRecord] = []
         self._rules = self.config.rule_set()
         kind, tolerance = self.config.effective_signal, window_tolerance
         self._signals, self._fixed = make_signals(driven_model(model), optimizer, kind, tolerance)
         check_free(self._signals)
         self._ranks = Ranks(model, self._signals, self.generator)
-        self._stepped = False
-        self._skipped = 0
+        self._stepped, self._skipped = False, 0
         self._logged: tuple[str, ...] = ()
         self._warned = False
         self._needs_momentum = self.config.effective_signal in ("exact", "window")
