@@ -1,5 +1,6 @@
 """Training a sparse network: the rules, the growth signals, and the driver that applies them."""
 
+from .averages import follow
 from .capacity import reserve
 from .checkpoint import (
     Checkpoint,
@@ -30,6 +31,7 @@ __all__ = [
     "UpdateRecord",
     "UpdateSchedule",
     "attach",
+    "follow",
     "latest_checkpoint",
     "load_checkpoint",
     "reserve",

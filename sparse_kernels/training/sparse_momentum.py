@@ -95,10 +95,8 @@ class SparseMomentum:
     after init_process_group. Masks are equal on all ranks (training/distributed.py).
 
     Averaged models (torch.optim.swa_utils.AveragedModel: EMA, SWA) average `values` slot by slot,
-    and an update gives a slot to another weight: an average over an update is meaningless. Average
-    once `finished` is True, or make the average anew in on_update:
-
-        def on_update(record): average.model = AveragedModel(model, multi_avg_fn=...)
+    and an update gives a slot to another weight: give on_update training.follow, which moves an
+    average to the new pattern, or average once `finished` is True.
 
     Raises ValueError: no sparse layer or only frozen ones, a layer whose values the optimizer does
     not hold, values shared by two layers, a layer driven by another SparseMomentum, a
