@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rank_support import run_ranks
 from small_training import DTYPE, make_model, sparse
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_kernels import SparseMomentum
@@ -29,7 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random": {"growth": "random"},
     "adam, micro-batches": {"optimizer": "adam", "signal": "window", "micro": 2},
     "blocks, model given": {"block": (2, 1), "signal": "exact", "given": "model"},
-}
+    "adamw, no_sync, schedule, overflow": {
+        "optimizer": "adamw", "signal": "window", "micro": 3, "no_sync": True, "overflow": 6,
+    },
+}  # fmt: skip
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -47,6 +52,8 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=0.01)
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=1e-3)
 
 
@@ -59,9 +66,15 @@ def train(
     micro: int = 1,
     block: tuple[int, int] = (1, 1),
     given: str = "ddp",
+    no_sync: bool = False,
+    overflow: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train on this rank's share of each batch; ranks start from other weights and masks."""
+    """Train on this rank's share of each batch; ranks start from other weights and masks.
+
+    no_sync: gradients travel with the last micro-batch only. overflow: the step at which the last
+    rank's loss is infinite, under a GradScaler and a OneCycleLR.
+    """
     model = make_model((12, 32, 24, 4), density=0.2, seed=rank, block=block)
     ddp = DistributedDataParallel(model) if world > 1 else model
     made = make_optimizer(optimizer, model)
@@ -74,17 +87,26 @@ def train(
         **settings,
     )
     losses = []
-    for x, y in batches():
+    scaler = torch.amp.GradScaler("cpu", enabled=overflow is not None, init_scale=2.0**8)
+    schedule = OneCycleLR(made, 0.02, 2 * STEPS) if overflow is not None else None
+    for step, (x, y) in enumerate(batches()):
         made.zero_grad()
         parts = zip(x[rank::world].chunk(micro), y[rank::world].chunk(micro), strict=True)
-        for inputs, labels in parts:
-            loss = nn.functional.cross_entropy(ddp(inputs), labels) / micro
-            loss.backward()
+        for part, (inputs, labels) in enumerate(parts):
+            quiet = no_sync and world > 1 and part + 1 < micro
+            with ddp.no_sync() if quiet else contextlib.nullcontext():
+                loss = nn.functional.cross_entropy(ddp(inputs), labels) / micro
+                bad = step == overflow and rank == world - 1
+                scaler.scale(loss * float("inf") if bad else loss).backward()
             losses.append(float(loss.detach()))
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
-        made.step()
+        scaler.step(made)
+        scaler.update()
         masks.step()
+        if schedule is not None:
+            schedule.step()
+    assert masks.steps == STEPS - (overflow is not None)
     return {
         "keys": [layer.pattern.keys().clone() for layer in sparse(model)],
         "dense": [layer.dense_matrix().detach() for layer in sparse(model)],
@@ -112,7 +134,8 @@ def test_several_processes_train_as_one(world: int, alone: Any, tmp_path: Path) 
     reallocated = 0
     for name, one in alone.items():
         for found in (rank[name] for rank in ranks):
-            assert len(found["reallocated"]) == (STEPS - 1) // EVERY
+            updates = (STEPS - 1 - ("overflow" in SETTINGS[name])) // EVERY
+            assert len(found["reallocated"]) == updates
             assert found["storage"] == one["storage"]
             for a, b in zip(found["keys"], one["keys"], strict=True):
                 assert torch.equal(a, b), name
@@ -149,7 +172,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def bytes_of_steps(rank: int, world: int, folder: Path) -> list[dict[str, int]]:
-    """Bytes of each of ten steps, with mask updates after steps 4 and 8."""
+    """Bytes of each of ten steps, with mask updates after steps 4 and 8, and of a dense net's."""
     torch.manual_seed(rank)
     model = nn.Sequential(
         SparseLinear(200, 300, density=0.05),
@@ -171,7 +194,12 @@ def bytes_of_steps(rank: int, world: int, folder: Path) -> list[dict[str, int]]:
             masks.step()
         steps.append(counted.found)
     assert attachment(ddp).rebuilt == 0
-    return steps
+    dense = nn.Sequential(nn.Linear(200, 300), nn.BatchNorm1d(300), nn.Linear(300, 100))
+    wrapped = DistributedDataParallel(dense)
+    for _ in range(2):
+        with CountBytes() as counted:
+            wrapped(torch.randn(8, 200)).square().mean().backward()
+    return [*steps, counted.found]
 
 
 def test_bytes_of_a_step(tmp_path: Path) -> None:
@@ -180,6 +208,7 @@ def test_bytes_of_a_step(tmp_path: Path) -> None:
     others = 4 * (300 + 100 + 2 * 300)  # biases and batch norm
     plain, in_window, update = steps[5], steps[6], steps[7]
     print(plain, in_window, update)
+    assert steps[-1]["c10d::allreduce_"] == dense + others
     # The gradients: 5 % of the weights, and what is not sparse.
     assert plain["c10d::allreduce_"] == 0.05 * dense + others
     # Before a forward pass only batch norm's buffers travel (two vectors and a counter).

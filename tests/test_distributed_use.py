@@ -24,6 +24,11 @@ from sparse_kernels.training import (
     save_checkpoint,
 )
 from sparse_kernels.training.data_parallel import attachment
+from sparse_kernels.training.process_group import Group
+from sparse_kernels.workbench.config import TrainConfig
+from sparse_kernels.workbench.contenders import build_sparse
+from sparse_kernels.workbench.errors import TrainingError
+from sparse_kernels.workbench.ranks import Ranks
 
 HERE = "test_distributed_use"
 
@@ -163,6 +168,27 @@ def test_the_class_of_fsdp_is_refused_too() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="FullyShardedDataParallel, which the mask updates"):
         SparseMomentum(wrapped, optimizer, total_steps=8, update_every=4)
+
+
+# ---- numbers that are none ---------------------------------------------------------------------
+
+
+def overflowing(rank: int, world: int, folder: Path) -> str:
+    """A step of `sparse-kernels train` in which the share of rank 1 alone overflows."""
+    made = build_sparse(TrainConfig(threads=1), 0, 8, 4, Ranks(Group(distributed.group.WORLD)))
+    images, labels = torch.rand(6, 1, 28, 28), torch.arange(6)
+    made.step(images, labels)
+    images[1::2] = 3e38
+    with pytest.raises(TrainingError) as caught:
+        made.step(images, labels)
+    return str(caught.value)
+
+
+def test_the_layer_and_the_rank_of_a_bad_loss_are_named(tmp_path: Path) -> None:
+    for message in run_ranks(2, tmp_path, HERE, "overflowing"):
+        print(message)
+        assert "the loss of step 2" in message  # on rank 0, which prints, as on rank 1
+        assert "rank 1: layer '1' is the first whose output is not finite" in message
 
 
 # ---- drift -------------------------------------------------------------------------------------

@@ -56,10 +56,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return end(folder)
 
 
-def test_a_restarted_job_ends_with_the_same_weights(whole: Any, tmp_path: Path) -> None:
-    done = torchrun(tmp_path / "killed", restarts=1, kill=(1, 7))
+@pytest.mark.parametrize(("rank", "step", "saved"), [(1, 7, 6), (0, 8, 8)])
+def test_a_restarted_job_ends_with_the_same_weights(
+    rank: int, step: int, saved: int, whole: Any, tmp_path: Path
+) -> None:
+    """Rank 0, which writes the checkpoints, or the other one."""
+    done = torchrun(tmp_path / "killed", restarts=1, kill=(rank, step))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resuming from" in done.stdout and "(step 6)" in done.stdout
+    assert "resuming from" in done.stdout and f"(step {saved})" in done.stdout
     assert differences(end(tmp_path / "killed"), whole) == []
     # Two ranks, whose generators are not the same, are in the checkpoint.
     states = [whole["generators"]["torch"], *(g["torch"] for g in whole["rank_generators"])]

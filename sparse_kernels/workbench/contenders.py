@@ -57,10 +57,12 @@ class Contender:
         if self.ranks.world > 1:
             loss = loss * (share * self.ranks.world)
         if not math.isfinite(value):
+            # The loss is everybody's, what made it may lie in the share of one rank.
+            where = self.ranks.of_each(finite.explain(self.model, lambda: self.model(images)))
             raise TrainingError(
                 f"{self.name}: the loss of step {self.steps_done + 1} is {value}, expected a "
-                f"finite number ({finite.explain(self.model, lambda: self.model(images))}); "
-                "training stopped with the last good weights: lower --lr, or look at the data"
+                f"finite number ({where}); training "
+                "stopped with the last good weights: lower --lr, or look at the data"
             )
         loss.backward()
         self._check_gradients()

@@ -69,6 +69,15 @@ class Ranks:
         torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
         return tuple(found.tolist())
 
+    def of_each(self, text: str) -> str:
+        """``text`` where every rank has the same, else each other text with the first such rank."""
+        found = [text] if self._group is None else self._group.gathered(text)
+        first = {each: rank for rank, each in reversed(list(enumerate(found)))}
+        if len(first) == 1:
+            return text
+        ordered = sorted(first.items(), key=lambda item: item[1])
+        return "; ".join(f"rank {rank}: {each}" for each, rank in ordered)
+
     def on_rank_0(self, action: Callable[[], _Result]) -> _Result:
         """What ``action`` returns on rank 0, which alone does it."""
         return action() if self._group is None else self._group.on_rank_0(action)
