@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sparse_kernels.nn.base import SparseLayer
 
-from . import device
+from . import device, update_on_device
 from .blocks import BlockGrid
 from .config import SparseMomentumConfig
 from .data_parallel import Attachment, driven_model
@@ -300,7 +300,9 @@ class SparseMomentum:
             for signal, state in zip(signals, states, strict=True)
         ]
         rate = self.prune_rate
-        planned = plan_update(states, scores, self._rules, rate, self.generator, self.steps)
+        queued = any(device.queued(state.values) for state in states)
+        plan = update_on_device.plan_update if queued else plan_update
+        planned = plan(states, scores, self._rules, rate, self.generator, self.steps)
         changes = self._ranks.agree(states, planned)
         nnz_before = {s.name: s.nnz for s in states}
         del states, scores  # views of the old values

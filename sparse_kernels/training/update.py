@@ -1,5 +1,7 @@
 """One mask update, planned: which blocks each layer keeps and grows. Nothing is changed here.
 
+update_on_device.py plans the same where the values live on a device that works through a queue.
+
 Layers with different block shapes share no budget: the number of blocks is conserved per block
 shape.
 """
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import device, rules
+from . import rules
 from .rewrite import added_mask
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 
@@ -91,10 +93,6 @@ def plan_update(
     Raises FloatingPointError for non-finite momentum, weight or signal, ValueError if a rule
     returns something that is not what its signature says.
     """
-    if any(device.queued(state.values) for state in states):
-        from . import update_on_device  # it is made of parts of this module
-
-        return update_on_device.plan_update(states, scores, rule_set, prune_rate, generator, step)
     check_finite(states, step)
     pruned: dict[int, Tensor] = {}
     regrow: dict[int, int] = {}
