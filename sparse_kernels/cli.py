@@ -15,6 +15,7 @@ from . import __version__
 from ._cli_bench import bench
 from ._cli_bench_figures import figure, index_command
 from ._cli_bench_nets import inference_command, networks_command
+from ._cli_bench_workers import workers_command
 from ._cli_errors import one_line_errors
 from .workbench.config import DENSE_BASELINES, INITS, REDISTRIBUTIONS, SIGNALS
 from .workbench.models import NETS
@@ -148,7 +149,7 @@ def train(context: click.Context, preset: str | None, resume: bool, **options: A
 
     Example: sparse-kernels train --net lenet-300-100 --data mnist --density 0.05 --compare dense
     """
-    from .workbench import report
+    from .workbench import ranks, report
     from .workbench.errors import TrainingStopped
     from .workbench.loop import train as run_training
     from .workbench.session import folder_to_resume
@@ -156,15 +157,23 @@ def train(context: click.Context, preset: str | None, resume: bool, **options: A
     config = _configure(context, preset, options)
     config.check()
     demo = preset == "demo" and config.run_name() == DEMO["name"]
-    folder = folder_to_resume(config) if resume else None
-    if folder is None:
-        folder = _run_folder(Path(config.out) / config.run_name(), overwrite=demo)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        results = run_training(config, folder, resume)
-    except TrainingStopped as stopped:
-        click.echo(str(stopped), err=True)
-        context.exit(stopped.exit_code)
+
+    def choose_folder() -> Path:
+        found = folder_to_resume(config) if resume else None
+        if found is None:
+            found = _run_folder(Path(config.out) / config.run_name(), overwrite=demo)
+        found.mkdir(parents=True, exist_ok=True)
+        return found
+
+    with ranks.of_environment() as job:
+        folder = job.on_rank_0(choose_folder)
+        try:
+            results = run_training(config, folder, resume, job)
+        except TrainingStopped as stopped:
+            click.echo(str(stopped), err=True)
+            context.exit(stopped.exit_code)
+    if job.rank:
+        return
     written = report.write_run(folder, results)
     click.echo("\n" + report.table(results))
     click.echo("written: " + ", ".join(str(path) for path in written))
@@ -223,7 +232,7 @@ def info() -> None:
     click.echo(describe())
 
 
-for command in (networks_command, inference_command, figure, index_command):
+for command in (networks_command, inference_command, workers_command, figure, index_command):
     bench.add_command(command)
 main.add_command(bench)
 

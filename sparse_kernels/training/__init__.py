@@ -1,5 +1,6 @@
 """Training a sparse network: the rules, the growth signals, and the driver that applies them."""
 
+from .averages import follow
 from .capacity import reserve
 from .checkpoint import (
     Checkpoint,
@@ -9,6 +10,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import SparseMomentumConfig
+from .data_parallel import attach
 from .rewrite import rewrite
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 from .schedule import UpdateSchedule, window_length
@@ -28,6 +30,8 @@ __all__ = [
     "SparseMomentumConfig",
     "UpdateRecord",
     "UpdateSchedule",
+    "attach",
+    "follow",
     "latest_checkpoint",
     "load_checkpoint",
     "reserve",

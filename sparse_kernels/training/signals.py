@@ -65,6 +65,11 @@ class LayerSignal:
         """False where the signal is a single gradient (or nothing)."""
         return self.kind in ("exact", "window") and self.view.family != "none"
 
+    @property
+    def linear(self) -> bool:
+        """Whether an average of buffers is the buffer of the averaged gradient."""
+        return not self.gathers_momentum or self.view.family != "adam"
+
     def length(self) -> int | None:
         """Steps with dense gradients before an update; None means all."""
         if self.kind == "random":
@@ -157,11 +162,15 @@ class LayerSignal:
         """Float64 [3]: sums of d*d, d*g and g*g over the stored blocks, d the waiting dense
         gradient and g values.grad.
         """
+        raw, seen = self.gradients()
+        return torch.stack([torch.dot(raw, raw), torch.dot(raw, seen), torch.dot(seen, seen)])
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """The waiting dense gradient and values.grad over the stored blocks, float64 [n] each."""
         dense, grad = self.layer.probe.grad, self.layer.values.grad
         pattern = self.layer.pattern
         raw = BlockGrid.of(self.layer).stored(dense, pattern).reshape(-1).double()
-        seen = self._compact(grad, pattern).reshape(-1).double()
-        return torch.stack([torch.dot(raw, raw), torch.dot(raw, seen), torch.dot(seen, seen)])
+        return raw, self._compact(grad, pattern).reshape(-1).double()
 
     def observe(self, factor: float) -> None:
         """Take the waiting dense gradient times `factor` (see gradient_scale.py) from the probe.

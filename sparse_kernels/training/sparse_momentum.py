@@ -29,10 +29,11 @@ from sparse_kernels.nn.base import SparseLayer
 from . import device, update_on_device
 from .blocks import BlockGrid
 from .config import SparseMomentumConfig
+from .data_parallel import Attachment, driven_model
+from .distributed import Ranks
 from .driver_state import check_state, described, records, warn_of_changes
-from .gradient_scale import gather
 from .layers import make_signals
-from .optimizers import check_optimizer
+from .optimizers import check_optimizer, closure_of, found_overflow
 from .ownership import check_free, claim, weak_hook
 from .rewrite import COMPRESSED, DENSE_MASKED, rewrite, rewrite_queued
 from .rules import GrowthRule, PruneRule, RedistributionRule
@@ -90,11 +91,12 @@ class SparseMomentum:
 
     A layer has one SparseMomentum at a time: close() the old one before making another.
 
-    Averaged models (torch.optim.swa_utils.AveragedModel: EMA, SWA) average `values` slot by slot,
-    and an update gives a slot to another weight: an average over an update is meaningless. Average
-    once `finished` is True, or make the average anew in on_update:
+    Under DistributedDataParallel give the wrapped model or the model itself; make it on every rank,
+    after init_process_group. Masks are equal on all ranks (training/distributed.py).
 
-        def on_update(record): average.model = AveragedModel(model, multi_avg_fn=...)
+    Averaged models (torch.optim.swa_utils.AveragedModel: EMA, SWA) average `values` slot by slot,
+    and an update gives a slot to another weight: give on_update training.follow, which moves an
+    average to the new pattern, or average once `finished` is True.
 
     Raises ValueError: no sparse layer or only frozen ones, a layer whose values the optimizer does
     not hold, values shared by two layers, a layer driven by another SparseMomentum, a
@@ -140,15 +142,14 @@ class SparseMomentum:
         self.generator = generator or torch.Generator().manual_seed(0)
         self.grad_scale = grad_scale
         self.on_update = on_update
-        self.steps = 0
-        self.updates = 0
+        self.steps = self.updates = 0
         self.history: list[UpdateRecord] = []
         self._rules = self.config.rule_set()
         kind, tolerance = self.config.effective_signal, window_tolerance
-        self._signals, self._fixed = make_signals(model, optimizer, kind, tolerance)
+        self._signals, self._fixed = make_signals(driven_model(model), optimizer, kind, tolerance)
         check_free(self._signals)
-        self._stepped = False
-        self._skipped = 0
+        self._ranks = Ranks(model, self._signals, self.generator)
+        self._stepped, self._skipped = False, 0
         self._logged: tuple[str, ...] = ()
         self._warned = False
         self._needs_momentum = self.config.effective_signal in ("exact", "window")
@@ -156,6 +157,7 @@ class SparseMomentum:
         hooks = (
             optimizer.register_step_pre_hook(weak_hook(self._before_optimizer)),
             optimizer.register_step_post_hook(weak_hook(self._after_optimizer)),
+            self._ranks,
         )
         self._release = claim(self, self._signals, hooks)
         self._log_frozen()
@@ -167,6 +169,11 @@ class SparseMomentum:
     def prune_rate(self) -> float:
         """Prune rate after `steps` steps; stepped once per batch."""
         return self.config.decayed_rate(self.steps)
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The job under DistributedDataParallel; None without, or before its first forward."""
+        return self._ranks.attachment
 
     @property
     def finished(self) -> bool:
@@ -227,21 +234,21 @@ class SparseMomentum:
         """Gradients as the optimizer sees them; it may change them in its step (foreach Nesterov
         does).
         """
-        if _found_overflow(optimizer):
+        if found_overflow(optimizer):
             return
         self._stepped = True
-        if _closure_of(args, kwargs) is None:
+        if closure_of(args, kwargs) is None:
             self._observe(self.grad_scale)
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """With a closure the gradients come into being inside the optimizer's step."""
-        if _closure_of(args, kwargs) is not None:
+        if closure_of(args, kwargs) is not None:
             self._observe(1.0 if self.grad_scale is None else self.grad_scale)
 
     def _observe(self, scale: float | None) -> None:
         # GradScaler sets this while a fused step unscales.
         fused = getattr(self.optimizer, "grad_scale", None)
-        gather(self._signals, scale, 1.0 if fused is None else 1.0 / float(fused))
+        self._ranks.gather(scale, 1.0 if fused is None else 1.0 / float(fused))
 
     def _arm(self) -> None:
         """Make or remove probes for the next step, and find the step when that changes again.
@@ -286,6 +293,7 @@ class SparseMomentum:
         self._log_frozen()
         signals = [s for s in self._signals if not s.frozen]
         self._warn_starved(signals)
+        self._ranks.reduce()
         states = [signal.collect() for signal in signals]
         scores = [
             lambda s=signal, k=state.keys: s.complete(k)
@@ -294,7 +302,8 @@ class SparseMomentum:
         rate = self.prune_rate
         queued = any(device.queued(state.values) for state in states)
         plan = update_on_device.plan_update if queued else plan_update
-        changes = plan(states, scores, self._rules, rate, self.generator, self.steps)
+        planned = plan(states, scores, self._rules, rate, self.generator, self.steps)
+        changes = self._ranks.agree(states, planned)
         nnz_before = {s.name: s.nnz for s in states}
         del states, scores  # views of the old values
         moved: dict[str, str] = {}
@@ -347,8 +356,8 @@ class SparseMomentum:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, history, hyper-parameters, random state and signal buffers; masks and momentum
-        are the model's and optimizer's.
-        """
+        are the model's and optimizer's. On several ranks call `synchronize` first."""
+        self._ranks.check_reduced()
         return {
             "steps": self.steps,
             "updates": self.updates,
@@ -357,6 +366,10 @@ class SparseMomentum:
             "generator": self.generator.get_state(),
             "signals": {s.name: s.state_dict() for s in self._signals},
         }
+
+    def synchronize(self) -> None:
+        """Average over the ranks what the growth signal gathered; call it on every rank."""
+        self._ranks.reduce()
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ValueError if `state` cannot be loaded; nothing is changed."""
@@ -378,14 +391,3 @@ class SparseMomentum:
         self.generator.set_state(state["generator"])
         self._stepped, self._skipped = False, 0
         self._arm()
-
-
-def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The closure in a call of Optimizer.step (args[0] is the optimizer)."""
-    return kwargs.get("closure", args[1] if len(args) > 1 else None)
-
-
-def _found_overflow(optimizer: Any) -> bool:
-    """True if a GradScaler tells a fused optimizer to skip this step."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(float(found))
