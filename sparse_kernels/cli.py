@@ -16,7 +16,14 @@ from ._cli_bench import bench
 from ._cli_bench_figures import figure, index_command
 from ._cli_bench_nets import inference_command, networks_command
 from ._cli_errors import one_line_errors
-from .workbench.config import DENSE_BASELINES, INITS, REDISTRIBUTIONS, SIGNALS
+from .workbench.config import (
+    DENSE_BASELINES,
+    DISTRIBUTIONS,
+    INITS,
+    PRUNE_SCHEDULES,
+    REDISTRIBUTIONS,
+    SIGNALS,
+)
 from .workbench.models import NETS
 
 # `--preset demo`: what `make demo` trains. Wide enough for the gain to be real, few enough epochs
@@ -60,6 +67,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option(
     "--preset", type=click.Choice(["demo"]), help="Settings of `make demo`; other options override."
 )
+@click.option("--method", default=None, help="Settings of a method: sparse-momentum, snfs, set, "
+              "rigl, static, dsr, gmp (docs/training.md); other options override.")  # fmt: skip
 @click.option("--net", default="lenet-300-100", show_default=True,
               help=", ".join(NETS) + ".")  # fmt: skip
 @click.option(
@@ -80,7 +89,7 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     help="Block of the pattern, rows x columns; auto: the largest that suits each layer.",
 )  # fmt: skip
 @click.option(
-    "--distribution", type=click.Choice(["uniform", "erk"]), default="uniform", show_default=True
+    "--distribution", type=click.Choice(DISTRIBUTIONS), default="uniform", show_default=True
 )
 @click.option("--init", type=click.Choice(INITS), default="dense", show_default=True,
               help="First weights: the dense net's, or scaled to the fewer inputs.")  # fmt: skip
@@ -103,7 +112,7 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     "--prune-rate", type=float, default=0.5, show_default=True, help="Of the first mask update."
 )
 @click.option(
-    "--prune-schedule", type=click.Choice(["cosine", "linear"]), default="cosine", show_default=True
+    "--prune-schedule", type=click.Choice(PRUNE_SCHEDULES), default="cosine", show_default=True
 )
 @click.option(
     "--redistribution", type=click.Choice(REDISTRIBUTIONS), default="momentum", show_default=True,
@@ -121,6 +130,19 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     default=None,
     help="Steps between mask updates.  [default: an epoch]",
 )
+@click.option("--prune", default="magnitude", show_default=True,
+              help="What goes: magnitude, set, global_magnitude, fan_in, groups:M.")  # fmt: skip
+@click.option("--growth", default="momentum", show_default=True,
+              help="What comes: momentum, gradient, random, neuron, fan_in, groups:M.")  # fmt: skip
+@click.option("--final-prune-rate", type=float, default=0.005, show_default=True)
+@click.option("--update-until", type=float, default=1.0, show_default=True,
+              help="Share of the training after which masks stay.")  # fmt: skip
+@click.option("--start-density", type=float, default=None,
+              help="Gradual pruning, from this density to --density.")  # fmt: skip
+@click.option("--cost-weight", type=float, default=0.0, show_default=True,
+              help="Power of a weight's FLOPs that importance is divided by.")  # fmt: skip
+@click.option("--flops-budget", default=None,
+              help="Share of the dense FLOPs never to exceed, or start.")  # fmt: skip
 @click.option(
     "--holdout", type=float, default=0.1, show_default=True, help="Share held out for validation."
 )
@@ -189,7 +211,7 @@ def _run_folder(folder: Path, *, overwrite: bool) -> Path:
 
 def _configure(context: click.Context, preset: str | None, options: dict[str, Any]) -> Any:
     """TrainConfig from its defaults, the net's, the preset's, the options; the later wins."""
-    from .workbench.config import TrainConfig
+    from .workbench.config import TrainConfig, method_settings
     from .workbench.models import spec
 
     given = {
@@ -199,7 +221,8 @@ def _configure(context: click.Context, preset: str | None, options: dict[str, An
     }
     chosen = {**(DEMO if preset == "demo" else {}), **given}
     entry = spec(chosen.get("net", TrainConfig.net))
-    return TrainConfig(**{"data": entry.default_data, **entry.defaults, **chosen})
+    named = method_settings(given["method"]) if "method" in given else {}
+    return TrainConfig(**{"data": entry.default_data, **entry.defaults, **named, **chosen})
 
 
 @main.command()

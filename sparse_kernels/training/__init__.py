@@ -9,6 +9,8 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import SparseMomentumConfig
+from .costs import flops_per_weight, time_per_weight
+from .methods import METHODS, Method, method
 from .rewrite import rewrite
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 from .schedule import UpdateSchedule, window_length
@@ -17,22 +19,27 @@ from .tuning import tune
 from .update import UpdateRecord
 
 __all__ = [
+    "METHODS",
     "Candidates",
     "Checkpoint",
     "CheckpointError",
     "GrowthRule",
     "LayerState",
+    "Method",
     "PruneRule",
     "RedistributionRule",
     "SparseMomentum",
     "SparseMomentumConfig",
     "UpdateRecord",
     "UpdateSchedule",
+    "flops_per_weight",
     "latest_checkpoint",
     "load_checkpoint",
+    "method",
     "reserve",
     "rewrite",
     "save_checkpoint",
+    "time_per_weight",
     "tune",
     "window_length",
 ]

@@ -37,6 +37,7 @@ class LayerState:
     momentum: Tensor  # [n, bh, bw], the optimizer's M at the stored blocks
     counts: Tensor  # int64 [n], matrix elements inside each block
     blocks: int  # blocks of the full matrix, stored or not
+    block_cols: int = 0  # blocks of one block row; 0: not told
 
     @property
     def nnz(self) -> int:
@@ -62,6 +63,7 @@ class Candidates:
     blocks: int  # blocks of the full matrix
     scores: Tensor | None  # [blocks]; >= 0 where free, -1 where kept; None without a dense signal
     generator: torch.Generator | None
+    block_cols: int = 0  # blocks of one block row; 0: not told
 
 
 PruneRule = Callable[[Sequence[LayerState], Sequence[int]], Sequence[Tensor]]
@@ -285,6 +287,7 @@ PRUNE_RULES: dict[str, PruneRule] = {
     "set": prune_set,
     "global_magnitude": prune_global_magnitude,
 }
+"""Names; config.py adds those of structured.py: "fan_in", "groups:M", and growth "neuron"."""
 GROWTH_RULES: dict[str, GrowthRule] = {
     "momentum": grow_largest,
     "gradient": grow_largest,

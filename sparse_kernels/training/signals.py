@@ -202,6 +202,7 @@ class LayerSignal:
             momentum=self._active_momentum(pattern, keys, values),
             counts=grid.counts(keys),
             blocks=grid.blocks,
+            block_cols=grid.block_cols,
         )
 
     def _active_momentum(self, pattern: Any, keys: Tensor, values: Tensor) -> Tensor:

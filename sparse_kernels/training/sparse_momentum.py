@@ -17,7 +17,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -32,11 +32,12 @@ from .config import SparseMomentumConfig
 from .driver_state import check_state, described, records, warn_of_changes
 from .gradient_scale import gather
 from .layers import make_signals
-from .optimizers import check_optimizer
+from .limits import Limits
+from .optimizers import check_optimizer, closure_of, found_overflow
 from .ownership import check_free, claim, weak_hook
 from .rewrite import COMPRESSED, DENSE_MASKED, rewrite, rewrite_queued
 from .rules import GrowthRule, PruneRule, RedistributionRule
-from .schedule import Decay, UpdateSchedule
+from .schedule import Decay
 from .signals import LayerSignal
 from .update import LayerChange, UpdateRecord, plan_update
 
@@ -60,10 +61,10 @@ class SparseMomentum:
     Arguments after the optimizer are keyword-only; the defaults are the paper's.
         total_steps, update_every: in optimizer steps; batches per epoch gives one update per epoch.
         prune_rate, final_prune_rate, decay: rate at step 0 and at total_steps; "cosine", "linear"
-            (to 0; final_prune_rate is not used) or a callable (initial, final, progress) -> rate.
-        prune: "magnitude", "set", "global_magnitude" or a rules.PruneRule.
-        growth: "momentum" (largest signal), "gradient" (RigL), "random" (SET) or a
-            rules.GrowthRule.
+            (to 0), "constant" or a callable (initial, final, progress) -> rate.
+        prune: "magnitude", "set", "global_magnitude", "fan_in", "groups:M" or a rules.PruneRule.
+        growth: "momentum" (largest signal), "gradient" (RigL), "random" (SET), "neuron",
+            "fan_in", "groups:M" (structured.py) or a rules.GrowthRule.
         redistribution: "momentum", "magnitude", "nonzero", "none" or a rules.RedistributionRule.
         signal: "exact" (momentum from every step), "window" (from the last steps before an
             update), "gradient" (the last gradient alone) or "random" (none: grows at random); see
@@ -74,6 +75,11 @@ class SparseMomentum:
         dense_above: layers denser than this are stored dense with a mask, and compressed again
             below 0.8 of it; 1 keeps every layer compressed, None goes by each layer's own
             `dense_above`, which `tune` measures (0.5 before).
+        update_until: share of total_steps after which masks stay (RigL: 0.75); rates decay to it.
+        final_density: gradual pruning: by a cubic, every layer shrinks to it until the last update.
+        cost: by layer, what a weight costs (training.flops_per_weight); cost_weight: the power of
+            it that importance is divided by; cost_budget: share of the dense layers' cost that is
+            never exceeded, "start": that of the first pattern. Without redistribution unused.
         generator: for random growth; None makes one on the CPU with seed 0.
         grad_scale: factor from the loss gradient to the gradient that the optimizer uses; None
             finds loss scaling and clipping by norm from values.grad.
@@ -117,6 +123,11 @@ class SparseMomentum:
         signal: str = "exact",
         window_tolerance: float = 0.1,
         dense_above: float | None = None,
+        update_until: float = 1.0,
+        final_density: float | None = None,
+        cost: Mapping[str, float] | None = None,
+        cost_weight: float = 0.0,
+        cost_budget: float | str | None = None,
         generator: torch.Generator | None = None,
         grad_scale: float | None = None,
         on_update: Callable[[UpdateRecord], None] | None = None,
@@ -133,19 +144,23 @@ class SparseMomentum:
             signal=signal,
             window_tolerance=window_tolerance,
             dense_above=dense_above,
+            update_until=update_until,
+            final_density=final_density,
+            cost_weight=cost_weight,
+            cost_budget=cost_budget,
         )
         check_optimizer(optimizer)
         self.optimizer = optimizer
-        self.schedule = UpdateSchedule(total_steps, update_every)
+        self.schedule = self.config.schedule()
         self.generator = generator or torch.Generator().manual_seed(0)
         self.grad_scale = grad_scale
         self.on_update = on_update
         self.steps = 0
         self.updates = 0
         self.history: list[UpdateRecord] = []
-        self._rules = self.config.rule_set()
         kind, tolerance = self.config.effective_signal, window_tolerance
         self._signals, self._fixed = make_signals(model, optimizer, kind, tolerance)
+        self._limits = Limits(self.config, self._signals, cost)
         check_free(self._signals)
         self._stepped = False
         self._skipped = 0
@@ -227,15 +242,15 @@ class SparseMomentum:
         """Gradients as the optimizer sees them; it may change them in its step (foreach Nesterov
         does).
         """
-        if _found_overflow(optimizer):
+        if found_overflow(optimizer):
             return
         self._stepped = True
-        if _closure_of(args, kwargs) is None:
+        if closure_of(args, kwargs) is None:
             self._observe(self.grad_scale)
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """With a closure the gradients come into being inside the optimizer's step."""
-        if _closure_of(args, kwargs) is not None:
+        if closure_of(args, kwargs) is not None:
             self._observe(1.0 if self.grad_scale is None else self.grad_scale)
 
     def _observe(self, scale: float | None) -> None:
@@ -292,7 +307,8 @@ class SparseMomentum:
             for signal, state in zip(signals, states, strict=True)
         ]
         rate = self.prune_rate
-        changes = plan_update(states, scores, self._rules, rate, self.generator, self.steps)
+        rules = self._limits.at(self.steps, self.history)
+        changes = plan_update(states, scores, rules, rate, self.generator, self.steps)
         nnz_before = {s.name: s.nnz for s in states}
         del states, scores  # views of the old values
         moved: dict[str, str] = {}
@@ -376,14 +392,3 @@ class SparseMomentum:
         self.generator.set_state(state["generator"])
         self._stepped, self._skipped = False, 0
         self._arm()
-
-
-def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The closure in a call of Optimizer.step (args[0] is the optimizer)."""
-    return kwargs.get("closure", args[1] if len(args) > 1 else None)
-
-
-def _found_overflow(optimizer: Any) -> bool:
-    """True if a GradScaler tells a fused optimizer to skip this step."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(float(found))
