@@ -1,4 +1,4 @@
-"""Constant fan-in, N:M and growth by neuron against brute force, and whole trainings that hold it."""
+"""Constant fan-in, N:M and growth by neuron against brute force; trainings that hold them."""
 
 from __future__ import annotations
 

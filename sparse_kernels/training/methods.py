@@ -39,7 +39,10 @@ METHODS: dict[str, Method] = {
     "momentum-neuron": Method(
         "mode 'momentum_neuron' of the official code of sparse momentum", {"growth": "neuron"}
     ),
-    "static": Method("a random mask that stays", {**_ALONE, "growth": "random", "prune_rate": 0.0}),
+    "static": Method(
+        "a random mask that stays",
+        {**_ALONE, "growth": "random", "prune_rate": 0.0, "final_prune_rate": 0.0},
+    ),
     "set": Method(
         "Mocanu et al. 2018, arXiv 1707.04780",
         {**_ALONE, "prune": "set", "growth": "random", "prune_rate": 0.3, "decay": "constant"},
@@ -70,7 +73,13 @@ METHODS: dict[str, Method] = {
     ),
     "gmp": Method(
         "Zhu & Gupta 2017, arXiv 1710.01878",
-        {**_ALONE, "growth": "random", "prune_rate": 0.0, "update_until": 0.75},
+        {
+            **_ALONE,
+            "growth": "random",
+            "prune_rate": 0.0,
+            "final_prune_rate": 0.0,
+            "update_until": 0.75,
+        },
         update_every=100,
         start_density=1.0,
     ),
