@@ -1,4 +1,4 @@
-"""The command line: ``sparse-kernels train | bench | report | info``.
+"""The command line: ``sparse-kernels train | sweep | bench | report | info``.
 
 A user's mistake is one line and exit code 1 (2 for a wrong option), never a traceback.
 """
@@ -16,6 +16,7 @@ from ._cli_bench import bench
 from ._cli_bench_figures import figure, index_command
 from ._cli_bench_nets import inference_command, networks_command
 from ._cli_errors import one_line_errors
+from ._cli_sweep import show, sweep_command
 from .workbench.config import (
     DENSE_BASELINES,
     DISTRIBUTIONS,
@@ -229,8 +230,13 @@ def _configure(context: click.Context, preset: str | None, options: dict[str, An
 @click.argument("run", type=click.Path(file_okay=False))
 @one_line_errors
 def report(run: str) -> None:
-    """Render table and figure of runs/<name> again from its results.json."""
+    """Render table and figure of runs/<name>, or of a sweep's directory, again from its results."""
     from .workbench import report as reports
+    from .workbench import sweep, sweep_report
+
+    if (Path(run) / sweep.LINES).is_file():
+        show(*sweep_report.write(Path(run)))
+        return
 
     results, written = reports.render_again(Path(run))
     click.echo(reports.table(results))
@@ -249,6 +255,7 @@ def info() -> None:
 for command in (networks_command, inference_command, figure, index_command):
     bench.add_command(command)
 main.add_command(bench)
+main.add_command(sweep_command)
 
 
 if __name__ == "__main__":
