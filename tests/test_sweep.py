@@ -15,7 +15,8 @@ from sparse_kernels.workbench import sweep, sweep_report
 from sparse_kernels.workbench.errors import WorkbenchError
 
 FAST = ("--data", "mnist-sample", "--max-steps", "2", "--batch-size", "500")
-MACHINE = {"cpu": "x", "isa": "y", "threads": 1, "torch": "2", "gpu": None, "commit": "c"}
+MACHINE = {"cpu": "x", "isa": "y", "threads": 1, "torch": "2", "date": "2026-11-21",
+           "sparse_kernels": "0", "commit": "c"}  # fmt: skip
 
 
 def row(method: str, seed: int, accuracy: float, density: float = 0.05) -> dict:

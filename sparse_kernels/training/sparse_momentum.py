@@ -168,9 +168,12 @@ class SparseMomentum:
         self._warned = False
         self._needs_momentum = self.config.effective_signal in ("exact", "window")
         self._groups = sorted({s.view.group_index for s in self._signals})
+        self._attach()
+
+    def _attach(self) -> None:
         hooks = (
-            optimizer.register_step_pre_hook(weak_hook(self._before_optimizer)),
-            optimizer.register_step_post_hook(weak_hook(self._after_optimizer)),
+            self.optimizer.register_step_pre_hook(weak_hook(self._before_optimizer)),
+            self.optimizer.register_step_post_hook(weak_hook(self._after_optimizer)),
         )
         self._release = claim(self, self._signals, hooks)
         self._log_frozen()
