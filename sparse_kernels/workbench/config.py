@@ -124,12 +124,12 @@ class TrainConfig:
         _expect(self.keep >= 1, "--keep", "at least 1 checkpoint", self.keep)
         _expect(0 < self.window_tolerance < 1, "--window-tolerance", "more than 0, less than 1",
                 self.window_tolerance)  # fmt: skip
-        self._check_masks()
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if not (value is None and name in ("compare", "method")):
                 option = "--" + name.replace("_", "-")
                 _expect(value in choices, option, f"one of {', '.join(choices)}", value)
+        self._check_masks()
         name = self.run_name()
         _expect(re.fullmatch(r"[\w.,+=-]+", name) is not None and name not in (".", ".."), "--name",
                 "letters, digits and . , + = - _", name)  # fmt: skip
