@@ -133,10 +133,10 @@ def test_where_no_backend_takes_sixteen_bit_the_product_is_float32(monkeypatch, 
     rounded = layer(x.bfloat16().float())
     serves = cpu.supports
 
-    def float32_only(op, tensor, values):
+    def float32_only(op, tensor, *others):
         if tensor.dtype in HALF:
             return f"computes float32 only, got {tensor.dtype}"
-        return serves(op, tensor, values)
+        return serves(op, tensor, *others)
 
     monkeypatch.setattr(cpu, "supports", float32_only)
     monkeypatch.setattr(plan, "_cache", {})

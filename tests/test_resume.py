@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from sparse_kernels import cli
 from sparse_kernels.nn import SparseLayer
 from sparse_kernels.training import checkpoint_files, finite, save_checkpoint
 from sparse_kernels.workbench import contenders
+from sparse_kernels.workbench.stopping import StopSignals
 
 WORDS = (
     "train --data mnist-sample --density 0.1 --batch-size 200 --epochs 2 --holdout 0.8 "
@@ -66,6 +68,16 @@ def at_call(monkeypatch: pytest.MonkeyPatch, name: str, when: int, action: Any) 
     monkeypatch.setattr(contenders.Contender, name, counted)
 
 
+@contextlib.contextmanager
+def handler_of(signum: int, handler: Any) -> Iterator[None]:
+    """`handler` for a while: a test run in the background may have been told to ignore Ctrl-C."""
+    before = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
+
+
 @pytest.mark.parametrize(
     ("signum", "code", "method", "when", "step"),
     [
@@ -77,12 +89,12 @@ def at_call(monkeypatch: pytest.MonkeyPatch, name: str, when: int, action: Any) 
 def test_a_signal_stops_within_a_step_and_says_how_to_go_on(
     signum, code, method, when, step, whole, tmp_path, monkeypatch
 ) -> None:
-    with monkeypatch.context() as patch:
+    with handler_of(signal.SIGINT, signal.default_int_handler), monkeypatch.context() as patch:
         at_call(patch, method, when, lambda self: os.kill(os.getpid(), signum))
         stopped = invoke(tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert stopped.exit_code == code, stopped.output
     assert f"stopped at step {step}" in stopped.stderr and "Traceback" not in stopped.output
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (tmp_path / "r" / "results.json").exists()
     words = shlex.split(stopped.stderr.splitlines()[-1].split("goes on from it: ")[1])
     resumed = CliRunner().invoke(cli.main, words[1:])
@@ -90,6 +102,13 @@ def test_a_signal_stops_within_a_step_and_says_how_to_go_on(
     assert f"(step {step})" in resumed.stdout and same(tmp_path / "r", whole)
     assert len((tmp_path / "r" / "log-sparse-seed0.csv").read_text().splitlines()) == 3
     assert (tmp_path / "r" / "results.json").is_file()
+
+
+def test_a_signal_that_the_shell_ignores_stays_ignored() -> None:
+    with handler_of(signal.SIGINT, signal.SIG_IGN), StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def crash_at(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:

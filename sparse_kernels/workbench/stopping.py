@@ -21,7 +21,8 @@ class StopSignals:
     """Context manager: ``signum`` is the signal that came, or None.
 
     A second Ctrl-C acts as Ctrl-C always does. Outside of the main thread, where Python installs no
-    handlers, nothing is watched.
+    handlers, nothing is watched; nor is a signal that the parent process had ignored, as shells do
+    with Ctrl-C for jobs in the background.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for signum in _SIGNALS:
-                self._before[signum] = signal.signal(signum, self._note)
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    self._before[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(
