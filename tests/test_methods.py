@@ -13,7 +13,7 @@ from torch import nn
 from sparse_kernels import SparseMomentum, sparsify
 from sparse_kernels.nn.distribution import LayerSize, erk_densities
 from sparse_kernels.training import METHODS, SparseMomentumConfig, method
-from sparse_kernels.training.sparse_momentum import STORAGE_HYSTERESIS
+from sparse_kernels.training.apply_change import STORAGE_HYSTERESIS
 
 STEPS, EVERY = 40, 4
 

@@ -14,7 +14,6 @@ official code.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,29 +21,24 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparse_kernels.nn.base import SparseLayer
-
-from . import device
-from .blocks import BlockGrid
+from . import device, limits
+from .apply_change import apply_change
 from .config import SparseMomentumConfig
 from .driver_state import check_state, described, records, warn_of_changes
 from .gradient_scale import gather
 from .layers import make_signals
-from .limits import Limits
 from .optimizers import check_optimizer, closure_of, found_overflow
 from .ownership import check_free, claim, weak_hook
-from .rewrite import COMPRESSED, DENSE_MASKED, rewrite, rewrite_queued
 from .rules import GrowthRule, PruneRule, RedistributionRule
 from .schedule import Decay
 from .signals import LayerSignal
-from .update import LayerChange, UpdateRecord, plan_update
+from .update import UpdateRecord, plan_update
+from .windows import Windows
 
 logger = logging.getLogger(__name__)
 
-STORAGE_HYSTERESIS = 0.8
-"""A dense-masked layer is compressed again below this share of dense_above."""
 MAX_SKIPPED = 100
 """So many step() calls in a row without an optimizer step are a mistake, not a loss scaler that
 searches.
@@ -158,22 +152,22 @@ class SparseMomentum:
         self.steps = 0
         self.updates = 0
         self.history: list[UpdateRecord] = []
+        self._rules = self.config.rule_set()
         kind, tolerance = self.config.effective_signal, window_tolerance
         self._signals, self._fixed = make_signals(model, optimizer, kind, tolerance)
-        self._limits = Limits(self.config, self._signals, cost)
         check_free(self._signals)
         self._stepped = False
         self._skipped = 0
         self._logged: tuple[str, ...] = ()
         self._warned = False
-        self._needs_momentum = self.config.effective_signal in ("exact", "window")
-        self._groups = sorted({s.view.group_index for s in self._signals})
-        self._attach()
+        self._windows = Windows(self._signals, self.schedule)
+        self._limits = limits.Limits(self.config, self._signals, cost)
+        self._attach(optimizer)
 
-    def _attach(self) -> None:
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
         hooks = (
-            self.optimizer.register_step_pre_hook(weak_hook(self._before_optimizer)),
-            self.optimizer.register_step_post_hook(weak_hook(self._after_optimizer)),
+            optimizer.register_step_pre_hook(weak_hook(self._before_optimizer)),
+            optimizer.register_step_post_hook(weak_hook(self._after_optimizer)),
         )
         self._release = claim(self, self._signals, hooks)
         self._log_frozen()
@@ -220,7 +214,7 @@ class SparseMomentum:
         self._skipped = 0
         self.steps += 1
         record = self._update() if self.schedule.is_update(self.steps) else None
-        if record is not None or self.steps + 1 >= self._arm_at or self._momenta() != self._armed:
+        if record is not None or self._windows.due(self.steps + 1):
             self._arm()
         if record is not None and self.on_update is not None:
             self.on_update(record)
@@ -262,23 +256,8 @@ class SparseMomentum:
         gather(self._signals, scale, 1.0 if fused is None else 1.0 / float(fused))
 
     def _arm(self) -> None:
-        """Make or remove probes for the next step, and find the step when that changes again.
-
-        Closing of a window needs no step of its own: it closes at an update, which arms anew.
-        """
-        step = self.steps + 1
-        for signal in self._signals:
-            signal.arm(self.schedule, step)
-        openings = [self.schedule.next_opening(step, s.length()) for s in self._signals]
-        self._arm_at = min((o for o in openings if o is not None), default=sys.maxsize)
-        self._armed = self._momenta()
-
-    def _momenta(self) -> list[Any]:
-        """What window lengths depend on (schedulers such as OneCycleLR change it every step)."""
-        if not self._needs_momentum:
-            return []
-        groups = self.optimizer.param_groups
-        return [(groups[i].get("momentum"), groups[i].get("betas")) for i in self._groups]
+        """Probes for the next step."""
+        self._windows.arm(self.steps + 1)
 
     def _log_frozen(self) -> None:
         if self.frozen and self.frozen != self._logged:
@@ -301,6 +280,7 @@ class SparseMomentum:
 
     def _update(self) -> UpdateRecord:
         start = time.perf_counter()
+        self._rules = self._limits.at(self.steps, self.history)
         self._log_frozen()
         signals = [s for s in self._signals if not s.frozen]
         self._warn_starved(signals)
@@ -310,15 +290,18 @@ class SparseMomentum:
             for signal, state in zip(signals, states, strict=True)
         ]
         rate = self.prune_rate
-        rules = self._limits.at(self.steps, self.history)
-        changes = plan_update(states, scores, rules, rate, self.generator, self.steps)
+        changes = plan_update(states, scores, self._rules, rate, self.generator, self.steps)
         nnz_before = {s.name: s.nnz for s in states}
         del states, scores  # views of the old values
         moved: dict[str, str] = {}
         reallocated = []
         for signal, change in zip(signals, changes, strict=True):
-            if self._apply(signal, change, moved):
+            stored = signal.layer.storage
+            if apply_change(signal, change, self.optimizer, self.config.dense_above):
                 reallocated.append(signal.name)
+            if signal.layer.storage != stored:
+                moved[signal.name] = signal.layer.storage
+            signal.finish_update(self.schedule, self.steps)
         device.count_elements(s.layer.pattern for s in signals)
         self.updates += 1
         record = UpdateRecord(
@@ -334,31 +317,6 @@ class SparseMomentum:
         )
         self.history.append(record)
         return record
-
-    def _apply(self, signal: LayerSignal, change: LayerChange, moved: dict[str, str]) -> bool:
-        layer = signal.layer
-        storage = self._storage_for(layer, change.keys)
-        if storage != layer.storage:
-            moved[signal.name] = storage
-        if change.added is None:
-            there = signal.grown_state(change.keys)
-            reallocated = rewrite_queued(layer, self.optimizer, change.keys, there, storage)
-        else:
-            grown = signal.grown_state(change.added)
-            reallocated = rewrite(layer, self.optimizer, change.keys, grown, storage)
-        signal.finish_update(self.schedule, self.steps)
-        return reallocated
-
-    def _storage_for(self, layer: SparseLayer, keys: Tensor) -> str:
-        # Of the blocks: their number is known without a look at the device.
-        density = keys.numel() / BlockGrid.of(layer).blocks
-        above = self.config.dense_above
-        above = layer.dense_above if above is None else above
-        if density > above:
-            return DENSE_MASKED
-        if density < STORAGE_HYSTERESIS * above:
-            return COMPRESSED
-        return layer.storage
 
     # ---- checkpoint ----------------------------------------------------------------------------
 
