@@ -121,7 +121,9 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 )  # fmt: skip
 @click.option("--signal", type=click.Choice(SIGNALS), default="window", show_default=True,
               help="What grows: exact: dense momentum of all steps, as the paper; window: of the "
-              "last; gradient: RigL; random: SET.")  # fmt: skip
+              "last; sampled: at a sample of the places; gradient: RigL; random: SET.")  # fmt: skip
+@click.option("--sample-share", type=float, default=0.1, show_default=True,
+              help="Share of the free places that sampled draws.")  # fmt: skip
 @click.option("--window-tolerance", type=float, default=0.1, show_default=True,
               help="Share of the momentum that the window may miss: 0.1 takes the last 22 steps "
               "before an update at momentum 0.9, 0.35 the last 10.")  # fmt: skip

@@ -39,6 +39,7 @@ class SparseMomentumConfig:
     redistribution: str | RedistributionRule = "momentum"
     signal: str = "exact"
     window_tolerance: float = 0.1
+    sample_share: float = 0.1
     dense_above: float | None = None
     update_until: float = 1.0
     final_density: float | None = None
@@ -56,11 +57,18 @@ class SparseMomentumConfig:
         self._check_costs()
         if not 0.0 < self.window_tolerance < 1.0:
             raise ValueError(f"window_tolerance must be in (0, 1), got {self.window_tolerance!r}")
+        if not 0.0 < self.sample_share <= 1.0:
+            raise ValueError(f"sample_share must be in (0, 1], got {self.sample_share!r}")
         tables = (("decay", DECAYS), ("prune", PRUNE_RULES), ("growth", _GROWTH))
         for name, table in (*tables, ("redistribution", REDISTRIBUTION_RULES)):
             _look_up(name, getattr(self, name), table)
         if self.signal not in SIGNALS:
             raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, got {self.signal!r}")
+        if self.signal == "sampled" and (self.growth == "neuron" or is_structured(self.growth)):
+            raise ValueError(
+                f"growth={self.growth!r} compares whole rows, of which signal='sampled' knows a "
+                "sample; choose 'exact', 'window' or 'gradient'"
+            )
 
     def _check_costs(self) -> None:
         if not 0.0 <= self.cost_weight < float("inf"):
@@ -89,7 +97,7 @@ class SparseMomentumConfig:
 
     @property
     def effective_signal(self) -> str:
-        """The kind of signal in use, one of the four SIGNALS.
+        """The kind of signal in use, one of SIGNALS.
 
         The growth rules "random" and "gradient" bring their own signal of that name, whatever
         `signal` says; every other growth rule is given `signal`.

@@ -32,6 +32,7 @@ from .layers import make_signals
 from .optimizers import check_optimizer, closure_of, found_overflow
 from .ownership import check_free, claim, weak_hook
 from .rules import GrowthRule, PruneRule, RedistributionRule
+from .sampled import Sampling
 from .schedule import Decay
 from .signals import LayerSignal
 from .update import UpdateRecord, plan_update
@@ -61,11 +62,13 @@ class SparseMomentum:
             "fan_in", "groups:M" (structured.py) or a rules.GrowthRule.
         redistribution: "momentum", "magnitude", "nonzero", "none" or a rules.RedistributionRule.
         signal: "exact" (momentum from every step), "window" (from the last steps before an
-            update), "gradient" (the last gradient alone) or "random" (none: grows at random); see
+            update), "sampled" (as "window", of a random sample of the places: no dense tensor),
+            "gradient" (the last gradient alone) or "random" (none: grows at random); see
             training/signals.py. Growth "gradient" and "random" bring their own. An optimizer
             without momentum (SGD with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so
             that "exact" and "window" are "gradient".
-        window_tolerance: share of the momentum that "window" may miss; sets its length.
+        window_tolerance: share of the momentum that a window may miss; sets its length.
+        sample_share: share of each layer's free places that "sampled" draws for an update.
         dense_above: layers denser than this are stored dense with a mask, and compressed again
             below 0.8 of it; 1 keeps every layer compressed, None goes by each layer's own
             `dense_above`, which `tune` measures (0.5 before).
@@ -116,6 +119,7 @@ class SparseMomentum:
         redistribution: str | RedistributionRule = "momentum",
         signal: str = "exact",
         window_tolerance: float = 0.1,
+        sample_share: float = 0.1,
         dense_above: float | None = None,
         update_until: float = 1.0,
         final_density: float | None = None,
@@ -137,6 +141,7 @@ class SparseMomentum:
             redistribution=redistribution,
             signal=signal,
             window_tolerance=window_tolerance,
+            sample_share=sample_share,
             dense_above=dense_above,
             update_until=update_until,
             final_density=final_density,
@@ -160,7 +165,9 @@ class SparseMomentum:
         self._skipped = 0
         self._logged: tuple[str, ...] = ()
         self._warned = False
-        self._windows = Windows(self._signals, self.schedule)
+        self._windows = Windows(
+            self._signals, self.schedule, Sampling(sample_share, self.generator)
+        )
         self._limits = limits.Limits(self.config, self._signals, cost)
         self._attach(optimizer)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from . import device, rules
 from .budget import Costs, redistribute_within, total_cost
 from .rewrite import added_mask
-from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
+from .rules import GrowthRule, LayerState, PruneRule, RedistributionRule
+from .scores import Scores, candidates, numbers
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def not_finite(what: str, layer: str, step: int) -> str:
 
 def plan_update(
     states: Sequence[LayerState],
-    scores: Sequence[Callable[[], Tensor | None]],
+    scores: Sequence[Callable[[], Scores]],
     rule_set: RuleSet,
     prune_rate: float,
     generator: torch.Generator | None,
@@ -95,7 +96,8 @@ def plan_update(
     """Plan the change of every layer.
 
     scores: per layer a function that gives the signal's mean magnitude of every block, [blocks] >=
-    0 (or None): called one layer at a time, so that only one such vector lives at once.
+    0 (or None, or those of a sample): called one layer at a time, so that only one such vector
+    lives at once.
     Raises FloatingPointError for non-finite momentum, weight or signal, ValueError if a rule
     returns something that is not what its signature says.
     """
@@ -192,19 +194,18 @@ def _grow(
     state: LayerState,
     pruned: Tensor,
     count: int,
-    scores_of: Callable[[], Tensor | None],
+    scores_of: Callable[[], Scores],
     growth: GrowthRule,
     generator: torch.Generator | None,
     step: int,
 ) -> LayerChange:
     kept = state.keys[~pruned]
-    scores = scores_of()
-    if scores is not None:
-        # Scores are >= 0, and a maximum hands NaN on: one pass, no sum that could overflow.
-        if scores.numel() and not math.isfinite(float(scores.max())):
-            raise FloatingPointError(not_finite("growth signal", state.name, step))
-        scores[kept] = -1.0
-    places = Candidates(state.name, kept, state.blocks, scores, generator, state.block_cols)
+    found = scores_of()
+    scores = numbers(found)
+    # Scores are >= 0, and a maximum hands NaN on: one pass, no sum that could overflow.
+    if scores is not None and scores.numel() and not math.isfinite(float(scores.max())):
+        raise FloatingPointError(not_finite("growth signal", state.name, step))
+    places = candidates(state, kept, found, growth, generator)
     grown = growth(places, count)
     keys = torch.cat([kept, grown.to(kept.device)]).sort().values
     check_growth(state, grown, count, keys)

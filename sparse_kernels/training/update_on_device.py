@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from . import device, rules
-from .rules import Candidates, GrowthRule, LayerState
+from .rules import GrowthRule, LayerState
+from .scores import Scores, candidates
+from .scores import numbers as numbers_of
 from .update import (
     LayerChange,
     RuleSet,
@@ -31,7 +33,7 @@ _TRUSTED_GROWTH = (rules.grow_largest, rules.grow_random)
 
 def plan_update(
     states: Sequence[LayerState],
-    scores: Sequence[Callable[[], Tensor | None]],
+    scores: Sequence[Callable[[], Scores]],
     rule_set: RuleSet,
     prune_rate: float,
     generator: torch.Generator | None,
@@ -47,7 +49,9 @@ def plan_update(
     classes = classes_of(states)
     importance = rule_set.redistribution or rules.importance_momentum
     raw = [importance([states[i] for i in members]) for members in classes]
-    checks = [_check_numbers(state, found) for state, found in zip(states, held, strict=True)]
+    checks = [
+        _check_numbers(state, numbers_of(found)) for state, found in zip(states, held, strict=True)
+    ]
     numbers = device.read_numbers([*checks, *raw])
     _check_finite(states, numbers[: len(states)], step)
     pruned: dict[int, Tensor] = {}
@@ -104,14 +108,12 @@ def _grow(
     pruned: Tensor,
     removed: int,
     count: int,
-    scores: Tensor | None,
+    scores: Scores,
     growth: GrowthRule,
     generator: torch.Generator | None,
 ) -> LayerChange:
     kept = state.keys[device.positions(~pruned, state.nnz - removed)]
-    if scores is not None:
-        scores.index_fill_(0, kept, -1.0)
-    places = Candidates(state.name, kept, state.blocks, scores, generator, state.block_cols)
+    places = candidates(state, kept, scores, growth, generator)
     grown = growth(places, count)
     keys = torch.cat([kept, grown.to(kept.device)]).sort().values
     if growth not in _TRUSTED_GROWTH:

@@ -6,17 +6,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .sampled import Sampling
 from .schedule import UpdateSchedule
 from .signals import LayerSignal
 
-_GATHERING = ("exact", "window")
+_GATHERING = ("exact", "window", "sampled")
 
 
 class Windows:
     """Opens and closes the windows of `signals`, which one optimizer trains."""
 
-    def __init__(self, signals: Sequence[LayerSignal], schedule: UpdateSchedule) -> None:
-        self._signals, self._schedule = signals, schedule
+    def __init__(
+        self, signals: Sequence[LayerSignal], schedule: UpdateSchedule, sampling: Sampling
+    ) -> None:
+        self._signals, self._schedule, self._sampling = signals, schedule, sampling
         self._groups = sorted({s.view.group_index for s in signals})
         self._gathers = any(s.kind in _GATHERING for s in signals)
         self._arm_at = sys.maxsize
@@ -28,7 +31,7 @@ class Windows:
         Closing of a window needs no step of its own: it closes at an update, which arms anew.
         """
         for signal in self._signals:
-            signal.arm(self._schedule, step)
+            signal.arm(self._schedule, step, self._sampling)
         openings = [self._schedule.next_opening(step, s.length()) for s in self._signals]
         self._arm_at = min((o for o in openings if o is not None), default=sys.maxsize)
         self._armed = self._momenta()

@@ -12,7 +12,7 @@ from .errors import WorkbenchError
 from .models import spec
 
 REDISTRIBUTIONS = ("momentum", "magnitude", "nonzero", "none")
-SIGNALS = ("exact", "window", "gradient", "random")
+SIGNALS = ("exact", "window", "sampled", "gradient", "random")
 PRUNE_SCHEDULES = ("cosine", "linear", "constant")
 DISTRIBUTIONS = ("uniform", "er", "erk")
 INITS = ("dense", "scaled")
@@ -61,6 +61,7 @@ class TrainConfig:
     redistribution: str = "momentum"  # "none" holds the number of weights of each layer
     signal: str = "window"
     window_tolerance: float = 0.1  # share of the momentum that "window" may miss
+    sample_share: float = 0.1  # of the free places, that "sampled" draws
     update_every: int | None = None  # steps between mask updates; None: once per epoch
     method: str | None = None  # whose settings (training/methods.py) those not given were taken
     prune: str = "magnitude"
@@ -158,6 +159,7 @@ class TrainConfig:
             "redistribution": self.redistribution,
             "signal": self.signal,
             "window_tolerance": self.window_tolerance,
+            "sample_share": self.sample_share,
             "update_until": self.update_until,
             "final_density": None if self.start_density is None else self.density,
         }
