@@ -158,6 +158,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option("--max-steps", type=int, default=None, help="Stop after so many steps (smoke tests).")
 @click.option("--out", default="runs", show_default=True, help="Where runs/<name> is made.")
 @click.option("--name", default=None, help="Name of the run.  [default: net-data-density]")
+@click.option("--tensorboard", is_flag=True,
+              help="Log for TensorBoard in runs/<name>/tensorboard, too.")  # fmt: skip
 @click.option("--resume", is_flag=True,
               help="Go on from the newest good checkpoint, with the same options.")  # fmt: skip
 @click.option(
@@ -230,14 +232,16 @@ def _configure(context: click.Context, preset: str | None, options: dict[str, An
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False))
+@click.option("--against", default="sparse-momentum", show_default=True,
+              help="Of a sweep: what its methods and variants are compared with.")  # fmt: skip
 @one_line_errors
-def report(run: str) -> None:
+def report(run: str, against: str) -> None:
     """Render table and figure of runs/<name>, or of a sweep's directory, again from its results."""
     from .workbench import report as reports
     from .workbench import sweep, sweep_report
 
     if (Path(run) / sweep.LINES).is_file():
-        show(*sweep_report.write(Path(run)))
+        show(*sweep_report.write(Path(run), against))
         return
 
     results, written = reports.render_again(Path(run))

@@ -98,3 +98,46 @@ def test_the_page_needs_no_network(tmp_path: Path) -> None:
     assert "&lt;&amp;&gt;" in page and page.count("<tr>") == 3
     assert page.count("data:image/png;base64,") == (0 if missing else 2)
     assert all(path.is_file() for path in written)
+
+
+def test_variants_are_runs_of_their_own() -> None:
+    found = sweep.parse_variants(["prune-rate=0.2,0.5"], ["signal=exact momentum=0.5", ""])
+    assert found == [
+        (("prune-rate", "0.2"),), (("prune-rate", "0.5"),),
+        (("signal", "exact"), ("momentum", "0.5")), (),
+    ]  # fmt: skip
+    made = sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], FAST, found)
+    assert len({task.name for task in made}) == 4
+    words = made[2].words(Path("x"))
+    assert words[words.index("--momentum") + 1] == "0.5" and words.index("--signal") > 0
+    assert sweep.parse_variants([], []) == [()]
+    for text in ("prune-rate", "=3", "prune-rate="):
+        with pytest.raises(WorkbenchError, match="--vary: expected text such as"):
+            sweep.parse_variants([text], [])
+
+
+def test_sensitivity_is_of_options_varied_alone(tmp_path: Path) -> None:
+    rows = []
+    for value, accuracy in (("0.5", 0.98), ("0.2", 0.96)):
+        for seed in (0, 1):
+            made = row("sparse-momentum", seed, accuracy + seed / 100)
+            rows.append({**made, "name": f"{value}-{seed}", "variant": f"prune-rate={value}"})
+    rows.append({**row("sparse-momentum", 0, 0.9), "variant": "signal=exact"})
+    rows.append({**row("sparse-momentum", 0, 0.9), "variant": "signal=window momentum=0.5"})
+    rows.append(row("sparse-momentum", 0, 0.97))
+    (lines,) = sweep_report.sensitivity(rows).values()
+    (points,) = lines.values()
+    assert [p[0] for p in points] == [0.2, 0.5]
+    assert [p[1] for p in points] == pytest.approx([3.5, 1.5])
+    assert [p[2] for p in points] == pytest.approx([0.5, 0.5])
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    against = "sparse-momentum prune-rate=0.5"
+    shown, written, missing = sweep_report.write(tmp_path, against)
+    assert f"error minus {against}" in shown and "+2.00 (n = 2)" not in shown
+    assert missing or tmp_path / "sweep-sensitivity.png" in written
+    head, *lines = sweep_report.table(rows, against)
+    found = {line[2]: dict(zip(head, line, strict=True)) for line in lines}
+    assert found[against][head[-2]] == "" and set(found) == {
+        against, "sparse-momentum prune-rate=0.2", "sparse-momentum signal=exact",
+        "sparse-momentum signal=window momentum=0.5", "sparse-momentum",
+    }  # fmt: skip

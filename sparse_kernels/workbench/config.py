@@ -80,6 +80,7 @@ class TrainConfig:
     checkpoint_dir: str | None = None  # None: the run's own directory
     checkpoint_every: int | None = None  # steps; None: ends of epochs, at most once a minute
     keep: int = 3  # checkpoints
+    tensorboard: bool = False  # a log of its kind beside the CSV
 
     def block_shape(self) -> tuple[int, int] | Literal["auto"]:
         """(bh, bw) from text such as "4x1", or "auto". Raises WorkbenchError."""

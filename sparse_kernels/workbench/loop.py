@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..training import checkpoint_files
-from . import account, machine
+from . import account, board, machine
 from .config import TrainConfig
 from .contenders import Contender, build_dense, build_sparse, choose_dense, forget_compiled
 from .datasets import BatchLoader, Dataset, hold_out, load
@@ -40,6 +40,8 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> dict[str, 
     """
     config.check()
     checkpoint_files.require_safetensors()
+    if config.tensorboard:
+        board.require()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = load(config.data, config.data_dir, download=config.download)
@@ -219,6 +221,8 @@ def _evaluate_epoch(session: Session, run: Run, last: bool) -> None:
     run.epochs.append(record)
     run.in_epoch = False
     _write_csv(run.log, run.epochs)
+    if session.config.tensorboard:
+        board.write(run.log, run.epochs)
 
 
 def _accuracy(session: Session, run: Run, batches: BatchLoader | None) -> float | None:

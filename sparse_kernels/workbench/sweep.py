@@ -1,4 +1,4 @@
-"""Many trainings: nets x methods x densities x seeds, each in a process of one thread of its own.
+"""Many trainings: nets x methods x variants x densities x seeds, each in a process of one thread.
 
 The results file has one JSON line per finished run. A sweep that is started again skips what is
 done, and goes on inside a run that was cut off, from its checkpoint.
@@ -22,23 +22,30 @@ from .errors import WorkbenchError
 from .models import spec
 
 LINES = "sweep.jsonl"
+Variant = tuple[tuple[str, str], ...]
+"""Options of `train` and their values; () is the method as it is."""
 _KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "flops_density")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run of `sparse-kernels train`. options: its further words, as on the command line."""
+    """One run of `sparse-kernels train`. options: its further words, as on the command line.
+
+    variant: what it has otherwise than the other runs of its method.
+    """
 
     net: str
     method: str
     density: float
     seed: int
     options: tuple[str, ...] = ()
+    variant: Variant = ()
 
     @property
     def name(self) -> str:
         """Of its directory, and the key of its line."""
-        return f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}"
+        changed = "".join(f"-{option}={value}" for option, value in self.variant)
+        return f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
 
     def words(self, out: Path) -> list[str]:
         """Arguments of `sparse-kernels`."""
@@ -46,7 +53,8 @@ class Task:
                  "seeds": str(self.seed), "threads": "1", "name": self.name,
                  "out": str(out)}  # fmt: skip
         named = [word for key, value in fixed.items() for word in (f"--{key}", value)]
-        return ["train", *self.options, *named, "--resume"]
+        changed = [word for option, value in self.variant for word in (f"--{option}", value)]
+        return ["train", *self.options, *changed, *named, "--resume"]
 
 
 def tasks(
@@ -55,6 +63,7 @@ def tasks(
     densities: Sequence[float],
     seeds: Sequence[int],
     options: Sequence[str] = (),
+    variants: Sequence[Variant] = ((),),
 ) -> list[Task]:
     """All combinations, seeds outermost: after each seed the table is whole, only wider of error.
 
@@ -67,8 +76,31 @@ def tasks(
         raise WorkbenchError(f"--method: expected some of {', '.join(METHODS)}, got {unknown}")
     if any(not 0 < density <= 1 for density in densities):
         raise WorkbenchError(f"--density: expected numbers above 0, at most 1, got {densities}")
-    chosen = itertools.product(seeds, nets, densities, methods)
-    return [Task(net, name, d, seed, tuple(options)) for seed, net, d, name in chosen]
+    chosen = itertools.product(seeds, nets, densities, methods, variants)
+    return [Task(net, name, d, s, tuple(options), change) for s, net, d, name, change in chosen]
+
+
+def parse_variants(vary: Sequence[str], variants: Sequence[str]) -> list[Variant]:
+    """From texts such as "prune-rate=0.2,0.5" (a variant per value) and "signal=window
+    window-tolerance=0.1" (one variant each; "" is the method as it is).
+
+    Without any, the method as it is. Raises WorkbenchError for a text of another form.
+    """
+    found: list[Variant] = []
+    for text in vary:
+        option, values = _assignment(text, "--vary", "prune-rate=0.2,0.5")
+        found += [((option, value),) for value in values.split(",")]
+    for text in variants:
+        pairs = [_assignment(w, "--variant", "signal=exact momentum=0.9") for w in text.split()]
+        found.append(tuple(pairs))
+    return found or [()]
+
+
+def _assignment(text: str, option: str, example: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name.strip("-") or not equals or not value:
+        raise WorkbenchError(f"{option}: expected text such as {example!r}, got {text!r}")
+    return name.lstrip("-"), value
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -147,6 +179,7 @@ def _train(out: Path, task: Task) -> tuple[Task, dict[str, Any] | None, str]:
     found = json.loads(results.read_text(encoding="utf-8"))
     sparse = next(entry for entry in found["runs"] if entry["contender"] == "sparse")
     row = {"name": task.name, "net": task.net, "method": task.method, "density_asked": task.density,
-           "seed": task.seed, "options": list(task.options)}  # fmt: skip
+           "seed": task.seed, "options": list(task.options),
+           "variant": " ".join(f"{option}={value}" for option, value in task.variant)}  # fmt: skip
     row |= {key: sparse[key] for key in _KEPT}
     return task, {**row, "command": found["command"], "machine": found["machine"]}, ""

@@ -19,11 +19,16 @@ _FIGURES = (
 )
 
 
+def label(row: Row) -> str:
+    """The method, and what the run has otherwise."""
+    return f"{row['method']} {row.get('variant', '')}".strip()
+
+
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
-    """Rows by (net, density, method), each group in order of its seeds."""
+    """Rows by (net, density, label), each group in order of its seeds."""
     groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in sorted(rows, key=lambda r: (r["net"], r["density_asked"], r["seed"])):
-        groups.setdefault((row["net"], row["density_asked"], row["method"]), []).append(row)
+        groups.setdefault((row["net"], row["density_asked"], label(row)), []).append(row)
     return groups
 
 
@@ -45,7 +50,7 @@ def paired(mine: Sequence[Row], other: Sequence[Row]) -> tuple[int, float, float
 
 
 def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[str]]:
-    """Head and lines: a line per net, density and method."""
+    """Head and lines: a line per net, density and label; `against` is a label."""
     head = ["net", "density", "method", "n", "test error in %", "training in s", "FLOPs density",
             f"error minus {against}", "p (paired t)"]  # fmt: skip
     lines, groups = [head], grouped(rows)
@@ -74,13 +79,13 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return text
 
 
-def write(folder: Path) -> tuple[str, list[Path], str | None]:
+def write(folder: Path, against: str = "sparse-momentum") -> tuple[str, list[Path], str | None]:
     """Table as Markdown, figures as PNG, and one HTML page that holds both and needs no network.
 
     Returns the table, the files written, and why figures are missing (None: they are there).
     """
     rows = sweep.read(folder)
-    lines = table(rows)
+    lines = table(rows, against)
     markdown = "\n".join(
         ["| " + " | ".join(lines[0]) + " |", "|" + "---|" * len(lines[0])]
         + ["| " + " | ".join(line) + " |" for line in lines[1:]]
@@ -92,6 +97,8 @@ def write(folder: Path) -> tuple[str, list[Path], str | None]:
         missing = _draw(rows, key, scale, label, title, folder / f"sweep-{name}.png")
         if missing is None:
             written.append(folder / f"sweep-{name}.png")
+    if missing is None and _draw_sensitivity(rows, folder / "sweep-sensitivity.png"):
+        written.append(folder / "sweep-sensitivity.png")
     page = folder / "sweep.html"
     page.write_text(_page(lines, note, rows, written[1:]), encoding="utf-8")
     return markdown, [*written, page], missing
@@ -106,12 +113,12 @@ def _draw(
         return figure
     from matplotlib import colormaps
 
-    names = sorted({row["method"] for row in rows})
+    names = sorted({label(row) for row in rows})
     for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
         for i, name in enumerate(names):
             points = []
-            for (own, _, method), group in grouped(rows).items():
-                if (own, method) == (net, name):
+            for (own, _, called), group in grouped(rows).items():
+                if (own, called) == (net, name):
                     accuracy = [100 * row["test_accuracy"] for row in group]
                     spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
                     where = scale * statistics.fmean(row[key] for row in group)
@@ -126,6 +133,45 @@ def _draw(
         axes.legend(fontsize=8)
     figures.save_figure(figure, path)
     return None
+
+
+def sensitivity(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
+    """By option, where it alone was varied over numbers: per net, density and method (value, mean
+    test error in %, its standard error or 0), by value.
+    """
+    found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for (net, density, _), members in grouped(rows).items():
+        option, equals, text = members[0].get("variant", "").partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            continue
+        if not equals:
+            continue
+        errors = [100 * (1 - row["test_accuracy"]) for row in members]
+        spread = statistics.stdev(errors) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
+        line = f"{members[0]['method']}, {net}, {100 * density:g} %"
+        point = (value, statistics.fmean(errors), spread)
+        found.setdefault(option, {}).setdefault(line, []).append(point)
+    return {option: {k: sorted(v) for k, v in lines.items()} for option, lines in found.items()}
+
+
+def _draw_sensitivity(rows: Sequence[Row], path: Path) -> bool:
+    """Test error over each option that was varied; False where none was."""
+    found = sensitivity(rows)
+    if not found:
+        return False
+    figure = figures.new_figure((6.0 * len(found), 4.4))
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (option, lines) in zip(panels, found.items(), strict=True):
+        for i, (name, points) in enumerate(lines.items()):
+            xs, ys, bars = zip(*points, strict=True)
+            axes.errorbar(xs, ys, bars, marker="osv^D"[i % 5], label=name)
+        axes.set(xlabel=option, ylabel="test error in %", title=f"Sensitivity to {option}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figures.save_figure(figure, path)
+    return True
 
 
 def _page(
