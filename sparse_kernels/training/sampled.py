@@ -23,6 +23,7 @@ from torch import Tensor
 from sparse_kernels.pattern import SparsityPattern
 
 from .blocks import BlockGrid
+from .device import positions
 from .rewrite import locate
 from .rules import Candidates, block_means, grow_random
 from .schedule import UpdateSchedule
@@ -51,6 +52,7 @@ class SampledSignal(LayerSignal):
     places: Tensor | None = None
     free_at: Tensor | None = None
     _sampling: Sampling | None = None
+    _witness: tuple[Tensor, Tensor] | None = None
 
     def arm(
         self, schedule: UpdateSchedule, next_step: int, sampling: Sampling | None = None
@@ -92,16 +94,21 @@ class SampledSignal(LayerSignal):
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """The waiting gradient and values.grad at the witnesses, float64 [n] each."""
-        assert self.places is not None and self.free_at is not None
         pattern = self.layer.pattern
-        witness = torch.ones_like(self.places, dtype=torch.bool)
-        witness.index_fill_(0, self.free_at, False)
-        index, stored = locate(pattern.keys(), self.places)
-        there = (witness & stored)[:, None, None]
-        seen = self._compact(self.layer.values.grad, pattern)
-        seen = seen.index_select(0, index) if pattern.nnzb else torch.zeros_like(self.layer.probe)
-        raw = self.layer.probe.grad
-        return (raw * there).reshape(-1).double(), (seen * there).reshape(-1).double()
+        at, stored = self._witnesses(pattern)
+        seen = self._compact(self.layer.values.grad, pattern).index_select(0, stored)
+        raw = self.layer.probe.grad.index_select(0, at)
+        return raw.reshape(-1).double(), seen.reshape(-1).double()
+
+    def _witnesses(self, pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
+        """Where the witnesses are among the places and among the stored blocks, int64 [w] each."""
+        if self._witness is None:
+            assert self.places is not None and self.free_at is not None
+            mask = torch.ones_like(self.places, dtype=torch.bool)
+            mask.index_fill_(0, self.free_at, False)
+            at = positions(mask, self.places.numel() - self.free_at.numel())
+            self._witness = at, locate(pattern.keys(), self.places[at])[0]
+        return self._witness
 
     # ---- at an update --------------------------------------------------------------------------
 
@@ -148,7 +155,7 @@ class SampledSignal(LayerSignal):
 
     def clear(self) -> None:
         super().clear()
-        self.places = self.free_at = None
+        self.places = self.free_at = self._witness = None
 
     # ---- checkpoint ----------------------------------------------------------------------------
 

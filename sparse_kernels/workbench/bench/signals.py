@@ -19,14 +19,16 @@ from ..config import SIGNALS, TrainConfig
 from ..contenders import Contender, build_sparse
 from .nets import epoch_steps, random_batch
 
-_OUTSIDE, _INSIDE = "outside", "inside"
+_OUTSIDE, _OPENING, _INSIDE = "outside", "opening", "inside"
+_PARTS = (_OUTSIDE, _OPENING, _INSIDE)
 
 
 def run(config: TrainConfig, *, updates: int, update_every: int) -> dict[str, Any]:
     """Rows per signal over `updates` mask updates, `update_every` steps apart; medians in seconds.
 
+    opening: the step after which a window opens, what "sampled" draws then included.
     epoch_seconds: of a whole epoch with one update at its end, from the medians of its parts: steps
-    inside of the window (all for "exact"), steps outside, one update.
+    inside of the window (all for "exact"), one opening, steps outside, one update.
     """
     batch, total = random_batch(config), (updates + 1) * update_every
     nets = {
@@ -35,7 +37,7 @@ def run(config: TrainConfig, *, updates: int, update_every: int) -> dict[str, An
         )
         for kind in SIGNALS
     }
-    times: dict[str, dict[str, list[float]]] = {k: {_OUTSIDE: [], _INSIDE: []} for k in nets}
+    times: dict[str, dict[str, list[float]]] = {k: {p: [] for p in _PARTS} for k in nets}
     for step in range(updates * update_every):
         for kind, net in nets.items():
             where, seconds = _timed_step(net, batch)
@@ -50,41 +52,48 @@ def _timed_step(net: Contender, batch: tuple[torch.Tensor, torch.Tensor]) -> tup
     """Where the step lay, and its seconds less those of the mask update after it."""
     masks = net.masking
     assert masks is not None
-    inside = any(signal.layer.probe is not None for signal in masks._signals)
+    inside = _listens(net)
     before, start = len(masks.history), time.perf_counter()
     net.step(*batch)
     seconds = time.perf_counter() - start - sum(r.seconds for r in masks.history[before:])
-    return _INSIDE if inside else _OUTSIDE, seconds
+    if inside or not _listens(net):
+        return _INSIDE if inside else _OUTSIDE, seconds
+    return _OPENING, seconds
+
+
+def _listens(net: Contender) -> bool:
+    assert net.masking is not None
+    return any(signal.layer.probe is not None for signal in net.masking._signals)
 
 
 def _row(kind: str, net: Contender, times: dict[str, list[float]], steps: int) -> dict[str, Any]:
     masks = net.masking
     assert masks is not None
-    outside, inside = (
-        statistics.median(times[part]) if times[part] else None for part in (_OUTSIDE, _INSIDE)
-    )
+    medians = {part: statistics.median(times[part]) if times[part] else None for part in _PARTS}
     update = statistics.median(record.seconds for record in masks.history)
     length = masks._signals[0].length()
     window = steps if length is None else min(length, steps)
     epoch: float | None = update
-    for count, each in ((window, inside), (steps - window, outside)):
+    opening = int(0 < window < steps)
+    for part, count in zip(_PARTS, (steps - window - opening, opening, window), strict=True):
+        each = medians[part]
         if count and each is None:
             epoch = None  # such steps did not occur: update_every is shorter than the window
         elif count and epoch is not None and each is not None:
             epoch += count * each
-    return {"signal": kind, "window": window, "outside": outside, "inside": inside,
-            "update": update, "bytes": net.signal_peak, "epoch_seconds": epoch}  # fmt: skip
+    return {"signal": kind, "window": window, **medians, "update": update,
+            "bytes": net.signal_peak, "epoch_seconds": epoch}  # fmt: skip
 
 
 def table(found: dict[str, Any]) -> str:
     """The rows as Markdown, with the machine below."""
     lines: list[Sequence[str]] = [
-        ["signal", "steps of its window in an epoch", "step outside", "step inside", "update",
-         "most bytes held", f"epoch of {found['epoch_steps']} steps"],
-        ["---"] * 7,
+        ["signal", "steps of its window in an epoch", "step outside", "opening", "step inside",
+         "update", "most bytes held", f"epoch of {found['epoch_steps']} steps"],
+        ["---"] * 8,
     ]  # fmt: skip
     for row in found["rows"]:
-        shown = [_ms(row[key]) for key in ("outside", "inside", "update")]
+        shown = [_ms(row[key]) for key in (*_PARTS, "update")]
         whole = row["epoch_seconds"]
         lines.append([row["signal"], str(row["window"]), *shown, f"{row['bytes']:,}",
                       "-" if whole is None else f"{whole:.2f} s"])  # fmt: skip
