@@ -19,7 +19,7 @@ _FIGURES = (
 )
 
 
-def label(row: Row) -> str:
+def label_of(row: Row) -> str:
     """The method, and what the run has otherwise."""
     return f"{row['method']} {row.get('variant', '')}".strip()
 
@@ -28,7 +28,7 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
     """Rows by (net, density, label), each group in order of its seeds."""
     groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in sorted(rows, key=lambda r: (r["net"], r["density_asked"], r["seed"])):
-        groups.setdefault((row["net"], row["density_asked"], label(row)), []).append(row)
+        groups.setdefault((row["net"], row["density_asked"], label_of(row)), []).append(row)
     return groups
 
 
@@ -113,7 +113,7 @@ def _draw(
         return figure
     from matplotlib import colormaps
 
-    names = sorted({label(row) for row in rows})
+    names = sorted({label_of(row) for row in rows})
     for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
         for i, name in enumerate(names):
             points = []
