@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import device, limits
+from . import device, limits, update_on_device
 from .apply_change import apply_change
 from .config import SparseMomentumConfig
 from .driver_state import check_state, described, records, warn_of_changes
@@ -297,7 +297,9 @@ class SparseMomentum:
             for signal, state in zip(signals, states, strict=True)
         ]
         rate = self.prune_rate
-        changes = plan_update(states, scores, self._rules, rate, self.generator, self.steps)
+        queued = any(device.queued(state.values) for state in states)
+        plan = update_on_device.plan_update if queued else plan_update
+        changes = plan(states, scores, self._rules, rate, self.generator, self.steps)
         nnz_before = {s.name: s.nnz for s in states}
         del states, scores  # views of the old values
         moved: dict[str, str] = {}

@@ -41,10 +41,9 @@ def tune(
     Afterwards nothing changes by itself: storages move only by another ``tune``, or at a mask
     update (``SparseMomentum``, ``rewrite``) that takes a layer's density over its break-even.
 
-    The faster one need not be the compressed one, however sparse the layer: at 5 % on one Zen 3
-    core, compressed wins where dense takes longer than about 0.15 ms (linear) or 0.25 ms
-    (convolution), forward and backward.  Of smaller layers neither storage reaches ``nn.Linear``
-    or ``nn.Conv2d`` (0.7x to 0.9x); without ``tune`` they stay compressed.
+    The faster one need not be the compressed one, however sparse the layer: where dense forward
+    and backward together take under some 0.3 ms, neither storage may reach ``nn.Linear`` or
+    ``nn.Conv2d`` (docs/results.md, "Never slower"); without ``tune`` such layers stay compressed.
 
     The memory order of inputs is that of the storages the layers have at the time of the call.
 

@@ -1,5 +1,7 @@
 """One mask update, planned: which blocks each layer keeps and grows. Nothing is changed here.
 
+update_on_device.py plans the same where the values live on a device that works through a queue.
+
 Layers with different block shapes share no budget: the number of blocks is conserved per block
 shape.
 """
@@ -14,7 +16,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from . import device, rules
+from . import rules
 from .budget import Costs, redistribute_within, total_cost
 from .rewrite import added_mask
 from .rules import GrowthRule, LayerState, PruneRule, RedistributionRule
@@ -101,10 +103,6 @@ def plan_update(
     Raises FloatingPointError for non-finite momentum, weight or signal, ValueError if a rule
     returns something that is not what its signature says.
     """
-    if any(device.queued(state.values) for state in states):
-        from . import update_on_device  # it is made of parts of this module
-
-        return update_on_device.plan_update(states, scores, rule_set, prune_rate, generator, step)
     check_finite(states, step)
     pruned: dict[int, Tensor] = {}
     regrow: dict[int, int] = {}
