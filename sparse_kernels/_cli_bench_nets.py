@@ -9,6 +9,7 @@ import click
 from ._cli_bench import (
     Run,
     batch_option,
+    bench,
     block_option,
     common_options,
     density_option,
@@ -158,7 +159,7 @@ def _updates(text: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
-@click.command("signals")
+@bench.command("signals")
 @with_options(
     click.option("--net", default="lenet-300-100", show_default=True),
     common_options,

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from . import __version__
 from ._cli_bench import bench
 from ._cli_bench_figures import figure, index_command
-from ._cli_bench_nets import inference_command, networks_command, signals_command
+from ._cli_bench_nets import inference_command, networks_command
 from ._cli_errors import one_line_errors
 from ._cli_sweep import show, sweep_command
 from .workbench.config import (
@@ -258,7 +258,7 @@ def info() -> None:
     click.echo(describe())
 
 
-for command in (networks_command, inference_command, signals_command, figure, index_command):
+for command in (networks_command, inference_command, figure, index_command):
     bench.add_command(command)
 main.add_command(bench)
 main.add_command(sweep_command)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..training import checkpoint_files
-from . import account, board, machine
+from . import account, machine
 from .config import TrainConfig
 from .contenders import Contender, build_dense, build_sparse, choose_dense, forget_compiled
 from .datasets import BatchLoader, Dataset, hold_out, load
@@ -26,6 +26,7 @@ from .models import spec
 from .progress import TrainingProgress
 from .session import Run, Session
 from .stopping import StopRequested, StopSignals
+from .tensorboard_log import require_tensorboard, write_tensorboard
 
 _EVALUATION_BATCH = 500
 
@@ -41,7 +42,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> dict[str, 
     config.check()
     checkpoint_files.require_safetensors()
     if config.tensorboard:
-        board.require()
+        require_tensorboard()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = load(config.data, config.data_dir, download=config.download)
@@ -222,7 +223,7 @@ def _evaluate_epoch(session: Session, run: Run, last: bool) -> None:
     run.in_epoch = False
     _write_csv(run.log, run.epochs)
     if session.config.tensorboard:
-        board.write(run.log, run.epochs)
+        write_tensorboard(run.log, run.epochs)
 
 
 def _accuracy(session: Session, run: Run, batches: BatchLoader | None) -> float | None:

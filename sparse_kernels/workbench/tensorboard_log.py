@@ -23,7 +23,7 @@ def _writer() -> Any:
     return SummaryWriter
 
 
-def require() -> None:
+def require_tensorboard() -> None:
     """Raise WorkbenchError if neither library is installed."""
     if _writer() is None:
         raise WorkbenchError(
@@ -32,7 +32,7 @@ def require() -> None:
         )
 
 
-def write(log: Path, epochs: list[dict[str, Any]]) -> None:
+def write_tensorboard(log: Path, epochs: list[dict[str, Any]]) -> None:
     """Scalars of all epochs so far, by step, to ``tensorboard/<name of the log>`` beside ``log``.
 
     Written anew each time, a record or some hundreds, so that a run that was resumed or cut off

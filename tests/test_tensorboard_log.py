@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_kernels.workbench import board
+from sparse_kernels.workbench import tensorboard_log as board
 from sparse_kernels.workbench.errors import WorkbenchError
 
 
@@ -38,11 +38,11 @@ class Writer:
 def test_every_epoch_is_there_once(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(board, "_writer", lambda: Writer)
     log = tmp_path / "log-sparse-seed0.csv"
-    board.write(log, records(1))
+    board.write_tensorboard(log, records(1))
     assert not (tmp_path / "tensorboard").exists()  # no log: not this process's run
     log.write_text("")
     for count in (1, 2, 3):
-        board.write(log, records(count))
+        board.write_tensorboard(log, records(count))
     lines = (tmp_path / "tensorboard" / "log-sparse-seed0" / "events").read_text().splitlines()
     assert "train_loss 0.5 20" in lines and "density/0 0.3 30" in lines and len(lines) == 6
     assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == ["log-sparse-seed0"]
@@ -53,7 +53,7 @@ def test_a_real_event_file_holds_the_scalars(tmp_path: Path) -> None:
         pytest.skip("neither tensorboard nor tensorboardX is installed")
     log = tmp_path / "log.csv"
     log.write_text("")
-    board.write(log, records(2))
+    board.write_tensorboard(log, records(2))
     (events,) = (tmp_path / "tensorboard" / "log").glob("events.out.tfevents.*")
     content = events.read_bytes()
     assert b"train_loss" in content and b"density/0" in content and b"test_accuracy" not in content
@@ -62,4 +62,4 @@ def test_a_real_event_file_holds_the_scalars(tmp_path: Path) -> None:
 def test_without_a_library_it_says_so(monkeypatch) -> None:
     monkeypatch.setattr(board, "_writer", lambda: None)
     with pytest.raises(WorkbenchError, match="pip install tensorboard"):
-        board.require()
+        board.require_tensorboard()
