@@ -12,7 +12,7 @@ from sparse_kernels import cli
 
 def test_every_signal_has_a_row_and_sampled_holds_less_than_window(tmp_path: Path) -> None:
     words = ["bench", "signals", "--net", "lenet-300-100", "--batch-size", "20", "--updates", "1",
-             "--update-every", "14", "--window-tolerance", "0.35", "--threads", "1",
+             "--update-every", "17", "--window-tolerance", "0.35", "--threads", "1",
              "--out", str(tmp_path)]  # fmt: skip
     done = CliRunner().invoke(cli.main, words)
     assert done.exit_code == 0, done.output
