@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,11 +32,11 @@ from .driver_state import check_state, described, records, warn_of_changes
 from .layers import make_signals
 from .optimizers import check_optimizer, closure_of, found_overflow
 from .ownership import check_free, claim, weak_hook
-from .rules import GrowthRule, PruneRule, RedistributionRule
+from .rules import GrowthRule, LayerState, PruneRule, RedistributionRule
 from .sampled import Sampling
 from .schedule import Decay
 from .signals import LayerSignal
-from .update import UpdateRecord, plan_update
+from .update import LayerChange, UpdateRecord, plan_update
 from .windows import Windows
 
 logger = logging.getLogger(__name__)
@@ -300,17 +300,10 @@ class SparseMomentum:
         self._warn_starved(signals)
         self._ranks.reduce()
         states = [signal.collect() for signal in signals]
-        scores = [
-            lambda s=signal, k=state.keys: s.complete(k)
-            for signal, state in zip(signals, states, strict=True)
-        ]
         rate = self.prune_rate
-        queued = any(device.queued(state.values) for state in states)
-        plan = update_on_device.plan_update if queued else plan_update
-        planned = plan(states, scores, self._rules, rate, self.generator, self.steps)
-        changes = self._ranks.agree(states, planned)
+        changes = self._plan(signals, states, rate)
         nnz_before = {s.name: s.nnz for s in states}
-        del states, scores  # views of the old values
+        del states  # views of the old values
         moved: dict[str, str] = {}
         reallocated = []
         for signal, change in zip(signals, changes, strict=True):
@@ -335,6 +328,18 @@ class SparseMomentum:
         )
         self.history.append(record)
         return record
+
+    def _plan(
+        self, signals: list[LayerSignal], states: list[LayerState], rate: float
+    ) -> Sequence[LayerChange]:
+        scores = [
+            lambda s=signal, k=state.keys: s.complete(k)
+            for signal, state in zip(signals, states, strict=True)
+        ]
+        queued = any(device.queued(state.values) for state in states)
+        plan = update_on_device.plan_update if queued else plan_update
+        planned = plan(states, scores, self._rules, rate, self.generator, self.steps)
+        return self._ranks.agree(states, planned)
 
     # ---- checkpoint ----------------------------------------------------------------------------
 
