@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,12 @@ _NOT_SHOWN = ("epoch", "step", "layers")
 
 def _writer() -> Any:
     """torch's SummaryWriter, or tensorboardX's, which writes the same files without TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    for name in ("torch.utils.tensorboard", "tensorboardX"):
         try:
-            from tensorboardX import SummaryWriter
+            return importlib.import_module(name).SummaryWriter
         except ImportError:
-            return None
-    return SummaryWriter
+            continue
+    return None
 
 
 def require_tensorboard() -> None:
