@@ -1,7 +1,9 @@
-"""A planned change carried out: which storage a layer takes, and what moves with its weights."""
+"""Planned changes carried out: which storage a layer takes, and what moves with its weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +12,7 @@ from sparse_kernels.nn.base import SparseLayer
 
 from .blocks import BlockGrid
 from .rewrite import COMPRESSED, DENSE_MASKED, rewrite, rewrite_queued
+from .schedule import UpdateSchedule
 from .signals import LayerSignal
 from .update import LayerChange
 
@@ -17,13 +20,43 @@ STORAGE_HYSTERESIS = 0.8
 """A dense-masked layer is compressed again below this share of dense_above."""
 
 
-def apply_change(
-    signal: LayerSignal, change: LayerChange, optimizer: Any, dense_above: float | None
-) -> bool:
-    """Give the signal's layer its new blocks; True if its storage was newly allocated.
+@dataclass
+class Applied:
+    """What changed beside the patterns: layers that moved, with their new storage; those whose
+    tensors were newly allocated.
+    """
+
+    moved: dict[str, str] = field(default_factory=dict)
+    reallocated: list[str] = field(default_factory=list)
+
+
+def apply_changes(
+    signals: Sequence[LayerSignal],
+    changes: Sequence[LayerChange],
+    optimizer: Any,
+    dense_above: float | None,
+    schedule: UpdateSchedule,
+    step: int,
+) -> Applied:
+    """Give every signal's layer its new blocks, and end the signal's window of this update.
 
     dense_above: density above which layers are stored dense; None goes by the layer's own.
     """
+    done = Applied()
+    for signal, change in zip(signals, changes, strict=True):
+        stored = signal.layer.storage
+        if _apply_change(signal, change, optimizer, dense_above):
+            done.reallocated.append(signal.name)
+        if signal.layer.storage != stored:
+            done.moved[signal.name] = signal.layer.storage
+        signal.finish_update(schedule, step)
+    return done
+
+
+def _apply_change(
+    signal: LayerSignal, change: LayerChange, optimizer: Any, dense_above: float | None
+) -> bool:
+    """Whether the layer's storage was newly allocated."""
     layer = signal.layer
     storage = _storage_for(layer, change.keys, dense_above)
     if change.added is None:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from . import device, limits, update_on_device
-from .apply_change import apply_change
+from .apply_change import apply_changes
 from .config import SparseMomentumConfig
 from .data_parallel import Attachment, driven_model
 from .distributed import Ranks
@@ -166,13 +166,12 @@ class SparseMomentum:
         self._stepped, self._skipped = False, 0
         self._logged: tuple[str, ...] = ()
         self._warned = False
-        self._windows = Windows(
-            self._signals, self.schedule, Sampling(sample_share, self.generator)
-        )
         self._limits = limits.Limits(self.config, self._signals, cost)
         self._attach(optimizer)
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        sampling = Sampling(self.config.sample_share, self.generator)
+        self._windows = Windows(self._signals, self.schedule, sampling)
         hooks = (
             optimizer.register_step_pre_hook(weak_hook(self._before_optimizer)),
             optimizer.register_step_post_hook(weak_hook(self._after_optimizer)),
@@ -304,15 +303,8 @@ class SparseMomentum:
         changes = self._plan(signals, states, rate)
         nnz_before = {s.name: s.nnz for s in states}
         del states  # views of the old values
-        moved: dict[str, str] = {}
-        reallocated = []
-        for signal, change in zip(signals, changes, strict=True):
-            stored = signal.layer.storage
-            if apply_change(signal, change, self.optimizer, self.config.dense_above):
-                reallocated.append(signal.name)
-            if signal.layer.storage != stored:
-                moved[signal.name] = signal.layer.storage
-            signal.finish_update(self.schedule, self.steps)
+        above = self.config.dense_above
+        done = apply_changes(signals, changes, self.optimizer, above, self.schedule, self.steps)
         device.count_elements(s.layer.pattern for s in signals)
         self.updates += 1
         record = UpdateRecord(
@@ -322,8 +314,8 @@ class SparseMomentum:
             nnz_before=nnz_before,
             nnz_after={s.name: c.keys.numel() for s, c in zip(signals, changes, strict=True)},
             density_after={s.name: s.layer.density for s in signals},
-            storage_changes=moved,
-            reallocated=tuple(reallocated),
+            storage_changes=done.moved,
+            reallocated=tuple(done.reallocated),
             seconds=time.perf_counter() - start,
         )
         self.history.append(record)
