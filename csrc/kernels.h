@@ -32,9 +32,10 @@
 //              nothing: 40 bytes per stored element (lists, in the cache if there is one, and up to
 //              8 partial sums; stored elements of partial blocks count in full), 128 * taps + 4 per
 //              block row, and 96 * taps per thread. The linear launchers' own kernels (blocks of
-//              one column): 4 bytes per element of x, its batch rounded up to vectors; 4 per stored
-//              element in dgrad; 4 per block row and band. Never rows x cols, never an im2col
-//              matrix.
+//              one column): per thread the columns of x (dgrad: of the output gradient) times one
+//              group of lanes, at most 256 bytes each, unless the batch is one group of whole
+//              vectors; 4 bytes per stored element in dgrad; 4 per block row and band. Never rows x
+//              cols, never an im2col matrix.
 //   errors     std::invalid_argument, before anything is written, if the index arrays are damaged
 //              (offsets that do not start at 0, decrease or exceed the capacity; indices out of
 //              range or not increasing within a line) or if a tile (wgrad: the pixels of a band of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,13 +85,26 @@ def _wgrad(
     problem = Problem(op, grad.dtype, block, points, allows_tf32(op))
     config = config or default_wgrad(problem)
     count = wgrad_parts(problem, config, col.shape[0], crow.shape[0] - 1)
+    return in_parts(
+        shape, crow, count, lambda to: wgrad_launch(problem, to, grad, x, crow, col, g, config)
+    )
+
+
+def in_parts(
+    shape: tuple[int, ...], crow: Tensor, count: int, launch_of: Callable[[Tensor], Launch]
+) -> Tensor:
+    """The gradient of the values, float32 ``shape`` = [capacity, bh, bw].
+
+    ``launch_of(parts)`` fills parts [count, *shape]; more than one part is summed, in order.
+    """
+    device = crow.device
     if count == 1:  # zeros for the tail beyond the stored blocks, which no program writes
-        out = torch.zeros(shape, dtype=torch.float32, device=grad.device)
-        wgrad_launch(problem, out[None], grad, x, crow, col, g, config).run()
+        out = torch.zeros(shape, dtype=torch.float32, device=device)
+        launch_of(out[None]).run()
         return out
-    out = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    parts = torch.empty((count, *shape), dtype=torch.float32, device=grad.device)
-    wgrad_launch(problem, parts, grad, x, crow, col, g, config).run()
+    parts = torch.empty((count, *shape), dtype=torch.float32, device=device)
+    launch_of(parts).run()
+    out = torch.empty(shape, dtype=torch.float32, device=device)
     sum_launch(out, parts, crow).run()
     return out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_kernels.backends.triton.block_config import Problem, next_power, wgrad_parts
 from sparse_kernels.backends.triton.block_products import is_spatial
-from sparse_kernels.backends.triton.block_wgrad import sum_launch
+from sparse_kernels.backends.triton.block_wgrad import in_parts
 from sparse_kernels.backends.triton.kernels.vector_wgrad import vector_wgrad
 from sparse_kernels.backends.triton.operands import (
     Launch,
@@ -68,15 +68,9 @@ def _wgrad(
     problem = Problem(op, grad.dtype, (side, 1), points, allows_tf32(op))
     config = config or default_vector_wgrad(problem)
     count = wgrad_parts(problem, config, col.shape[0], crow.shape[0] - 1)
-    if count == 1:  # zeros for the tail beyond the stored blocks, which no program writes
-        out = torch.zeros(shape, dtype=torch.float32, device=grad.device)
-        wgrad_launch(problem, out[None], grad, x, crow, col, g, config).run()
-        return out
-    out = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    parts = torch.empty((count, *shape), dtype=torch.float32, device=grad.device)
-    wgrad_launch(problem, parts, grad, x, crow, col, g, config).run()
-    sum_launch(out, parts, crow).run()
-    return out
+    return in_parts(
+        shape, crow, count, lambda to: wgrad_launch(problem, to, grad, x, crow, col, g, config)
+    )
 
 
 def wgrad_launch(
