@@ -43,7 +43,8 @@ def _compiler() -> str:
 def _sources(csrc: Path) -> list[tuple[Path, bool]]:
     """Every source with whether it holds kernels (and is to be watched)."""
     found = [(path, True) for path in sorted((csrc / "cuda").glob("*.cu"))]
-    found += [(HERE / "selftest.cu", True), (csrc / "bind_cuda.cpp", False)]
+    found += [(HERE / "selftest.cu", True)]
+    found += [(csrc / name, False) for name in ("bind_cuda.cpp", "bind_cuda_pattern.cpp")]
     return found + [(path, False) for path in sorted((HERE / "runtime").glob("*.cpp"))]
 
 
