@@ -8,7 +8,8 @@ CUDA's message where a launch fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -26,24 +27,35 @@ __all__ = [
     "select_mask",
     "select_places",
     "serves",
+    "takes_scores",
 ]
 
 _SCORES = {torch.float32: 4, torch.float64: 8}
 
 
 def serves(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these tensors: all on one CUDA device, and the kernels are built."""
-    if not tensors or tensors[0].device.type != "cuda":
+    """Whether the kernels take these tensors: all on one CUDA device, and the kernels are built.
+
+    Of subclasses (fake tensors, for one) nothing is known about their memory.
+    """
+    if not tensors or not _on_gpu(tensors[0]):
         return False
-    if any(tensor.device != tensors[0].device for tensor in tensors):
+    if any(t.device != tensors[0].device or type(t) is not Tensor for t in tensors):
         return False
     module = native_or_none()
     return module is not None and bool(module.build_info()["cuda"])
 
 
-def takes_scores(scores: Sequence[Tensor]) -> bool:
-    """Whether selection takes these scores: `serves`, and all float32 or all float64."""
-    return serves(scores) and len({s.dtype for s in scores}) == 1 and scores[0].dtype in _SCORES
+def takes_scores(scores: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
+    """Whether selection takes these scores: served, contiguous, all float32 or all float64."""
+    found = [s for s in scores if s is not None and s.is_contiguous()]
+    types = {s.dtype for s in found}
+    served = len(found) == len(scores) and len(types) == 1 and types <= _SCORES.keys()
+    return served and serves(found)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 # -- selection ------------------------------------------------------------------------------------
@@ -130,6 +142,7 @@ def build_index(patterns: Sequence[SparsityPattern], keys: Sequence[Tensor]) -> 
         sizes = (k.numel(), pattern.block_rows, pattern.block_cols, pattern.capacity)
         rows.append((k.data_ptr(), *sizes, *(t.data_ptr() for t in pattern.tensors())))
     _call("cuda_build_index", rows, held)
+    _written(array for pattern in patterns for array in pattern.tensors())
 
 
 def locate_blocks(old_keys: Sequence[Tensor], new_keys: Sequence[Tensor]) -> list[Tensor]:
@@ -177,6 +190,7 @@ class Move:
 def move_blocks(moves: Sequence[Move]) -> None:
     """Make every move; workspace for the content of all of them at once."""
     _call("cuda_move_blocks", [move.row() for move in moves], [move.to for move in moves])
+    _written(move.to for move in moves)
 
 
 # -- what a launcher takes ------------------------------------------------------------------------
@@ -187,7 +201,9 @@ def _place(x: Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _call(name: str, rows: Sequence[Sequence[int]], tensors: Sequence[Tensor], *options: int) -> None:
+def _call(
+    name: str, rows: Sequence[Sequence[int]], tensors: Sequence[Tensor], *options: int
+) -> None:
     """Ask for the workspace, allocate it, and queue the work on the device of the tensors."""
     if not rows:
         return
@@ -197,6 +213,12 @@ def _call(name: str, rows: Sequence[Sequence[int]], tensors: Sequence[Tensor], *
     size = function(words, *options, 0, 0, *place)
     workspace = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
     function(words, *options, workspace.data_ptr(), size, *place)
+
+
+def _written(tensors: Iterable[Tensor]) -> None:
+    """Tell torch what the kernels have written to: whoever kept a version must see another."""
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _keys(count: int, like: Tensor) -> Tensor:

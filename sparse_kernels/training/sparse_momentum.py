@@ -35,6 +35,7 @@ from .layers import make_signals
 from .optimizers import check_optimizer
 from .ownership import check_free, claim, weak_hook
 from .rewrite import COMPRESSED, DENSE_MASKED, rewrite, rewrite_queued
+from .rewrite_together import rewrite_together
 from .rules import GrowthRule, PruneRule, RedistributionRule
 from .schedule import Decay, UpdateSchedule
 from .signals import LayerSignal
@@ -297,9 +298,11 @@ class SparseMomentum:
         del states, scores  # views of the old values
         moved: dict[str, str] = {}
         reallocated = []
+        done = rewrite_together(signals, changes, self._storage_for, self.optimizer)
         for signal, change in zip(signals, changes, strict=True):
-            if self._apply(signal, change, moved):
+            if signal.name not in done and self._apply(signal, change, moved):
                 reallocated.append(signal.name)
+            signal.finish_update(self.schedule, self.steps)
         device.count_elements(s.layer.pattern for s in signals)
         self.updates += 1
         record = UpdateRecord(
@@ -327,7 +330,6 @@ class SparseMomentum:
         else:
             grown = signal.grown_state(change.added)
             reallocated = rewrite(layer, self.optimizer, change.keys, grown, storage)
-        signal.finish_update(self.schedule, self.steps)
         return reallocated
 
     def _storage_for(self, layer: SparseLayer, keys: Tensor) -> str:

@@ -32,8 +32,48 @@ class Fault(NamedTuple):
     # Two rows of thread blocks: what each does several tiles for, as in grids above kMaxGridY.
     small_grid: bool = False
     harmless: bool = False
+    suite: str = "test_kernels.py"
 
 
+CHANGE = "test_pattern_change.py"
+PATTERN_FAULTS = (
+    Fault("select: one tie too many", "pattern_select.cuh",
+          "rank == Rank::kTied && my_tied < ties",
+          "rank == Rank::kTied && my_tied <= ties", "test_select and small-ties", suite=CHANGE),
+    Fault("select: -0 below 0", "pattern_select.cuh", "const float plain = score + 0.0f;",
+          "const float plain = score;", "test_select and small-ties", suite=CHANGE),
+    Fault("select: a leader counts itself only", "pattern_select.cuh",
+          "static_cast<unsigned>(__popc(same)));", "1u);", "test_select and small", suite=CHANGE),
+    Fault("select: barrier before the digit is found dropped", "pattern_select.cuh",
+          "__syncthreads();  // also:", "//", "test_select and small", suite=CHANGE),
+    Fault("select: tiles before the layer's counted", "pattern_select.cuh",
+          "tiles_before[tile] - tiles_before[first]", "tiles_before[tile]",
+          "test_select and small", suite=CHANGE),
+    Fault("select: CUB's storage cut short", "pattern_select.cu",
+          "parts.Take<unsigned char>(static_cast<int64_t>(scan_bytes));",
+          "parts.Take<unsigned char>(static_cast<int64_t>(scan_bytes / 2));",
+          "test_keep_and_merge", suite=CHANGE),
+    Fault("select: CUB's storage not asked for", "pattern_select.cu",
+          "if (tiles > 0) Scan(what, nullptr, scan_bytes, tiles, nullptr);",
+          "scan_bytes = 1 << 16;",
+          "test_keep_and_merge", suite=CHANGE),
+    Fault("merge: a key before its place", "pattern_index.cuh", "layer.keys[mine + others] = key;",
+          "layer.keys[mine] = key;", "test_keep_and_merge", suite=CHANGE),
+    Fault("index: columns of two layers mixed", "pattern_index.cuh",
+          "static_cast<uint32_t>(placed.first_column + column);", "static_cast<uint32_t>(column);",
+          "test_index", suite=CHANGE),
+    Fault("index: sorted by one bit too few", "pattern_index.cu", "most >> bits != 0",
+          "most >> (bits + 1) != 0", "test_index", suite=CHANGE),
+    Fault("index: tail not zeroed", "pattern_index.cuh", "layer.t_row[i] = 0;", ";", "test_index",
+          suite=CHANGE),
+    Fault("locate: one key past the end", "pattern_index.cuh", "at < old_count && ", "",
+          "test_values", suite=CHANGE),
+    Fault("move: new blocks not zeroed", "pattern_move.cu", "Unit content = 0;",
+          "Unit content = from[0];", "test_values", suite=CHANGE),
+    Fault("move: tail not zeroed", "pattern_move.cu",
+          "const int64_t end = min(tensor.capacity * units",
+          "const int64_t end = min(filled", "test_values", suite=CHANGE),
+)  # fmt: skip
 FAULTS = (
     Fault("product: wrong lane", "product.cuh", "found.offset, k)", "found.offset, k ^ 1)",
           "product and primes"),
@@ -88,6 +128,7 @@ FAULTS = (
     Fault("a small grid", "launch.cuh", "kMaxGridY = 65535", "kMaxGridY = 2",
           "(product or staged or dgrad) and (conv-wide or staged-wide or long-rows)",
           harmless=True),
+    *PATTERN_FAULTS,
 )  # fmt: skip
 
 
@@ -135,7 +176,8 @@ def is_found(fault: Fault) -> bool:
             shutil.copytree(ROOT / "build" / "cuda-emulation" / "checked", out)
         environment = os.environ | {"SPARSE_KERNELS_EMULATION_CSRC": str(csrc)}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
-        command += [f"float32 and {fault.tests}", str(HERE / "test_kernels.py")]
+        chosen = fault.tests if fault.suite == CHANGE else f"float32 and {fault.tests}"
+        command += [chosen, str(HERE / fault.suite)]
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False
         )

@@ -13,7 +13,13 @@ import emulation_build
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FILES = ("test_emulator.py", "test_fragments.py", "test_kernels.py", "test_launchers.py")
+FILES = (
+    "test_emulator.py",
+    "test_fragments.py",
+    "test_kernels.py",
+    "test_launchers.py",
+    "test_pattern_change.py",
+)
 
 
 def _runtime(name: str) -> str:
