@@ -188,7 +188,8 @@ def is_found(fault: Fault) -> bool:
         return passed
     lines = [line for line in done.stdout.splitlines() if re.match(r"E   +\S", line)]
     # An error of the compiler or of collection is no finding.
-    told = any(re.search(r"AssertionError|launch failed|cub::\w+::\w+ failed", line) for line in lines)
+    findings = re.compile(r"AssertionError|E +assert |launch failed|cub::\w+::\w+ failed")
+    told = any(findings.search(line) for line in lines)
     found = done.returncode == 1 and told
     print(f"{'found ' if found else 'MISSED'} {fault.name}")
     print("       " + (lines[0][1:].strip()[:160] if lines else done.stdout[-300:]), flush=True)
