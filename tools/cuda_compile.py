@@ -32,6 +32,7 @@ LIMITS = {
     "sm_90a": (65536, 2048, 32, 228 << 10, 1 << 10),
     "sm_100": (65536, 2048, 32, 228 << 10, 1 << 10),
 }
+CUB = "_ZN3cub"  # mangled names of the kernels that CUB's templates bring
 THREADS = 256  # of every kernel's block (kWarp * kWarpsPerBlock in csrc/cuda/product.cuh)
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'")
 SPILL = re.compile(
@@ -120,6 +121,8 @@ def table(kernels: list[Kernel]) -> str:
     """One line per kernel: registers, shared memory, occupancy and spills per architecture."""
     rows: dict[str, dict[str, Kernel]] = {}
     for kernel in kernels:
+        if kernel.name.startswith(CUB):  # blocks of its own sizes; spills count all the same
+            continue
         rows.setdefault(kernel.name, {})[kernel.arch] = kernel
     forms = demangle(list(rows))
     lines = [

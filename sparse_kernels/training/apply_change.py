@@ -12,6 +12,7 @@ from sparse_kernels.nn.base import SparseLayer
 
 from .blocks import BlockGrid
 from .rewrite import COMPRESSED, DENSE_MASKED, rewrite, rewrite_queued
+from .rewrite_together import rewrite_together
 from .schedule import UpdateSchedule
 from .signals import LayerSignal
 from .update import LayerChange
@@ -43,22 +44,25 @@ def apply_changes(
     dense_above: density above which layers are stored dense; None goes by the layer's own.
     """
     done = Applied()
-    for signal, change in zip(signals, changes, strict=True):
-        stored = signal.layer.storage
-        if _apply_change(signal, change, optimizer, dense_above):
+    storages = [
+        _storage_for(signal.layer, change.keys, dense_above)
+        for signal, change in zip(signals, changes, strict=True)
+    ]
+    rewritten = rewrite_together(signals, changes, storages, optimizer)
+    for signal, change, storage in zip(signals, changes, storages, strict=True):
+        if storage != signal.layer.storage:
+            done.moved[signal.name] = storage
+        if signal.name not in rewritten and _apply_change(signal, change, optimizer, storage):
             done.reallocated.append(signal.name)
-        if signal.layer.storage != stored:
-            done.moved[signal.name] = signal.layer.storage
         signal.finish_update(schedule, step)
     return done
 
 
 def _apply_change(
-    signal: LayerSignal, change: LayerChange, optimizer: Any, dense_above: float | None
+    signal: LayerSignal, change: LayerChange, optimizer: Any, storage: str
 ) -> bool:
     """Whether the layer's storage was newly allocated."""
     layer = signal.layer
-    storage = _storage_for(layer, change.keys, dense_above)
     if change.added is None:
         there = signal.grown_state(change.keys)
         return rewrite_queued(layer, optimizer, change.keys, there, storage)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .selection import largest_indices, select_smallest
+from .selection import largest_indices, select_smallest, select_smallest_of_each
 
 FREE_SHARE = 0.99
 """A layer regrows at most this share of its free places (official code)."""
@@ -184,7 +184,7 @@ def _water_fill(wanted: Sequence[float], caps: Sequence[int], total: int) -> lis
 
 def prune_magnitude(layers: Sequence[LayerState], counts: Sequence[int]) -> list[Tensor]:
     """The counts[l] blocks of smallest mean |value| of each layer."""
-    return [select_smallest(s.magnitudes(), k) for s, k in zip(layers, counts, strict=True)]
+    return select_smallest_of_each([s.magnitudes() for s in layers], counts)
 
 
 def prune_global_magnitude(layers: Sequence[LayerState], counts: Sequence[int]) -> list[Tensor]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from sparse_kernels.backends import cuda_pattern
 
 from . import device
 
@@ -30,10 +34,21 @@ def select_smallest(scores: Tensor, count: int) -> Tensor:
     _check_count(scores, count)
     if count in (0, scores.numel()):
         return torch.full_like(scores, bool(count), dtype=torch.bool)
+    if cuda_pattern.takes_scores([scores]):
+        return cuda_pattern.select_mask([scores], [count], largest=False)[0]
     if device.queued(scores):
         return device.smallest(scores, count)
     threshold = torch.kthvalue(scores, count).values
     return _fill_ties(scores < threshold, scores == threshold, count)
+
+
+def select_smallest_of_each(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """`select_smallest` in every layer; on a GPU in a few launches for all of them."""
+    for found, count in zip(scores, counts, strict=True):
+        _check_count(found, count)
+    if cuda_pattern.takes_scores(scores):
+        return cuda_pattern.select_mask(scores, counts, largest=False)
+    return [select_smallest(found, count) for found, count in zip(scores, counts, strict=True)]
 
 
 def _check_count(scores: Tensor, count: int) -> None:
@@ -56,6 +71,8 @@ def largest_indices(scores: Tensor, count: int) -> Tensor:
     _check_count(scores, count)
     if count in (0, scores.numel()):
         return torch.arange(count, device=scores.device)
+    if cuda_pattern.takes_scores([scores]):
+        return cuda_pattern.select_places([scores], [count], largest=True)[0]
     if device.queued(scores):
         return device.largest(scores, count)
     places = _shortlist(scores, count)

@@ -8,10 +8,12 @@ on the CPU, which reads too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from sparse_kernels.backends import cuda_pattern
 
 from . import device, rules
 from .rules import GrowthRule, LayerState
@@ -66,6 +68,8 @@ def plan_update(
         pruned.update(zip(members, masks, strict=True))
         removed.update(zip(members, lost, strict=True))
         regrow.update(zip(members, grown, strict=True))
+    if rule_set.growth is rules.grow_largest and cuda_pattern.takes_scores(held):
+        return _grow_together(states, pruned, removed, regrow, held)
     return [
         _grow(state, pruned[i], removed[i], regrow[i], held[i], rule_set.growth, generator)
         for i, state in enumerate(states)
@@ -101,6 +105,23 @@ def _prune(
         return pruned, counts
     sums = [mask.sum().reshape(1) for mask in pruned]
     return pruned, [int(number) for (number,) in device.read_numbers(sums)]
+
+
+def _grow_together(
+    states: Sequence[LayerState],
+    pruned: Mapping[int, Tensor],
+    removed: Mapping[int, int],
+    regrow: Mapping[int, int],
+    scores: Sequence[Tensor],
+) -> list[LayerChange]:
+    """_grow with the rule grow_largest, for all layers in a few launches of native kernels."""
+    places = range(len(states))
+    left = [state.nnz - removed[i] for i, state in enumerate(states)]
+    keys = [state.keys for state in states]
+    kept = cuda_pattern.keep_blocks([pruned[i] for i in places], keys, left, scores)
+    grown = cuda_pattern.select_places(scores, [regrow[i] for i in places], largest=True)
+    merged = cuda_pattern.merge_keys(kept, grown)
+    return [LayerChange(keys=k, added=None, removed=removed[i]) for i, k in enumerate(merged)]
 
 
 def _grow(

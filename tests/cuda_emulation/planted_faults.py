@@ -19,6 +19,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 
+KERNELS = "test_kernels.py"  # and test_dense.py
+
+
 class Fault(NamedTuple):
     """`before` in `file` becomes `after`; `tests` is pytest's -k expression that must fail, or
     pass where `harmless`.
@@ -32,8 +35,48 @@ class Fault(NamedTuple):
     # Two rows of thread blocks: what each does several tiles for, as in grids above kMaxGridY.
     small_grid: bool = False
     harmless: bool = False
+    suite: str = KERNELS
 
 
+CHANGE = "test_pattern_change.py"
+PATTERN_FAULTS = (
+    Fault("select: one tie too many", "pattern_select.cuh",
+          "rank == Rank::kTied && my_tied < ties",
+          "rank == Rank::kTied && my_tied <= ties", "test_select and small-ties", suite=CHANGE),
+    Fault("select: -0 below 0", "pattern_select.cuh", "const float plain = score + 0.0f;",
+          "const float plain = score;", "test_select and small-ties", suite=CHANGE),
+    Fault("select: a leader counts itself only", "pattern_select.cuh",
+          "static_cast<unsigned>(__popc(same)));", "1u);", "test_select and small", suite=CHANGE),
+    Fault("select: barrier before the digit is found dropped", "pattern_select.cuh",
+          "__syncthreads();  // also:", "//", "test_select and small", suite=CHANGE),
+    Fault("select: tiles before the layer's counted", "pattern_select.cuh",
+          "tiles_before[tile] - tiles_before[first]", "tiles_before[tile]",
+          "test_select and small", suite=CHANGE),
+    Fault("select: CUB's storage cut short", "pattern_select.cu",
+          "parts.Take<unsigned char>(static_cast<int64_t>(scan_bytes));",
+          "parts.Take<unsigned char>(static_cast<int64_t>(scan_bytes / 2));",
+          "test_keep_and_merge", suite=CHANGE),
+    Fault("select: CUB's storage not asked for", "pattern_select.cu",
+          "if (tiles > 0) Scan(what, nullptr, scan_bytes, tiles, nullptr);",
+          "scan_bytes = 1 << 16;",
+          "test_keep_and_merge", suite=CHANGE),
+    Fault("merge: a key before its place", "pattern_index.cuh", "layer.keys[mine + others] = key;",
+          "layer.keys[mine] = key;", "test_keep_and_merge", suite=CHANGE),
+    Fault("index: columns of two layers mixed", "pattern_index.cuh",
+          "static_cast<uint32_t>(placed.first_column + column);", "static_cast<uint32_t>(column);",
+          "test_index", suite=CHANGE),
+    Fault("index: sorted by one bit too few", "pattern_index.cu", "most >> bits != 0",
+          "most >> (bits + 1) != 0", "test_index", suite=CHANGE),
+    Fault("index: tail not zeroed", "pattern_index.cuh", "layer.t_row[i] = 0;", ";", "test_index",
+          suite=CHANGE),
+    Fault("locate: one key past the end", "pattern_index.cuh", "at < old_count && ", "",
+          "test_values", suite=CHANGE),
+    Fault("move: new blocks not zeroed", "pattern_move.cu", "Unit content = 0;",
+          "Unit content = from[0];", "test_values", suite=CHANGE),
+    Fault("move: tail not zeroed", "pattern_move.cu",
+          "const int64_t end = min(tensor.capacity * units",
+          "const int64_t end = min(filled", "test_values", suite=CHANGE),
+)  # fmt: skip
 FAULTS = (
     Fault("product: wrong lane", "product.cuh", "found.offset, k)", "found.offset, k ^ 1)",
           "product and primes"),
@@ -104,6 +147,7 @@ FAULTS = (
     Fault("a small grid", "launch.cuh", "kMaxGridY = 65535", "kMaxGridY = 2",
           "(product or staged or dgrad) and (conv-wide or staged-wide or long-rows)",
           harmless=True),
+    *PATTERN_FAULTS,
 )  # fmt: skip
 
 
@@ -151,8 +195,9 @@ def is_found(fault: Fault) -> bool:
             shutil.copytree(ROOT / "build" / "cuda-emulation" / "checked", out)
         environment = os.environ | {"SPARSE_KERNELS_EMULATION_CSRC": str(csrc)}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
-        command += [f"float32 and {fault.tests}"]
-        command += [str(HERE / "test_kernels.py"), str(HERE / "test_dense.py")]
+        chosen = fault.tests if fault.suite == CHANGE else f"float32 and {fault.tests}"
+        suites = ["test_kernels.py", "test_dense.py"] if fault.suite == KERNELS else [fault.suite]
+        command += [chosen, *(str(HERE / suite) for suite in suites)]
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False
         )
@@ -163,7 +208,8 @@ def is_found(fault: Fault) -> bool:
         return passed
     lines = [line for line in done.stdout.splitlines() if re.match(r"E   +\S", line)]
     # An error of the compiler or of collection is no finding.
-    told = any(re.search("AssertionError|launch failed", line) for line in lines)
+    findings = re.compile(r"AssertionError|E +assert |launch failed|cub::\w+::\w+ failed")
+    told = any(findings.search(line) for line in lines)
     found = done.returncode == 1 and told
     print(f"{'found ' if found else 'MISSED'} {fault.name}")
     print("       " + (lines[0][1:].strip()[:160] if lines else done.stdout[-300:]), flush=True)

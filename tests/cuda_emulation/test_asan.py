@@ -19,6 +19,7 @@ FILES = (
     "test_kernels.py",
     "test_dense.py",
     "test_launchers.py",
+    "test_pattern_change.py",
 )
 
 

@@ -15,6 +15,7 @@ void bind_selftest(py::module_& m);
 PYBIND11_MODULE(SK_EMULATION_MODULE, m) {
   sk::bind_cuda(m);
   sk::bind_cuda_dense(m);
+  sk::bind_cuda_pattern(m);
   bind_selftest(m);
   m.def("register_memory",
         [](std::uintptr_t begin, size_t bytes, bool writable, const std::string& name) {
