@@ -126,4 +126,5 @@ PYBIND11_MODULE(_native, m) {
   sk::bind_prepared(m);
   sk::bind_variants(m);
   sk::bind_cuda(m);
+  sk::bind_mma(m);
 }

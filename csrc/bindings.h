@@ -12,5 +12,6 @@ void bind_wgrad(pybind11::module_& m);     // dense weight gradient
 void bind_prepared(pybind11::module_& m);  // the products of a layer, prepared
 void bind_variants(pybind11::module_& m);  // which variant of a product serves a problem
 void bind_cuda(pybind11::module_& m);      // cuda_* (without CUDA: functions that say why not)
+void bind_mma(pybind11::module_& m);       // cuda_block_*, the tensor-core kernels
 
 }  // namespace sk
