@@ -96,15 +96,11 @@ __device__ __forceinline__ void CopyChunk(unsigned char* to, const T* from, int 
     return;
   }
   using Bits = typename PackOf<sizeof(T), 1>::Type;
-  union Chunk {
-    uint4 all;
-    Bits elements[kChunk<T>];
-    __device__ Chunk() {}
-  } chunk;
-#pragma unroll
+  // Not unrolled: the fast copies beside it are, and this would be most of the kernel's code.
+#pragma unroll 1
   for (int i = 0; i < kChunk<T>; ++i)
-    chunk.elements[i] = i < count ? __ldg(reinterpret_cast<const Bits*>(from) + i) : Bits(0);
-  *reinterpret_cast<uint4*>(to) = chunk.all;
+    reinterpret_cast<Bits*>(to)[i] =
+        i < count ? __ldg(reinterpret_cast<const Bits*>(from) + i) : Bits(0);
 }
 
 }  // namespace sk::cuda
