@@ -159,8 +159,14 @@ __device__ __forceinline__ int ReadEntries(Entry (&entries)[P::kItems], Walk& wa
   return count;
 }
 
+// Thread blocks that shall fit on a multiprocessor. Three of the large TF32 tiles would spill.
+template <typename T>
+constexpr int MinProductBlocks(int block, int tiles) {
+  return tiles == 1 ? 5 : sizeof(T) == 4 && block == 32 ? 2 : 3;
+}
+
 template <typename T, int kBlock, int kWarps, int kTiles, typename Walk>
-__global__ void __launch_bounds__(kWarps* kWarp, 4 / kTiles + 1)
+__global__ void __launch_bounds__(kWarps* kWarp, MinProductBlocks<T>(kBlock, kTiles))
     BlockProductKernel(ProductOperands<T> o, typename Walk::Index index, Window w) {
   using P = ProductTile<T, kBlock, kWarps, kTiles>;
   unsigned char* stages = DynamicShared();

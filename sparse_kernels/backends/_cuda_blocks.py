@@ -19,7 +19,8 @@ from sparse_kernels.geometry import Conv2dGeometry
 SIDES = (16, 32)
 #: In the order of csrc/kernels_cuda.h's Element.
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-Place = Callable[[Tensor], tuple[int, int]]
+Module = Callable[[], ModuleType]  # of the launchers, asked for once a call is known to be right
+Place = Callable[[Tensor], tuple[int, int]]  # ordinal of the device and current stream
 
 
 def is_served(block: tuple[int, int]) -> bool:
@@ -66,7 +67,7 @@ def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def product(
-    module: ModuleType,
+    module: Module,
     place: Place,
     op: str,
     x: Tensor,
@@ -84,7 +85,7 @@ def product(
     y = _empty((x.shape[0], rows, *out_hw), x)
     vs = _aligned(values.detach().to(x.dtype).contiguous())
     bs = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    module.cuda_block_product(
+    module().cuda_block_product(
         op,
         y.data_ptr(),
         xs.data_ptr(),
@@ -101,7 +102,7 @@ def product(
 
 
 def dgrad(
-    module: ModuleType,
+    module: Module,
     place: Place,
     op: str,
     grad: Tensor,
@@ -115,7 +116,7 @@ def dgrad(
     gs = batch_major(grad)
     dx = _empty(shape, grad)
     vs = _aligned(values.detach().to(grad.dtype).contiguous())
-    module.cuda_block_dgrad(
+    module().cuda_block_dgrad(
         op,
         dx.data_ptr(),
         gs.data_ptr(),
@@ -130,7 +131,7 @@ def dgrad(
 
 
 def wgrad(
-    module: ModuleType,
+    module: Module,
     place: Place,
     op: str,
     grad: Tensor,
@@ -145,9 +146,9 @@ def wgrad(
     capacity, element = index[1].shape[0], _ELEMENTS[x.dtype]
     sizes = _sizes(x.shape, grad.shape[2:], geometry, grad.shape[1])
     dvalues = torch.empty((capacity, *block), dtype=torch.float32, device=x.device)
-    size = module.cuda_block_wgrad_workspace(sizes, block[0], capacity, element)
+    size = module().cuda_block_wgrad_workspace(sizes, block[0], capacity, element)
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
-    module.cuda_block_wgrad(
+    module().cuda_block_wgrad(
         op,
         dvalues.data_ptr(),
         gs.data_ptr(),

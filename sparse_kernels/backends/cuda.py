@@ -221,7 +221,7 @@ def linear(
     """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype."""
     if _is_tensor_cores(values):
         return _cuda_blocks.product(
-            native(), _place, "linear", x, values, (crow, col), bias, out_features, relu, None
+            native, _place, "linear", x, values, (crow, col), bias, out_features, relu, None
         )
     batch, cols = x.shape
     shape, geometry = (batch, out_features), [out_features, cols, batch]
@@ -261,7 +261,7 @@ def linear_wgrad(
     """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside."""
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad(
-            native(), _place, "linear_wgrad", grad, x, (crow, col), (bh, bw), None
+            native, _place, "linear_wgrad", grad, x, (crow, col), (bh, bw), None
         )
     geometry = [grad.shape[1], x.shape[1], x.shape[0]]
     return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry)
@@ -286,7 +286,7 @@ def conv2d(
     g = Conv2dGeometry(*geometry)
     if _is_tensor_cores(values):
         return _cuda_blocks.product(
-            native(), _place, "conv2d", x, values, (crow, col), bias, g.out_channels, relu, geometry
+            native, _place, "conv2d", x, values, (crow, col), bias, g.out_channels, relu, geometry
         )
     out_hw = g.output_size(x.shape[2], x.shape[3])
     shape, sizes = (x.shape[0], g.out_channels, *out_hw), _geometry(x.shape, out_hw, geometry)
@@ -310,7 +310,7 @@ def conv2d_dgrad(
     if _is_tensor_cores(values):
         index = (t_crow, t_row, t_perm)
         return _cuda_blocks.dgrad(
-            native(), _place, "conv2d_dgrad", grad, values, index, shape, geometry
+            native, _place, "conv2d_dgrad", grad, values, index, shape, geometry
         )
     sizes = _geometry(shape, grad.shape[2:], geometry)
     return _dgrad("conv2d_dgrad", grad, values, (t_crow, t_row, t_perm), shape, sizes)
@@ -331,7 +331,7 @@ def conv2d_wgrad(
     """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad(
-            native(), _place, "conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry
+            native, _place, "conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry
         )
     sizes = _geometry(x.shape, grad.shape[2:], geometry)
     return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes)

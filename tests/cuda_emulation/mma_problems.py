@@ -30,7 +30,7 @@ LINEAR = tuple(
         LinearCase(f"b{b}-wide-rows", 129, 13 * b, b, 1.0, (b, b), fill="full", slack=0),
         LinearCase(f"b{b}-empty-row", 35, 5 * b, 5 * b, 0.4, (b, b), fill="empty_row"),
         LinearCase(f"b{b}-empty", 9, 2 * b, 2 * b, block=(b, b), fill="empty", relu=True),
-        LinearCase(f"b{b}-smallest", 3, 1, 1, 1.0, (b, b), slack=0),
+        LinearCase(f"b{b}-smallest", 3, b, b, 1.0, (b, b), slack=0),
         LinearCase(f"b{b}-batch0", 0, 2 * b, 2 * b, 0.5, (b, b)),
         LinearCase(f"b{b}-parts", 601, 2 * b, b + 5, 0.6, (b, b), slack=20),
         LinearCase(f"b{b}-long-tail", 40, b, 2 * b, 1.0, (b, b), slack=37),
@@ -48,7 +48,7 @@ CONV = tuple(
             f"b{b}-conv-groups", 3, 5, 6, _conv((4 * b, 2 * b + 16), (3, 2), pad=1, groups=2), 0.4,
             (b, b), relu=True,
         ),
-        ConvCase(f"b{b}-conv-partial", 3, 5, 4, _conv((19, 37), (2, 3), pad=1), 0.7, (b, b)),
+        ConvCase(f"b{b}-conv-partial", 3, 5, 4, _conv((b + 3, b + 21), (2, 3), pad=1), 0.7, (b, b)),
         ConvCase(
             f"b{b}-conv-gaps", 1, 11, 10, _conv((b, b), (2, 2), stride=3, pad_left=2), 0.8, (b, b)
         ),

@@ -5,6 +5,8 @@ module for the native one and CPU tensors for GPU tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,21 @@ IDS = {
 }  # fmt: skip
 
 
+@contextmanager
+def precision(linear: str, conv: str) -> Iterator[None]:
+    """torch's flags of float32 products ("ieee" or "tf32"), and what they were afterwards."""
+    backends: Any = torch.backends  # its stubs lack cudnn.conv
+    flags = (backends.cuda.matmul, backends.cudnn.conv)
+    before = [flag.fp32_precision for flag in flags]
+    try:
+        for flag, value in zip(flags, (linear, conv), strict=True):
+            flag.fp32_precision = value
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.fp32_precision = value
+
+
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA backend serves CPU tensors, in TF32; torch allocates, so all memory is theirs."""
@@ -30,9 +47,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda, "native", lambda: module)
     monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
     monkeypatch.setattr(cuda, "supports", lambda op, x, values=None, block=None: None)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
-    with plan.use_backend("cuda"):
+    with plan.use_backend("cuda"), precision("tf32", "tf32"):
         yield
     module.set_strict(True)
 
@@ -63,9 +78,9 @@ def test_autograd_on_the_backend_matches_float64(
     y.backward(t["grad"])
     limit = 2e-3 if dtype == torch.float32 else 1e-2
     layout = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+    assert y.is_contiguous(memory_format=layout)  # x.grad takes the strides of x
     for got, want in ((y, expected_y), (x.grad, expected_dx)):
         assert got.dtype == dtype
-        assert got.is_contiguous(memory_format=layout)
         assert want.numel() == 0 or relative_error(got, want) < limit
     assert values.grad.dtype == torch.float32
     assert relative_error(values.grad, t["pattern"].compress(expected_dw)) < limit
@@ -73,19 +88,15 @@ def test_autograd_on_the_backend_matches_float64(
         assert relative_error(bias.grad, expected_db[0]) < limit
 
 
-def test_float32_blocks_are_served_only_where_torch_allows_tf32(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    block = torch.zeros(1, 16, 16)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
-    assert "in TF32" in str(cuda._why_not("linear", torch.float32, block, None))
-    assert "cuda.matmul" in str(cuda._why_not("linear_wgrad", torch.float32, None, (32, 32)))
-    assert cuda._why_not("linear", torch.bfloat16, block, None) is None
-    assert cuda._why_not("conv2d", torch.float32, block, None) is None
-    index = [torch.zeros(2, dtype=torch.int32)] * 5
-    with pytest.raises(ValueError, match=r"^linear: the CUDA backend multiplies float32 blocks"):
-        cuda.linear(torch.zeros(2, 16), block, *index, None, 16, False)
+def test_float32_blocks_are_served_only_where_torch_allows_tf32() -> None:
+    block, index = torch.zeros(1, 16, 16), [torch.zeros(2, dtype=torch.int32)] * 5
+    with precision("ieee", "tf32"):
+        assert "in TF32" in str(cuda._why_not("linear", torch.float32, block, None))
+        assert "cuda.matmul" in str(cuda._why_not("linear_wgrad", torch.float32, None, (32, 32)))
+        assert cuda._why_not("linear", torch.bfloat16, block, None) is None
+        assert cuda._why_not("conv2d", torch.float32, block, None) is None
+        with pytest.raises(ValueError, match=r"^linear: the CUDA backend multiplies float32"):
+            cuda.linear(torch.zeros(2, 16), block, *index, None, 16, False)
 
 
 def test_blocks_write_batch_major_and_vectors_do_not() -> None:
