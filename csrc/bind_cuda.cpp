@@ -1,41 +1,20 @@
 // Bindings of the CUDA kernels. Without CUDA in the build the functions exist and say why not.
+#include "bind_cuda.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "bind_checks.h"
-#include "bind_geometry.h"
 #include "bindings.h"
-#include "build_config.h"
-#include "kernels_cuda.h"
 
 namespace py = pybind11;
 
 namespace sk {
 namespace {
 
-// A linear layer is passed as the geometry [rows, cols, batch], a convolution as the 18 integers
-// of bind_geometry.h.
-ConvGeometry CudaGeometry(const char* kernel, const std::vector<int64_t>& v) {
-  if (v.size() != 3) return Geometry(kernel, v);
-  RequireSize(kernel, "rows", v[0]);
-  RequireSize(kernel, "cols", v[1]);
-  RequireSize(kernel, "batch", v[2]);
-  return cuda::LinearGeometry(v[0], v[1], v[2]);
-}
-
 #if SK_CUDA
-
-cuda::Element ElementOf(const char* kernel, int64_t element) {
-  if (element < 0 || element > 2)
-    Refuse(std::string(kernel) +
-           ": element must be 0 (float32), 1 (float16) or 2 (bfloat16), got " +
-           std::to_string(element));
-  return static_cast<cuda::Element>(element);
-}
 
 cuda::Variant VariantOf(const char* kernel, int64_t variant) {
   if (variant < 0 || variant > 3)
@@ -43,11 +22,6 @@ cuda::Variant VariantOf(const char* kernel, int64_t variant) {
            ": variant must be 0 (chosen), 1 (direct), 2 (staged) or 3 (small), got " +
            std::to_string(variant));
   return static_cast<cuda::Variant>(variant);
-}
-
-cuda::Place PlaceOf(const char* kernel, int64_t device, Address stream) {
-  RequireSize(kernel, "device", device);
-  return {static_cast<int>(device), Pointer<void>(stream)};
 }
 
 void CudaProduct(const char* kernel, Address y, Address x, Address values, Address bias,
@@ -100,11 +74,6 @@ int64_t CudaWgradWorkspace(const std::vector<int64_t>& geometry, int64_t bh, int
 
 #else
 
-[[noreturn]] void NoCuda(const char* kernel) {
-  throw std::runtime_error(std::string(kernel) + ": this build has no CUDA kernels (" +
-                           SK_CUDA_WHY +
-                           "); reinstall with nvcc on PATH and SPARSE_KERNELS_CUDA=ON");
-}
 void CudaProduct(const char* kernel, Address, Address, Address, Address, Address, Address,
                  const std::vector<int64_t>& geometry, int64_t, bool, int64_t, int64_t, int64_t,
                  Address) {

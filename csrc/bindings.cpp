@@ -128,4 +128,5 @@ PYBIND11_MODULE(_native, m) {
   sk::bind_cuda(m);
   sk::bind_cuda_dense(m);
   sk::bind_cuda_pattern(m);
+  sk::bind_mma(m);
 }

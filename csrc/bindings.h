@@ -14,5 +14,6 @@ void bind_variants(pybind11::module_& m);      // which variant of a product ser
 void bind_cuda(pybind11::module_& m);          // cuda_* (without CUDA: functions that say why not)
 void bind_cuda_dense(pybind11::module_& m);    // batch norm and pooling of those
 void bind_cuda_pattern(pybind11::module_& m);  // cuda_* of a pattern change, likewise
+void bind_mma(pybind11::module_& m);           // cuda_block_*, the tensor-core kernels
 
 }  // namespace sk

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from sparse_kernels.backends import cpu, cuda, reference, torch_ops, triton
+from sparse_kernels.backends.triton.operands import allows_tf32
 
 #: In the order in which they are asked. The room of Triton imports triton when it is called.
 BACKENDS: dict[str, ModuleType] = {
@@ -109,14 +110,22 @@ def choose(
     """
     # On the way of every operator, so no more than a dictionary look-up.
     if values is None:
-        key: tuple[object, ...] = (op, _forced, x.device, x.dtype, block)
+        key: tuple[object, ...] = (op, _forced, x.device, x.dtype, block, _tf32(op, x, block))
     else:
         _, bh, bw = values.shape  # symbolic in a trace, which would not hash
-        key = (op, _forced, x.device, x.dtype, values.dtype, int(bh), int(bw))
+        block = (int(bh), int(bw))
+        key = (op, _forced, x.device, x.dtype, values.dtype, block, _tf32(op, x, block))
     module = _cache.get(key)
     if module is None:
         module = _cache[key] = _choose(op, _forced_backends(), x, values, block)
     return module
+
+
+def _tf32(op: str, x: torch.Tensor, block: Block | None) -> bool:
+    """Whether torch allows TF32: who serves float32 blocks on a GPU may depend on it."""
+    if x.dtype is not torch.float32 or x.device.type != "cuda" or block is None or block[1] == 1:
+        return False
+    return allows_tf32(op)
 
 
 def batch_major(op: str, x: torch.Tensor, values: torch.Tensor) -> bool:

@@ -33,7 +33,11 @@ LIMITS = {
     "sm_100": (65536, 2048, 32, 228 << 10, 1 << 10),
 }
 CUB = "_ZN3cub"  # mangled names of the kernels that CUB's templates bring
-THREADS = 256  # of every kernel's block (kWarp * kWarpsPerBlock in csrc/cuda/product.cuh)
+THREADS = 256  # of most kernels' blocks (kWarp * kWarpsPerBlock in csrc/cuda/product.cuh)
+# The tensor-core kernels: BlockProductKernel<type, block, warps, tiles of 16 points, ...> and
+# BlockWgradKernel<type, block>.
+BLOCK_PRODUCT = re.compile(r"BlockProductKernel<\w+, (\d+), (\d+), (\d+),")
+BLOCK_WGRAD = re.compile(r"BlockWgradKernel<(\w+), (\d+)>")
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'")
 SPILL = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+)"
@@ -49,6 +53,8 @@ class Kernel(NamedTuple):
     registers: int
     shared_bytes: int  # static
     spill_bytes: int
+    threads: int = THREADS
+    dynamic_bytes: int = 0  # shared memory that the launch asks for
 
     @property
     def occupancy(self) -> float:
@@ -56,12 +62,28 @@ class Kernel(NamedTuple):
         registers, threads, blocks, shared, kept = LIMITS[self.arch]
         per_thread = -(-self.registers // 8) * 8
         resident = min(
-            registers // (per_thread * THREADS),
-            threads // THREADS,
+            registers // (per_thread * self.threads),
+            threads // self.threads,
             blocks,
-            shared // (self.shared_bytes + kept),
+            shared // (self.shared_bytes + self.dynamic_bytes + kept),
         )
-        return resident * THREADS / threads
+        return resident * self.threads / threads
+
+    def launched(self, form: str) -> Kernel:
+        """With the threads and dynamic shared memory of its launches; `form` is the name in words.
+
+        The sizes are those of ProductTile and WgradTile in csrc/cuda/mma_*.cuh: three stages of
+        rows of 128 bytes, or of 1 + kPer tiles of 128 * block bytes.
+        """
+        if found := BLOCK_PRODUCT.search(form):
+            block, warps, tiles = map(int, found.groups())
+            rows = warps * tiles * 16 + block
+            return self._replace(threads=warps * 32, dynamic_bytes=3 * rows * 128)
+        if found := BLOCK_WGRAD.search(form):
+            block = int(found[2])
+            per = (64 if found[1] == "float" else 128) // block
+            return self._replace(threads=128, dynamic_bytes=3 * (1 + per) * 128 * block)
+        return self
 
 
 def find_nvcc() -> str | None:
@@ -133,7 +155,10 @@ def table(kernels: list[Kernel]) -> str:
         cells = []
         for arch in ARCHITECTURES:
             k = rows[name].get(arch)
-            text = "" if k is None else f"{k.registers} r, {k.shared_bytes} B, {k.occupancy:.0%}"
+            if k is not None:
+                k = k.launched(forms[name])
+            shared = 0 if k is None else k.shared_bytes + k.dynamic_bytes
+            text = "" if k is None else f"{k.registers} r, {shared} B, {k.occupancy:.0%}"
             cells.append(text + (f", SPILLS {k.spill_bytes} B" if k and k.spill_bytes else ""))
         lines.append(f"| {forms[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -178,9 +203,7 @@ def compile_all(nvcc: str, sources: list[Path], document: Path | None) -> int:
         print("no kernel was found in ptxas's output")
         failures += 1
     text = table(kernels)
-    print(
-        f"\n{text}(r: registers per thread; B: static shared memory; %: threads resident of 2048)\n"
-    )
+    print(f"\n{text}(r: registers per thread; B: shared memory; %: threads resident of 2048)\n")
     if document is not None:
         write_table(document, text)
     return failures

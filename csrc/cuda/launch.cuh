@@ -18,6 +18,7 @@ struct CallName {
   int64_t bh;
   Element element;
   int device;
+  int64_t bw = 1;
   std::string operator()() const;  // launchers.cu
 };
 

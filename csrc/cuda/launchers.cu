@@ -46,8 +46,8 @@ std::string CallName::operator()() const {
   if (g.in_h != 1 || g.in_w != 1 || g.kh * g.kw != 1)
     text += ", image " + std::to_string(g.in_h) + "x" + std::to_string(g.in_w) + ", kernel " +
             std::to_string(g.kh) + "x" + std::to_string(g.kw);
-  return text + ", block " + std::to_string(bh) + "x1, " + types[static_cast<int>(element)] +
-         ", device " + std::to_string(device) + ")";
+  return text + ", block " + std::to_string(bh) + "x" + std::to_string(bw) + ", " +
+         types[static_cast<int>(element)] + ", device " + std::to_string(device) + ")";
 }
 
 namespace {

@@ -2,8 +2,10 @@
 
 Serves elements and vectors, blocks (V, 1) with V up to 32, batch norm and pooling, in float32,
 float16 and bfloat16, with float32 sums; what it does not serve, ``supports`` says. Activations are
-feature-major; weights are read, and their gradients written, in float32. Work is queued on the
-current stream of the tensors' device. RuntimeError with CUDA's message where a launch fails.
+feature-major; weights are read, and their gradients written, in float32. Blocks of 16 x 16 and
+32 x 32 go to the tensor cores (_cuda_blocks.py), in batch-major or channels_last layout. Work is
+queued on the current stream of the tensors' device. RuntimeError with CUDA's message where a launch
+fails.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_kernels._load import native, native_or_none
+from sparse_kernels.backends import _cuda_blocks
 from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.layout import empty_feature_major, is_feature_major, to_feature_major
 
@@ -81,9 +84,25 @@ def _why_not(
         if values.dtype not in _ELEMENTS:
             return f"takes float32, float16 or bfloat16 values, got {values.dtype}"
         block = (int(values.shape[1]), int(values.shape[2]))
-    if block is not None and (block[1] != 1 or block[0] > _HIGHEST):
-        return f"has kernels for blocks (V, 1), V up to {_HIGHEST}, got block {block}"
+    if block is None:
+        return None
+    if _cuda_blocks.is_served(block):
+        return _cuda_blocks.why_not(op, dtype)
+    if block[1] != 1 or block[0] > _HIGHEST:
+        return (
+            f"has kernels for blocks (V, 1), V up to {_HIGHEST}, (16, 16) and (32, 32), "
+            f"got block {block}"
+        )
     return None
+
+
+def writes_batch_major(block: tuple[int, int]) -> bool:
+    """Whether results for this block are batch-major or channels_last, not feature-major."""
+    return _cuda_blocks.is_served(block)
+
+
+def _is_tensor_cores(values: Tensor) -> bool:
+    return _cuda_blocks.is_served((int(values.shape[1]), int(values.shape[2])))
 
 
 # -- what a launcher takes -------------------------------------------------------------------------
@@ -213,6 +232,10 @@ def linear(
     relu: bool,
 ) -> Tensor:
     """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype."""
+    if _is_tensor_cores(values):
+        return _cuda_blocks.product(
+            native, _place, "linear", x, values, (crow, col), bias, out_features, relu, None
+        )
     batch, cols = x.shape
     shape, geometry = (batch, out_features), [out_features, cols, batch]
     return _product("linear", x, values, (crow, col), bias, shape, geometry, relu)
@@ -229,6 +252,9 @@ def linear_dgrad(
     in_features: int,
 ) -> Tensor:
     """dX = dY S; grad [N, out] -> dx [N, in], feature-major, grad's dtype."""
+    if _is_tensor_cores(values):
+        index, size = (t_crow, t_row, t_perm), (grad.shape[0], in_features)
+        return _cuda_blocks.dgrad(native(), _place, "linear_dgrad", grad, values, index, size, None)
     batch, rows = grad.shape
     shape, geometry = (batch, in_features), [rows, in_features, batch]
     return _dgrad("linear_dgrad", grad, values, (t_crow, t_row, t_perm), shape, geometry)
@@ -246,6 +272,10 @@ def linear_wgrad(
     bw: int,
 ) -> Tensor:
     """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside."""
+    if _cuda_blocks.is_served((bh, bw)):
+        return _cuda_blocks.wgrad(
+            native, _place, "linear_wgrad", grad, x, (crow, col), (bh, bw), None
+        )
     geometry = [grad.shape[1], x.shape[1], x.shape[0]]
     return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry)
 
@@ -267,6 +297,10 @@ def conv2d(
 ) -> Tensor:
     """Sparse convolution; x [N, C, H, W] -> y [N, C_out, H_out, W_out], feature-major."""
     g = Conv2dGeometry(*geometry)
+    if _is_tensor_cores(values):
+        return _cuda_blocks.product(
+            native, _place, "conv2d", x, values, (crow, col), bias, g.out_channels, relu, geometry
+        )
     out_hw = g.output_size(x.shape[2], x.shape[3])
     shape, sizes = (x.shape[0], g.out_channels, *out_hw), _geometry(x.shape, out_hw, geometry)
     return _product("conv2d", x, values, (crow, col), bias, shape, sizes, relu)
@@ -286,6 +320,11 @@ def conv2d_dgrad(
 ) -> Tensor:
     """dx [N, C_in, in_height, in_width], feature-major, from grad [N, C_out, H_out, W_out]."""
     shape = (grad.shape[0], Conv2dGeometry(*geometry).in_channels, in_height, in_width)
+    if _is_tensor_cores(values):
+        index = (t_crow, t_row, t_perm)
+        return _cuda_blocks.dgrad(
+            native, _place, "conv2d_dgrad", grad, values, index, shape, geometry
+        )
     sizes = _geometry(shape, grad.shape[2:], geometry)
     return _dgrad("conv2d_dgrad", grad, values, (t_crow, t_row, t_perm), shape, sizes)
 
@@ -303,6 +342,10 @@ def conv2d_wgrad(
     geometry: Sequence[int],
 ) -> Tensor:
     """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
+    if _cuda_blocks.is_served((bh, bw)):
+        return _cuda_blocks.wgrad(
+            native, _place, "conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry
+        )
     sizes = _geometry(x.shape, grad.shape[2:], geometry)
     return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes)
 

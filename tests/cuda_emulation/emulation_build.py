@@ -43,8 +43,9 @@ def _compiler() -> str:
 def _sources(csrc: Path) -> list[tuple[Path, bool]]:
     """Every source with whether it holds kernels (and is to be watched)."""
     found = [(path, True) for path in sorted((csrc / "cuda").glob("*.cu"))]
-    found += [(HERE / "selftest.cu", True)]
+    found += [(path, True) for path in sorted(HERE.glob("selftest*.cu"))]
     found += [(path, False) for path in sorted(csrc.glob("bind_cuda*.cpp"))]
+    found += [(csrc / "bind_mma.cpp", False)]
     return found + [(path, False) for path in sorted((HERE / "runtime").glob("*.cpp"))]
 
 

@@ -74,8 +74,8 @@ def test_autograd_on_the_backend_matches_float64(case: Case, emulated: None) -> 
 
 
 def test_blocks_that_have_no_kernel_are_refused_by_name() -> None:
-    assert "got block (16, 16)" in str(
-        cuda._why_not("linear", torch.float32, torch.zeros(1, 16, 16), None)
+    assert "got block (16, 32)" in str(
+        cuda._why_not("linear", torch.float32, torch.zeros(1, 16, 32), None)
     )
     assert "got block (64, 1)" in str(cuda._why_not("linear_wgrad", torch.float32, None, (64, 1)))
     assert cuda._why_not("linear_wgrad", torch.float32, None, (32, 1)) is None

@@ -11,12 +11,15 @@
 namespace py = pybind11;
 
 void bind_selftest(py::module_& m);
+void bind_selftest_mma(py::module_& m);
 
 PYBIND11_MODULE(SK_EMULATION_MODULE, m) {
   sk::bind_cuda(m);
   sk::bind_cuda_dense(m);
   sk::bind_cuda_pattern(m);
+  sk::bind_mma(m);
   bind_selftest(m);
+  bind_selftest_mma(m);
   m.def("register_memory",
         [](std::uintptr_t begin, size_t bytes, bool writable, const std::string& name) {
           emulation::RegisterMemory(reinterpret_cast<const void*>(begin), bytes, writable, name);
