@@ -72,6 +72,10 @@ int64_t CudaWgradWorkspace(const std::vector<int64_t>& geometry, int64_t bh, int
   return cuda::wgrad_workspace(CudaGeometry("cuda_wgrad_workspace", geometry), bh, capacity);
 }
 
+std::string CudaUnusable(int64_t device) {
+  return cuda::why_unusable(PlaceOf("cuda_unusable", device, 0).device);
+}
+
 #else
 
 void CudaProduct(const char* kernel, Address, Address, Address, Address, Address, Address,
@@ -93,6 +97,7 @@ void CudaWgrad(const char* kernel, Address, Address, Address, Address, Address, 
 int64_t CudaWgradWorkspace(const std::vector<int64_t>&, int64_t, int64_t) {
   NoCuda("cuda_wgrad_workspace");
 }
+std::string CudaUnusable(int64_t) { NoCuda("cuda_unusable"); }
 
 #endif
 
@@ -117,6 +122,9 @@ void bind_cuda(py::module_& m) {
         "Gradient of the values at the pattern on a GPU, see kernels_cuda.h.");
   m.def("cuda_wgrad_workspace", &CudaWgradWorkspace, py::arg("geometry"), py::arg("bh"),
         py::arg("capacity"), "Bytes of workspace that cuda_wgrad wants.");
+  m.def("cuda_unusable", &CudaUnusable, py::arg("device"), Release(),
+        "Why these kernels cannot run on a device (its architecture, the driver); empty if they "
+        "can.");
 }
 
 }  // namespace sk

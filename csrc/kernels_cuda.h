@@ -11,7 +11,8 @@
 //               float32, rounded once on the way out.
 //   W, crow, col, t_crow, t_row, t_perm, bias (float32), relu, output   as kernels.h says, with
 //               bw = 1. The index arrays are trusted: they are on the GPU, and no launcher waits.
-//   order       sums have a fixed order: equal calls give equal bits, on every GPU.
+//   order       sums have a fixed order: equal calls give equal bits, on every GPU, where the
+//               activations' addresses allow the same width of loads (wgrad's lanes depend on it).
 //   errors      std::runtime_error with the kernel, its shape and CUDA's message when a CUDA call
 //               fails; std::invalid_argument, before anything is queued, for what is not served.
 //               A kernel that fails while it runs shows at a later call, as CUDA has it.
@@ -19,6 +20,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "kernels.h"
 
@@ -88,8 +90,13 @@ struct WgradArgs {
 };
 void wgrad(const char* name, const WgradArgs& args);
 
-// Bytes of workspace that wgrad wants: one copy of dvalues per part of a long sum, at most 64.
+// Bytes of workspace that wgrad wants: one copy of dvalues per part of a long sum. At most 64, and
+// no more than a GPU needs to be busy: less than one copy of dvalues and 0.6 MB.
 int64_t wgrad_workspace(const ConvGeometry& geometry, int64_t bh, int64_t capacity);
+
+// Why the kernels of this build cannot run on a device: no such device, an older driver than the
+// runtime wants, an architecture that nothing was compiled for. Empty if they can.
+std::string why_unusable(int device);
 
 // A linear layer [rows, cols] as a convolution.
 inline ConvGeometry LinearGeometry(int64_t rows, int64_t cols, int64_t batch) {

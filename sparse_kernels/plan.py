@@ -93,6 +93,14 @@ def reasons(
             "computes with the dense weight, so it serves float64 only unless "
             "SPARSE_KERNELS_BACKEND=reference asks for it"
         )
+    # Until both are timed on a GPU: the native kernels use plain cores for vectors, and those for
+    # blocks are a second opinion on Triton's.
+    both = found["cuda"] is None and found["triton"] is None and "cuda" not in asked
+    if both and _on_tensor_cores(op, x.dtype, block):
+        found["cuda"] = (
+            "leaves what tensor cores multiply to Triton until both are timed on a GPU, unless "
+            "SPARSE_KERNELS_BACKEND=cuda asks for it"
+        )
     if found["torch"] is None and x.device.type == "cpu" and "torch" not in asked:
         found["torch"] = (
             "serves CUDA tensors, and the CPU's only where SPARSE_KERNELS_BACKEND names it"
@@ -123,9 +131,21 @@ def choose(
 
 def _tf32(op: str, x: torch.Tensor, block: Block | None) -> bool:
     """Whether torch allows TF32: who serves float32 blocks on a GPU may depend on it."""
-    if x.dtype is not torch.float32 or x.device.type != "cuda" or block is None or block[1] == 1:
+    if x.dtype is not torch.float32 or x.device.type != "cuda" or not _tall(block):
         return False
     return allows_tf32(op)
+
+
+def _tall(block: Block | None) -> bool:
+    """Whether tensor cores have work in such blocks."""
+    return block is not None and block[0] >= 8
+
+
+def _on_tensor_cores(op: str, dtype: torch.dtype, block: Block | None) -> bool:
+    """Whether Triton multiplies such blocks by the tensor cores (its vector_* and block_*)."""
+    if block is not None and block[1] == 1 and op.endswith("_dgrad"):
+        return False  # a vector is a column of the block there: nothing to multiply it with
+    return _tall(block) and (dtype is not torch.float32 or allows_tf32(op))
 
 
 def batch_major(op: str, x: torch.Tensor, values: torch.Tensor) -> bool:

@@ -52,9 +52,7 @@ bool Wide(Element element, int64_t row, Pointers... pointers) {
 // A thread block per channel and per 4 rounds of its threads over the channel's elements.
 inline LaunchShape DenseShape(int64_t channels, int64_t count, int width, void* stream) {
   const int64_t per_block = int64_t(kDenseThreads) * width * 4;
-  const int64_t blocks = count <= per_block ? 1 : (count + per_block - 1) / per_block;
-  const unsigned rounds = static_cast<unsigned>(blocks < kMaxGridY ? blocks : kMaxGridY);
-  return {dim3(static_cast<unsigned>(channels), rounds), dim3(kDenseThreads), 0, stream};
+  return {Grid(channels, 1, count < 1 ? 1 : count, per_block), dim3(kDenseThreads), 0, stream};
 }
 
 // Of a kernel with that shape: this thread's first element of its channel, and the next one's

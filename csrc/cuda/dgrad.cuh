@@ -72,12 +72,9 @@ struct DgradShape {
 
 template <typename T, int kWidth, typename Target>
 void LaunchDgrad(const CallName& what, const DgradArgs& a, const DgradShape& s) {
-  const int64_t tiles = (s.in_points + int64_t(kWarp) * kWidth - 1) / (kWarp * kWidth);
-  const unsigned blocks =
-      static_cast<unsigned>((s.in_channels + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  const unsigned rounds = static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY);
   Launch(what, DgradKernel<T, kWidth, Target>,
-         {dim3(blocks, rounds), dim3(kWarp, kWarpsPerBlock), 0, a.place.stream},
+         {Grid(s.in_channels, kWarpsPerBlock, s.in_points, kWarp * kWidth),
+          dim3(kWarp, kWarpsPerBlock), 0, a.place.stream},
          static_cast<T*>(a.dx), static_cast<const T*>(a.grad), a.values, a.t_crow, a.t_row,
          a.t_perm, s.in_channels, s.rows_per_group, static_cast<int>(a.bh), s.in_points,
          s.out_points, Target(a.geometry));

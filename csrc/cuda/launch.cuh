@@ -27,7 +27,21 @@ constexpr int kWarpsPerBlock = 8;
 // Blocks that shall fit on a multiprocessor, said for every kernel: left to itself, ptxas spills a
 // few registers to fit one more.
 constexpr int MinBlocks(int sums) { return sums <= 8 ? 4 : sums <= 32 ? 2 : 1; }
-constexpr int kMaxGridY = 65535;
+
+// What a kernel's second grid dimension holds at most; its blocks do several tiles each beyond
+// that. The emulated tests ask for fewer (tests/cuda_emulation/emulation_build.py).
+#ifndef SK_MAX_GRID_Y
+#define SK_MAX_GRID_Y 65535
+#endif
+
+// A grid of `rows` of work, a thread block per `rows_per_block`, by `points`, a tile per
+// `points_per_tile`.
+inline dim3 Grid(int64_t rows, int64_t rows_per_block, int64_t points, int64_t points_per_tile) {
+  const int64_t most = SK_MAX_GRID_Y;
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
+  const int64_t tiles = (points + points_per_tile - 1) / points_per_tile;
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles < most ? tiles : most));
+}
 
 struct LaunchShape {
   dim3 grid, block;

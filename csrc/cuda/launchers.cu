@@ -54,7 +54,10 @@ namespace {
 
 // Room above every int that a kernel forms of a point.
 constexpr int64_t kMaxPoints = INT32_MAX - 1024;
-constexpr int64_t kShortestPart = 2048, kMostParts = 64;
+// Of a long sum. Parts are for GPUs that the stored blocks alone leave idle: enough warps in all
+// for 132 multiprocessors with 32 each, which keeps the workspace near one copy of the values for
+// large layers and under 0.6 MB beyond that for small ones.
+constexpr int64_t kShortestPart = 2048, kMostParts = 64, kWantedWarps = 132 * 32;
 
 void Serve(bool condition, const CallName& what, const char* expected) {
   if (!condition) throw std::invalid_argument(what() + ": expected " + expected);
@@ -95,9 +98,16 @@ int Width(const ConvGeometry& g, Element element, const void* a, const void* b) 
   return g.batch % 2 == 0 && addresses % (2 * bytes) == 0 ? 2 : 1;
 }
 
-int64_t PartLength(int64_t points) {
-  const int64_t longest = (points + kMostParts - 1) / kMostParts;
-  return (std::max(longest, kShortestPart) + 127) / 128 * 128;
+int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct WgradParts {
+  int64_t length, count;
+};
+WgradParts CutPoints(int64_t points, int64_t bh, int64_t capacity) {
+  const int64_t warps = std::max<int64_t>(1, Ceil(capacity, WgradBlocks(bh)));
+  const int64_t most = std::min(kMostParts, Ceil(kWantedWarps, warps));
+  const int64_t length = Ceil(std::max(Ceil(points, most), kShortestPart), 128) * 128;
+  return {length, std::max<int64_t>(1, Ceil(points, length))};
 }
 
 // Calls `run` with a value of the element's type.
@@ -129,6 +139,19 @@ void small(const CallName& what, const ProductArgs& a, int points) {
 }
 
 }  // namespace
+
+std::string why_unusable(int device) {
+  const auto what = [device] { return "CUDA kernels on device " + std::to_string(device); };
+  try {
+    DeviceGuard guard(device, what);
+    cudaFuncAttributes attributes;  // loads the kernel: fails where there is no code for the device
+    Check(cudaFuncGetAttributes(&attributes, AddPartsKernel), "cudaFuncGetAttributes", what);
+  } catch (const std::runtime_error& error) {
+    (void)cudaGetLastError();  // so that the next launch does not report it
+    return error.what();
+  }
+  return "";
+}
 
 void product(const char* name, const ProductArgs& a) {
   const ConvGeometry& g = a.geometry;
@@ -170,8 +193,7 @@ void dgrad(const char* name, const DgradArgs& a) {
 }
 
 int64_t wgrad_workspace(const ConvGeometry& g, int64_t bh, int64_t capacity) {
-  const int64_t points = OutPoints(g), length = PartLength(points);
-  const int64_t parts = (points + length - 1) / length;
+  const int64_t parts = CutPoints(OutPoints(g), bh, capacity).count;
   return parts <= 1 ? 0 : parts * capacity * bh * static_cast<int64_t>(sizeof(float));
 }
 
@@ -187,13 +209,11 @@ void wgrad(const char* name, const WgradArgs& a) {
                                 " bytes (wgrad_workspace), got " +
                                 std::to_string(a.workspace_bytes));
   DeviceGuard guard(a.place.device, what);
-  const int64_t points = OutPoints(g), length = PartLength(points);
-  const WgradShape shape = {BlockRows(g, a.bh),
-                            static_cast<int>(a.capacity),
-                            static_cast<int>(points),
-                            Width(g, a.element, a.x, a.grad),
-                            static_cast<int>(length),
-                            static_cast<int>(std::max<int64_t>(1, (points + length - 1) / length))};
+  const int64_t points = OutPoints(g);
+  const WgradParts cut = CutPoints(points, a.bh, a.capacity);
+  const WgradShape shape = {BlockRows(g, a.bh),           static_cast<int>(a.capacity),
+                            static_cast<int>(points),     Width(g, a.element, a.x, a.grad),
+                            static_cast<int>(cut.length), static_cast<int>(cut.count)};
   const bool few = points <= kSmallPoints;
   ForElement(a.element, [&](auto element) {
     using T = decltype(element);

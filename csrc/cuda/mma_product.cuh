@@ -224,11 +224,9 @@ void LaunchBlockProduct(const CallName& what, const ProductOperands<T>& o,
                         const typename Walk::Index& index, const Window& w, void* stream) {
   using P = ProductTile<T, kBlock, kWarps, kTiles>;
   const int phases = Walk::kTransposed ? w.stride_h * w.stride_w : 1;
-  const int64_t tiles = (int64_t(o.points) + P::kRows - 1) / P::kRows;
   Launch(what, BlockProductKernel<T, kBlock, kWarps, kTiles, Walk>,
-         {dim3(static_cast<unsigned>(w.groups * phases * w.dst_blocks),
-               static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY)),
-          dim3(P::kThreads), size_t(kMmaStages) * P::kStageBytes, stream},
+         {Grid(int64_t(w.groups) * phases * w.dst_blocks, 1, o.points, P::kRows), dim3(P::kThreads),
+          size_t(kMmaStages) * P::kStageBytes, stream},
          o, index, w);
 }
 

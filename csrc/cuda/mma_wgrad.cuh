@@ -186,7 +186,8 @@ __global__ void __launch_bounds__(kWgradWarps* kWarp, 3)
   float* out = o.out + static_cast<int64_t>(blockIdx.y) * o.capacity * (kBlock * kBlock);
   const Neighbours<P::kPer> n = FindNeighbours<P, T, kBlock>(o, w, slot);
   if (n.count > 0) {
-    const int begin = static_cast<int>(blockIdx.y) * o.part, end = min(o.points, begin + o.part);
+    const int begin = static_cast<int>(blockIdx.y) * o.part;
+    const int end = begin + min(o.points - begin, o.part);  // begin + part may wrap
 #pragma unroll
     for (int s = 0; s < kWgradStages - 1; ++s) {
       const int first = begin + s * P::kPoints;

@@ -69,12 +69,9 @@ struct ProductShape {
 
 template <typename T, int kHeight, int kWidth, typename Source>
 void LaunchProduct(const CallName& what, const ProductArgs& a, const ProductShape& s) {
-  const int64_t tiles = (s.points + int64_t(kWarp) * kWidth - 1) / (kWarp * kWidth);
-  const unsigned blocks =
-      static_cast<unsigned>((s.block_rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  const unsigned rounds = static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY);
   Launch(what, ProductKernel<T, kHeight, kWidth, Source>,
-         {dim3(blocks, rounds), dim3(kWarp, kWarpsPerBlock), 0, a.place.stream},
+         {Grid(s.block_rows, kWarpsPerBlock, s.points, kWarp * kWidth), dim3(kWarp, kWarpsPerBlock),
+          0, a.place.stream},
          static_cast<T*>(a.y), static_cast<const T*>(a.x), a.values, a.bias, a.crow, a.col,
          s.block_rows, static_cast<int>(a.bh), s.points, a.relu, Source(a.geometry));
 }

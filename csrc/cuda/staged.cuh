@@ -119,16 +119,13 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, 2)
 template <typename T, int kHeight>
 void LaunchStaged(const CallName& what, const ProductArgs& a, int block_rows) {
   constexpr int kRowsPerBlock = kWarpsPerBlock * (16 / kHeight);
-  const int64_t tiles = (a.geometry.batch + kStagePoints - 1) / kStagePoints;
-  const unsigned blocks = static_cast<unsigned>((block_rows + kRowsPerBlock - 1) / kRowsPerBlock);
-  const unsigned rounds = static_cast<unsigned>(tiles < kMaxGridY ? tiles : kMaxGridY);
-  Launch(what, StagedKernel<T, kHeight>,
-         {dim3(blocks, rounds), dim3(kWarp, kWarpsPerBlock),
-          sizeof(T) * kStages * kStageColumns * kStagePoints, a.place.stream},
-         static_cast<T*>(a.y), static_cast<const T*>(a.x), a.values, a.bias, a.crow, a.col,
-         block_rows, static_cast<int>(a.geometry.out_channels),
-         static_cast<int>(a.geometry.in_channels), static_cast<int>(a.bh),
-         static_cast<int>(a.geometry.batch), a.relu);
+  Launch(
+      what, StagedKernel<T, kHeight>,
+      {Grid(block_rows, kRowsPerBlock, a.geometry.batch, kStagePoints), dim3(kWarp, kWarpsPerBlock),
+       sizeof(T) * kStages * kStageColumns * kStagePoints, a.place.stream},
+      static_cast<T*>(a.y), static_cast<const T*>(a.x), a.values, a.bias, a.crow, a.col, block_rows,
+      static_cast<int>(a.geometry.out_channels), static_cast<int>(a.geometry.in_channels),
+      static_cast<int>(a.bh), static_cast<int>(a.geometry.batch), a.relu);
 }
 
 template <typename T>

@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock,
   if (first >= capacity) return;
   const int lane = threadIdx.x, stored = crow[block_rows];
   const int last = min(static_cast<int>(first) + kBlocks, capacity);
-  const int from = static_cast<int>(blockIdx.y) * part, to = min(points, from + part);
+  // Not min(points, from + part): near 2^31 points that sum wraps.
+  const int from = static_cast<int>(blockIdx.y) * part, to = from + min(points - from, part);
   float* to_values = out + static_cast<int64_t>(blockIdx.y) * capacity * bh;
   int k = static_cast<int>(first);
   while (k < min(last, stored)) {
@@ -71,19 +72,23 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock,
     for (int point = from + lane * kWidth; point < to; point += kWarp * kWidth) {
       const SourcePoint at = source.Point(point);
       float xs[kBlocks][kWidth] = {};
+      bool inside[kBlocks];
 #pragma unroll
-      for (int j = 0; j < kBlocks; ++j)
-        if (j < count && source.Inside(at, column[j].tap))
-          Load<kWidth>(xs[j], x + (at.offset + column[j].offset));
+      for (int j = 0; j < kBlocks; ++j) {
+        inside[j] = j < count && source.Inside(at, column[j].tap);
+        if (inside[j]) Load<kWidth>(xs[j], x + (at.offset + column[j].offset));
+      }
 #pragma unroll
       for (int v = 0; v < kHeight; ++v) {
         if (v >= rows.height) break;
         float g[kWidth];
         Load<kWidth>(g, grad + (static_cast<int64_t>(rows.first + v) * points + point));
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j)
+        for (int j = 0; j < kBlocks; ++j) {
+          if (Source::kImage && !inside[j]) continue;  // an infinite g times padding would be NaN
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) sums[j * kHeight + v] += g[i] * xs[j][i];
+        }
       }
     }
     const float sum = ReduceLanes<kBlocks * kHeight>(sums, lane);
@@ -108,6 +113,9 @@ inline __global__ void __launch_bounds__(256)
   for (int p = 0; p < part_count; ++p) sum += parts[p * count + i];
   dvalues[i] = sum;
 }
+
+// Stored blocks of one warp.
+constexpr int WgradBlocks(int64_t bh) { return bh <= 4 ? 8 : bh <= 8 ? 4 : bh <= 16 ? 2 : 1; }
 
 struct WgradShape {
   int block_rows, capacity, points, width;
@@ -141,12 +149,12 @@ void WgradOfHeight(const CallName& what, const WgradArgs& a, const WgradShape& s
 
 template <typename T, typename Source>
 void WgradOf(const CallName& what, const WgradArgs& a, const WgradShape& s) {
-  if (a.bh == 1) return WgradOfHeight<T, 1, 8, Source>(what, a, s);
-  if (a.bh == 2) return WgradOfHeight<T, 2, 8, Source>(what, a, s);
-  if (a.bh <= 4) return WgradOfHeight<T, 4, 8, Source>(what, a, s);
-  if (a.bh <= 8) return WgradOfHeight<T, 8, 4, Source>(what, a, s);
-  if (a.bh <= 16) return WgradOfHeight<T, 16, 2, Source>(what, a, s);
-  return WgradOfHeight<T, 32, 1, Source>(what, a, s);
+  if (a.bh == 1) return WgradOfHeight<T, 1, WgradBlocks(1), Source>(what, a, s);
+  if (a.bh == 2) return WgradOfHeight<T, 2, WgradBlocks(2), Source>(what, a, s);
+  if (a.bh <= 4) return WgradOfHeight<T, 4, WgradBlocks(4), Source>(what, a, s);
+  if (a.bh <= 8) return WgradOfHeight<T, 8, WgradBlocks(8), Source>(what, a, s);
+  if (a.bh <= 16) return WgradOfHeight<T, 16, WgradBlocks(16), Source>(what, a, s);
+  return WgradOfHeight<T, 32, WgradBlocks(32), Source>(what, a, s);
 }
 
 }  // namespace sk::cuda

@@ -10,6 +10,7 @@ fails.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -70,7 +71,14 @@ def supports(
     built = module.build_info()
     if not built["cuda"]:
         return f"built without CUDA: {built['why_no_cuda']}"
-    return _why_not(op, x.dtype, values, block)
+    return _why_not(op, x.dtype, values, block) or _unusable(x.device.index or 0)
+
+
+@functools.lru_cache
+def _unusable(device: int) -> str | None:
+    """Why no kernel runs on this device, if so: its architecture or the driver. Asked once."""
+    why = str(native().cuda_unusable(device))
+    return f"cannot run here: {why}" if why else None
 
 
 def _why_not(

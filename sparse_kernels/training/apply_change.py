@@ -58,9 +58,7 @@ def apply_changes(
     return done
 
 
-def _apply_change(
-    signal: LayerSignal, change: LayerChange, optimizer: Any, storage: str
-) -> bool:
+def _apply_change(signal: LayerSignal, change: LayerChange, optimizer: Any, storage: str) -> bool:
     """Whether the layer's storage was newly allocated."""
     layer = signal.layer
     if change.added is None:

@@ -1,7 +1,8 @@
 """The emulated module and how tests hand it tensors.
 
 `SPARSE_KERNELS_EMULATION=asan` loads the sanitized variant (with LD_PRELOAD, see test_asan.py),
-`SPARSE_KERNELS_EMULATION_CSRC` other kernel sources (planted_faults.py).
+`SPARSE_KERNELS_EMULATION_CSRC` other kernel sources, `SPARSE_KERNELS_EMULATION_GRID` smaller grids
+(planted_faults.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import emulation_build
 import torch
 
 _loaded: dict[str, ModuleType] = {}
+# Rows of thread blocks in a grid, as CUDA has it: what is beyond them, a block does in turns.
+GRID = int(os.environ.get("SPARSE_KERNELS_EMULATION_GRID", "65535"))
 SEED = int(os.environ.get("SPARSE_KERNELS_EMULATION_SEED", "0"))
 
 
@@ -38,6 +41,7 @@ def load() -> ModuleType:
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
+        module.set_max_grid_y(GRID)
         _loaded[variant] = module
     return _loaded[variant]
 
@@ -62,6 +66,16 @@ def registered(seed: int = SEED, **tensors: torch.Tensor | None) -> Iterator[Mod
         yield emulated
     finally:
         emulated.forget_memory()
+
+
+@contextmanager
+def small_grids() -> Iterator[None]:
+    """Inside, grids have two rows of thread blocks at most, so that blocks do several tiles."""
+    load().set_max_grid_y(2)
+    try:
+        yield
+    finally:
+        load().set_max_grid_y(GRID)
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -114,6 +114,10 @@ FAULTS = (
           "wgrad and primes-blocks"),
     Fault("wide loads of misaligned rows", "launchers.cu",
           "if (g.batch % 4 == 0 && addresses", "if (addresses", "product and wide-batch"),
+    Fault("wide loads of misaligned addresses", "launchers.cu",
+          "g.batch % 4 == 0 && addresses % (4 * bytes) == 0", "g.batch % 4 == 0", "misaligned"),
+    Fault("wgrad: an infinite gradient times padding", "wgrad.cuh",
+          "if (Source::kImage && !inside[j]) continue;", "", "infinite"),
     Fault("staged: first barrier dropped", "staged.cuh", "is filled next. __syncthreads();",
           "is filled next.\n", "staged and staged-wide"),
     Fault("staged: barrier between tiles dropped", "staged.cuh",
@@ -144,9 +148,8 @@ FAULTS = (
           "max_pooling"),
     Fault("pooling: one window too many", "pooling.cu", "from / stride < windows",
           "from / stride <= windows", "pooling"),
-    Fault("a small grid", "launch.cuh", "kMaxGridY = 65535", "kMaxGridY = 2",
-          "(product or staged or dgrad) and (conv-wide or staged-wide or long-rows)",
-          harmless=True),
+    Fault("shorter parts", "launchers.cu", "kShortestPart = 2048", "kShortestPart = 1024",
+          "wgrad and parts", harmless=True),
     *PATTERN_FAULTS,
 )  # fmt: skip
 
@@ -168,8 +171,6 @@ def plant(fault: Fault, folder: Path) -> Path:
         text = text.replace(other, "")
     launchers.write_text(text)
     replace_once(csrc / "cuda" / fault.file, fault.before, fault.after)
-    if fault.small_grid:
-        replace_once(csrc / "cuda" / "launch.cuh", "kMaxGridY = 65535", "kMaxGridY = 2")
     return csrc
 
 
@@ -194,6 +195,8 @@ def is_found(fault: Fault) -> bool:
         if (ROOT / "build" / "cuda-emulation" / "checked").is_dir():
             shutil.copytree(ROOT / "build" / "cuda-emulation" / "checked", out)
         environment = os.environ | {"SPARSE_KERNELS_EMULATION_CSRC": str(csrc)}
+        if fault.small_grid:
+            environment["SPARSE_KERNELS_EMULATION_GRID"] = "2"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
         chosen = fault.tests if fault.suite == CHANGE else f"float32 and {fault.tests}"
         suites = ["test_kernels.py", "test_dense.py"] if fault.suite == KERNELS else [fault.suite]

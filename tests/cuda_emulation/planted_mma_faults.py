@@ -85,7 +85,7 @@ FAULTS = (
     Fault("wgrad: barrier dropped", "mma_wgrad.cuh", "is filled next. __syncthreads();",
           "is filled next.\n", "b16-parts and wgrad"),
     Fault("wgrad: a part ends one point early", "mma_wgrad.cuh",
-          "end = min(o.points, begin + o.part);", "end = min(o.points, begin + o.part - 1);",
+          "begin + min(o.points - begin, o.part);", "begin + min(o.points - begin, o.part - 1);",
           "b16-parts and wgrad"),
     Fault("wgrad: outside of a partial block not zero", "mma_wgrad.cuh",
           "const bool there = n.row + row < w.dst_group;", "const bool there = true;",

@@ -4,6 +4,7 @@ kernel through the project's own bindings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from cases import (
     relative_error,
     tolerance,
 )
-from emulator import address, nan_like, registered
+from emulator import address, load, nan_like, registered
 
 from sparse_kernels.backends import reference
 
@@ -172,49 +173,63 @@ def expected(p: Problem, kernel: str) -> torch.Tensor:
     return reference.conv2d_wgrad(grad, x, *indices, *case.block, case.geometry)
 
 
-def compute(p: Problem, kernel: str, seed: int = 0, device: int = 0) -> torch.Tensor:
-    """The kernel's answer, in the reference's order of dimensions."""
-    t, bh = p.t, p.case.block[0]
+class Call(NamedTuple):
+    """A call of the bindings: function, tensors in the order of its arguments (those named out_...
+    are written, the first is the answer), and the arguments after them.
+    """
+
+    function: str
+    tensors: dict[str, torch.Tensor | None]
+    rest: tuple[Any, ...]
+
+
+def describe(p: Problem, kernel: str, workspace: Callable[..., int], device: int = 0) -> Call:
+    """The call that computes a problem; workspace: cuda_wgrad_workspace."""
+    t, bh, element = p.t, p.case.block[0], DTYPES.index(p.dtype)
     crow, col, t_crow, t_row, t_perm = t["indices"]
     x, grad = feature_major(t["x"]), feature_major(t["grad"])
     values, bias = t["values"].contiguous(), t["bias"]
-    element = DTYPES.index(p.dtype)
+    tensors: dict[str, torch.Tensor | None]
     if kernel in VARIANTS:
-        variant = VARIANTS.index(kernel)
-        y = nan_like(grad.shape, p.dtype)
-        with registered(seed, out_y=y, x=x, values=values, bias=bias, crow=crow, col=col) as e:
-            tensors = map(address, (y, x, values, bias, crow, col))
-            e.cuda_product(
-                "product", *tensors, p.geometry, bh, p.case.relu, variant, element, device, 0
-            )
-        return y.movedim(-1, 0)
+        tensors = {"out_y": nan_like(grad.shape, p.dtype), "x": x, "values": values, "bias": bias}
+        rest = (p.geometry, bh, p.case.relu, VARIANTS.index(kernel), element, device, 0)
+        return Call("cuda_product", tensors | {"crow": crow, "col": col}, rest)
     if kernel == "dgrad":
-        dx = nan_like(x.shape, p.dtype)
-        transposed = {"t_crow": t_crow, "t_row": t_row, "t_perm": t_perm}
-        with registered(seed, out_dx=dx, grad=grad, values=values, **transposed) as e:
-            tensors = map(address, (dx, grad, values, t_crow, t_row, t_perm))
-            e.cuda_dgrad("dgrad", *tensors, p.geometry, bh, element, device, 0)
-        return dx.movedim(-1, 0)
-    dvalues = nan_like(values.shape)
-    with registered(seed) as e:
-        size = e.cuda_wgrad_workspace(p.geometry, bh, len(values))
-    workspace = nan_like((size // 4,))
-    tensors = {"grad": grad, "x": x, "crow": crow, "col": col, "out_workspace": workspace}
-    with registered(seed, out_dvalues=dvalues, **tensors) as e:
-        places = [address(tensor) for tensor in tensors.values()]
-        e.cuda_wgrad(
-            "wgrad",
-            address(dvalues),
-            *places,
-            size,
-            p.geometry,
-            bh,
-            len(values),
-            element,
-            device,
-            0,
-        )
-    return dvalues
+        tensors = {"out_dx": nan_like(x.shape, p.dtype), "grad": grad, "values": values}
+        tensors |= {"t_crow": t_crow, "t_row": t_row, "t_perm": t_perm}
+        return Call("cuda_dgrad", tensors, (p.geometry, bh, element, device, 0))
+    size = workspace(p.geometry, bh, len(values))
+    tensors = {"out_dvalues": nan_like(values.shape), "grad": grad, "x": x, "crow": crow}
+    tensors |= {"col": col, "out_workspace": nan_like((size // 4,))}
+    return Call("cuda_wgrad", tensors, (size, p.geometry, bh, len(values), element, device, 0))
+
+
+def answer(call: Call) -> torch.Tensor:
+    """What a call wrote, in the reference's order of dimensions."""
+    (name, tensor), *_ = call.tensors.items()
+    assert tensor is not None
+    return tensor if name == "out_dvalues" else tensor.movedim(-1, 0)
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one element past an aligned address."""
+    held = tensor.new_empty(tensor.numel() + 1)
+    assert held.data_ptr() % 16 == 0
+    return held[1:].view(tensor.shape).copy_(tensor)
+
+
+def compute(
+    p: Problem, kernel: str, seed: int = 0, device: int = 0, shifted: str = ""
+) -> torch.Tensor:
+    """The emulated kernel's answer; shifted: the tensor that is misaligned."""
+    call = describe(p, kernel, load().cuda_wgrad_workspace, device)
+    if shifted:
+        held = call.tensors[shifted]
+        assert held is not None
+        call.tensors[shifted] = misaligned(held)
+    with registered(seed, **call.tensors) as e:
+        getattr(e, call.function)(kernel, *map(address, call.tensors.values()), *call.rest)
+    return answer(call)
 
 
 def bound(p: Problem, kernel: str) -> float:
@@ -239,10 +254,12 @@ def has(case: Case, dtype: torch.dtype, kernel: str) -> bool:
     return kernel != "staged" or (isinstance(case, LinearCase) and case.block[0] <= 16 and whole)
 
 
-def check(case: Case, dtype: torch.dtype, kernel: str, seed: int = 0) -> float:
+def check(
+    case: Case, dtype: torch.dtype, kernel: str, compute: Callable[..., torch.Tensor] = compute
+) -> float:
     """Relative error of one case; AssertionError with the numbers if it is above the bound."""
     p = make(case, dtype)
-    got, want = compute(p, kernel, seed), expected(p, kernel)
+    got, want = compute(p, kernel), expected(p, kernel)
     if want.numel() == 0:
         assert got.shape == want.shape
         return 0.0

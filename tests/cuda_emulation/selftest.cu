@@ -32,6 +32,7 @@ enum Fault : int {
   kWrongLane,           // a shuffle from a lane outside the mask
   kShuffleDiverged,     // half of the warp does not shuffle
   kIndexNull,
+  kShuffleForSync,  // lanes meet, but nothing orders their memory
 };
 
 // Each block of 64 threads reverses its 64 floats of x into y by shared memory.
@@ -75,6 +76,18 @@ __global__ void WarpSum(float* y, const float* x, int fault) {
     sum += __shfl_xor_sync(mask, sum, step);
   }
   y[blockIdx.x * 64 + i] = sum;
+}
+
+// Each warp reverses its 32 floats by shared memory.
+__global__ void WarpReverse(float* y, const float* x, int fault) {
+  auto& tile = StaticShared<float[64]>();
+  const int i = threadIdx.x, at = blockIdx.x * 64;
+  tile[i] = x[at + i];
+  if (fault == kShuffleForSync)
+    (void)__shfl_xor_sync(0xffffffffu, i, 1);
+  else
+    __syncwarp();
+  y[at + i] = tile[i ^ 31];
 }
 
 __global__ void SharedUnwritten(float* y, const float* x, int) {
@@ -142,6 +155,7 @@ void Run(const std::string& name, Address y, Address x, int blocks, int fault) {
   if (name == "reverse") Launch(what, Reverse, shape, out, in, fault);
   if (name == "reverse_copied") Launch(what, ReverseCopied, shape, out, in, fault);
   if (name == "warp_sum") Launch(what, WarpSum, shape, out, in, fault);
+  if (name == "warp_reverse") Launch(what, WarpReverse, shape, out, in, fault);
   if (name == "shared_unwritten") Launch(what, SharedUnwritten, shape, out, in, fault);
   if (name == "read_null") Launch(what, ReadNull, shape, out, in, fault);
   if (name == "votes") Launch(what, Votes, shape, reinterpret_cast<int*>(y), in, fault);
@@ -185,7 +199,8 @@ void bind_selftest(py::module_& m) {
                          "copy_barrier_dropped",
                          "wrong_lane",
                          "shuffle_diverged",
-                         "index_null"};
-  for (int i = 0; i <= kIndexNull; ++i) faults[names[i]] = i;
+                         "index_null",
+                         "shuffle_for_sync"};
+  for (int i = 0; i <= kShuffleForSync; ++i) faults[names[i]] = i;
   m.attr("faults") = faults;
 }

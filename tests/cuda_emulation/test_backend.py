@@ -35,14 +35,17 @@ CASES = [c for c in (*LINEAR_CASES, *CONV_CASES, *EXTRA) if c.id in IDS and c.bl
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA backend serves CPU tensors; all memory is theirs to touch (torch allocates it)."""
     module = load()
-    module.forget_memory()
-    module.set_strict(False)
+    monkeypatch.setattr(plan, "_cache", {})  # choices made here are not those of other tests
     monkeypatch.setattr(cuda, "native", lambda: module)
     monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
     monkeypatch.setattr(cuda, "supports", lambda op, x, values=None, block=None: None)
-    with plan.use_backend("cuda"):
-        yield
-    module.set_strict(True)
+    module.forget_memory()
+    module.set_strict(False)
+    try:
+        with plan.use_backend("cuda"):
+            yield
+    finally:
+        module.set_strict(True)
 
 
 def is_linear(case: Case) -> bool:

@@ -29,6 +29,12 @@ def test_shared_memory_barriers_and_copies(kernel: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_lanes_of_a_warp_exchange_by_shared_memory(seed: int) -> None:
+    y = run("warp_reverse", seed=seed)
+    assert torch.equal(y.view(-1, 32), run.x.view(-1, 32).flip(1))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_shuffles_add_up(seed: int) -> None:
     y = run("warp_sum", seed=seed)
     sums = run.x.view(-1, 32).sum(1, keepdim=True)  # type: ignore[attr-defined]
@@ -61,6 +67,7 @@ FAULTS = [
     ("reverse_copied", "copy_barrier_dropped", "no barrier in between|before anything|under way"),
     ("warp_sum", "wrong_lane", "which is not in the mask"),
     ("warp_sum", "shuffle_diverged", "shuffle at line .*: lane .* has returned|not reached by all"),
+    ("warp_reverse", "shuffle_for_sync", "no barrier in between|before anything was written"),
     ("shared_unwritten", "none", "shared memory byte 28: read before anything was written"),
     ("read_null", "index_null", "null pointer|no allocation holds"),
 ]

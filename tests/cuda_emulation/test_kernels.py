@@ -6,7 +6,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import DTYPES, KERNELS, SMALL, Case, all_cases, check, compute, has, make, small_cases
+from emulator import small_grids
+from problems import (
+    DTYPES,
+    KERNELS,
+    SMALL,
+    Case,
+    all_cases,
+    bound,
+    check,
+    compute,
+    expected,
+    has,
+    make,
+    relative_error,
+    small_cases,
+)
 
 ALL = [
     pytest.param(
@@ -35,3 +50,46 @@ def test_results_do_not_depend_on_the_order_of_warps(kernel: str) -> None:
     first = compute(problem, kernel, seed=1)
     for seed in (2, 3):
         assert torch.equal(first, compute(problem, kernel, seed))
+
+
+@pytest.mark.parametrize("kernel", ["product", "staged", "dgrad"])
+@pytest.mark.parametrize("name", ["conv-wide", "staged-wide", "parts-b4"])
+def test_tiles_beyond_the_grid_are_done_in_turns(name: str, kernel: str) -> None:
+    case = next(c for c in all_cases() if c.id == name)
+    if not has(case, torch.float32, kernel):
+        pytest.skip("the staged kernel serves linear layers")
+    with small_grids():
+        check(case, torch.float32, kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("kernel", "shifted"),
+    [
+        ("product", "x"),
+        ("product", "out_y"),
+        ("dgrad", "grad"),
+        ("dgrad", "out_dx"),
+        ("wgrad", "grad"),
+        ("wgrad", "x"),
+    ],
+)
+def test_misaligned_tensors_are_moved_by_elements(
+    kernel: str, shifted: str, dtype: torch.dtype
+) -> None:
+    problem = make(next(c for c in small_cases() if c.id == "b4-batch132"), dtype)
+    got, want = compute(problem, kernel, shifted=shifted), expected(problem, kernel)
+    assert relative_error(got, want) <= bound(problem, kernel)
+
+
+@pytest.mark.parametrize("name", ["conv-wide", "small-conv"])
+def test_an_infinite_gradient_does_not_meet_padding(name: str) -> None:
+    problem = make(next(c for c in small_cases() if c.id == name), torch.float32)
+    clean = compute(problem, "wgrad")
+    problem.t["grad"][0, 0, 0, 0] = float("inf")  # a corner: some of its taps are padding
+    found = compute(problem, "wgrad")
+    rows = problem.t["pattern"].mask()[0].nonzero().flatten()  # stored columns of output channel 0
+    assert not bool(torch.isnan(found).any())
+    same = (found == clean).flatten(1).all(1)
+    # Blocks of other channels, and those of taps that are padding there, are as they were.
+    assert int((~same).sum()) < len(rows)

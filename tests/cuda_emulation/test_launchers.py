@@ -46,6 +46,44 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
         call("wgrad", geometry=[7, 5, 4097])
 
 
+@pytest.mark.parametrize("bh", [1, 4, 8, 16, 32])
+@pytest.mark.parametrize("capacity", [1, 100, 5000, 30000, 500000])
+def test_the_workspace_is_no_more_than_a_gpu_needs(capacity: int, bh: int) -> None:
+    copy = capacity * bh * 4
+    wanted = load().cuda_wgrad_workspace([4096, 4096, 2**20], bh, capacity)
+    assert wanted % copy == 0
+    assert wanted <= copy + 600_000
+    assert load().cuda_wgrad_workspace([4096, 4096, 2**20], bh, 1) == 64 * bh * 4
+
+
+@pytest.mark.parametrize(
+    ("geometry", "bh", "x"),
+    [
+        ([1, 4, 4, 4, 4, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1], 1, 64),
+        ([64, 64, 8], 17, 64),
+        ([64, 64, 7], 1, 64),
+        ([64, 64, 8], 1, 68),
+    ],
+    ids=["image", "tall blocks", "odd batch", "misaligned"],
+)
+def test_what_the_staged_kernel_does_not_serve(geometry: list[int], bh: int, x: int) -> None:
+    with pytest.raises(ValueError, match="for the staged kernel"):
+        load().cuda_product("linear", 64, x, 64, 0, 64, 64, geometry, bh, False, 2, 0, 0, 0)
+
+
+def test_a_device_that_cannot_run_the_kernels_is_known() -> None:
+    module = load()
+    assert module.cuda_unusable(0) == module.cuda_unusable(1) == ""
+    assert module.cuda_unusable(7).startswith("CUDA kernels on device 7: cudaSetDevice failed")
+    module.set_compiled(False)
+    try:
+        assert "no kernel image is available" in module.cuda_unusable(0)
+    finally:
+        module.set_compiled(True)
+    assert module.cuda_unusable(0) == ""
+    assert module.current_device() == 0
+
+
 def test_a_geometry_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="geom must be the 18 integers"):
         call(geometry=[1, 2, 3, 4])

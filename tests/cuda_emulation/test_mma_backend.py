@@ -42,14 +42,17 @@ def precision(linear: str, conv: str) -> Iterator[None]:
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA backend serves CPU tensors, in TF32; torch allocates, so all memory is theirs."""
     module = load()
-    module.forget_memory()
-    module.set_strict(False)
+    monkeypatch.setattr(plan, "_cache", {})  # choices made here are not those of other tests
     monkeypatch.setattr(cuda, "native", lambda: module)
     monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
     monkeypatch.setattr(cuda, "supports", lambda op, x, values=None, block=None: None)
-    with plan.use_backend("cuda"), precision("tf32", "tf32"):
-        yield
-    module.set_strict(True)
+    module.forget_memory()
+    module.set_strict(False)
+    try:
+        with plan.use_backend("cuda"), precision("tf32", "tf32"):
+            yield
+    finally:
+        module.set_strict(True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

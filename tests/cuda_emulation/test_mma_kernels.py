@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import load
+from emulator import load, small_grids
 from mma_problems import CASES, DTYPES, KERNELS, Case, check, compute, is_small, make
 
 ALL = [
@@ -33,6 +33,12 @@ def test_kernel_matches_float64(case: Case, dtype: torch.dtype, kernel: str) -> 
 def test_results_do_not_depend_on_the_order_of_warps(name: str, kernel: str) -> None:
     problem = make(next(c for c in CASES if c.id == name), torch.bfloat16)
     assert torch.equal(compute(problem, kernel, seed=1), compute(problem, kernel, seed=2))
+
+
+@pytest.mark.parametrize("kernel", ["block_product", "block_dgrad"])
+def test_tiles_beyond_the_grid_are_done_in_turns(kernel: str) -> None:
+    with small_grids():
+        check(next(c for c in CASES if c.id == "b16-parts"), torch.bfloat16, kernel)
 
 
 def test_a_long_sum_is_cut_and_the_table_has_such_cases() -> None:

@@ -44,8 +44,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     recorder = Recorder()
     recorder.module.forget_memory()
     recorder.module.set_strict(False)
-    yield recorder
-    recorder.module.set_strict(True)
+    try:
+        yield recorder
+    finally:
+        recorder.module.set_strict(True)
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> None:
@@ -114,9 +116,7 @@ def test_without_the_native_kernels_torch_serves(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cuda_pattern, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(cuda_pattern, "native_or_none", lambda: None)
     calls = Counter()
-    monkeypatch.setattr(
-        apply_change, "rewrite_queued", counted(calls, apply_change.rewrite_queued)
-    )
+    monkeypatch.setattr(apply_change, "rewrite_queued", counted(calls, apply_change.rewrite_queued))
     monkeypatch.setattr(update_on_device, "_grow", counted(calls, update_on_device._grow))
     trained("sgd", steps=3)
     assert calls == {"rewrite_queued": 3, "_grow": 3}

@@ -103,8 +103,6 @@ inline uint32_t Ballot(uint32_t mask, bool vote, Place place) {
   return operand;
 }
 
-inline void ResolveNothing(void* const*, uint32_t) {}
-
 // Lane that a shuffle of `width` reads: segments of the warp are worlds of their own.
 inline int InSegment(int lane, int source, int width) { return (lane & ~(width - 1)) + source; }
 
@@ -186,6 +184,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         };
         std::apply(call, parameters);
       }));
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  *attributes = {};
+  return emulation::compiled ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 
 template <typename Kernel>

@@ -31,6 +31,11 @@ struct Place {
   int line;
 };
 
+// What a test may change: rows of thread blocks in a grid (SK_MAX_GRID_Y), and whether there is
+// code for the device's architecture.
+extern int max_grid_y;
+extern bool compiled;
+
 // Runs `body` once per thread of the grid. Returns false if a fault was found; last_fault() names
 // it.
 bool RunGrid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
@@ -59,6 +64,8 @@ void BlockBarrier(Place place);
 // of them (null for lanes outside the mask), then all go on.
 using Resolve = void (*)(void* const* operands, uint32_t mask);
 void WarpMeet(const char* what, uint32_t mask, Resolve resolve, void* operand, Place place);
+// Of __syncwarp: the one meeting that also orders the lanes' accesses to memory.
+inline void ResolveNothing(void* const*, uint32_t) {}
 int LaneId();
 
 // Shared memory of the running block: the dynamic part, and static parts by the address of a tag.

@@ -23,6 +23,11 @@ cudaError_t Remember(cudaError_t status) {
 
 }  // namespace
 
+namespace emulation {
+int max_grid_y = 65535;
+bool compiled = true;
+}  // namespace emulation
+
 cudaError_t cudaGetDevice(int* device) {
   *device = current_device;
   return cudaSuccess;
@@ -56,6 +61,8 @@ const char* cudaGetErrorString(cudaError_t status) {
     text = emulation::LastFault();
     return text.c_str();
   }
+  if (status == cudaErrorNoKernelImageForDevice)
+    return "no kernel image is available for execution on the device";
   return status == cudaErrorInvalidConfiguration ? "invalid configuration argument"
          : status == cudaErrorInvalidDevice      ? "invalid device ordinal"
          : status == cudaErrorInvalidValue       ? "invalid argument"

@@ -30,6 +30,8 @@ PYBIND11_MODULE(SK_EMULATION_MODULE, m) {
     cudaGetDevice(&device);
     return device;
   });
+  m.def("set_max_grid_y", [](int rows) { emulation::max_grid_y = rows; });
+  m.def("set_compiled", [](bool compiled) { emulation::compiled = compiled; });
   m.def("set_strict", &emulation::SetStrict);
   m.def("set_seed", [](uint64_t seed) {
     emulation::seed = seed;

@@ -31,7 +31,7 @@ struct Thread {
   uint32_t mask;
   Resolve resolve;
   void* operand;
-  uint64_t warp_phase;  // how many collectives of its warp it has passed
+  uint64_t warp_phase;  // how many __syncwarp of its warp it has passed
   // cp.async
   std::vector<Copy> open;                // not committed
   std::deque<std::vector<Copy>> groups;  // committed, not waited for

@@ -276,6 +276,29 @@ void BlockBarrier(Place place) {
   Wait();
 }
 
+// Operands of the lanes of `self`'s mask; false as long as one of them is still to come.
+bool GatherOperands(const Thread& self, void** operands) {
+  const int first = self.number - LaneId();
+  bool complete = true;
+  for (int i = 0; i < kWarp; ++i) {
+    if (!(self.mask >> i & 1)) continue;
+    const unsigned number = static_cast<unsigned>(first + i);
+    if (number >= thread_count || threads[number]->state == Thread::kDone)
+      Fault("%s at line %d: lane %d of the mask %08x %s", self.what, self.place.line, i, self.mask,
+            number >= thread_count ? "does not exist" : "has returned");
+    const Thread& other = *threads[number];
+    if (other.state != Thread::kAtWarp) {
+      complete = false;
+      continue;
+    }
+    if (other.mask != self.mask || other.resolve != self.resolve)
+      Fault("%s with mask %08x at line %d meets %s with mask %08x at line %d of lane %d", self.what,
+            self.mask, self.place.line, other.what, other.mask, other.place.line, i);
+    operands[i] = other.operand;
+  }
+  return complete;
+}
+
 void WarpMeet(const char* what, uint32_t mask, Resolve resolve, void* operand, Place place) {
   Quiet quiet;
   Thread* self = running;
@@ -288,31 +311,14 @@ void WarpMeet(const char* what, uint32_t mask, Resolve resolve, void* operand, P
   self->place = place;
   self->state = Thread::kAtWarp;
   void* operands[kWarp] = {};
-  bool complete = true;
-  for (int i = 0; i < kWarp; ++i) {
-    if (!(mask >> i & 1)) continue;
-    const unsigned number = static_cast<unsigned>(first + i);
-    if (number >= thread_count || threads[number]->state == Thread::kDone)
-      Fault("%s at line %d: lane %d of the mask %08x %s", what, place.line, i, mask,
-            number >= thread_count ? "does not exist" : "has returned");
-    const Thread& other = *threads[number];
-    if (other.state != Thread::kAtWarp) {
-      complete = false;
-      continue;
-    }
-    if (other.mask != mask || other.resolve != resolve)
-      Fault("%s with mask %08x at line %d meets %s with mask %08x at line %d of lane %d", what,
-            mask, place.line, other.what, other.mask, other.place.line, i);
-    operands[i] = other.operand;
-  }
-  if (!complete) return Wait();
+  if (!GatherOperands(*self, operands)) return Wait();
   resolve(operands, mask);
   ++counters.collectives;
   for (int i = 0; i < kWarp; ++i) {
     if (!(mask >> i & 1)) continue;
     Thread& other = *threads[first + i];
     other.state = Thread::kReady;
-    ++other.warp_phase;
+    other.warp_phase += resolve == ResolveNothing;
   }
   // All lanes go on in a new random order, this one included.
   Wait();
