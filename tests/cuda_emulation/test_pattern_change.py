@@ -18,7 +18,7 @@ from sparse_kernels._load import native_or_none
 from sparse_kernels.backends import cuda_pattern as change
 from sparse_kernels.pattern import SparsityPattern
 from sparse_kernels.training import selection
-from sparse_kernels.training.rewrite import _locate
+from sparse_kernels.training.rewrite import locate
 
 TILE = 4096  # kSelectTile of csrc/cuda/pattern_select.cuh
 
@@ -267,7 +267,7 @@ def test_values_and_any_number_of_states_move(inplace: bool, emulated: Emulated)
     with emulated.memory(inputs=[*old, *new]):
         sources = change.locate_blocks(old, new)
     for o, n, source in zip(old, new, sources, strict=True):
-        index, there = _locate(o, n)
+        index, there = locate(o, n)
         assert torch.equal(source.long(), torch.where(there, index, -1))
     moves, expected, inputs, outputs = [], [], list(sources), []
     for state in range(3):
@@ -277,7 +277,7 @@ def test_values_and_any_number_of_states_move(inplace: bool, emulated: Emulated)
             before = torch.randn(capacity, *block, generator=draw).to(dtype)
             start = torch.randn(n.numel(), *block, generator=draw).to(dtype) if state == 1 else None
             to = before if inplace else torch.full_like(before, 5)
-            index, there = _locate(o, n)
+            index, there = locate(o, n)
             content = torch.zeros(capacity, *block, dtype=dtype)
             if n.numel():
                 grown = torch.zeros((), dtype=dtype) if start is None else start
