@@ -87,7 +87,7 @@ cuda-compile: ## compile every csrc/cuda/*.cu for every architecture, fail on re
 # Needs a C++ compiler, neither nvcc nor a GPU. Built first: two test workers would both build it.
 cuda-emulation: $(INSTALL_STAMP) $(TOOLS_STAMP) ## run the CUDA kernels on the CPU, a small set of cases (all: make test-full)
 	$(VPY) tests/cuda_emulation/emulation_build.py checked
-	$(PYTEST) -n 2 -m "not slow" $(TEST_ARGS) tests/cuda_emulation
+	$(PYTEST) -n 2 -m "not slow and not gpu" $(TEST_ARGS) tests/cuda_emulation
 
 bench: $(INSTALL_STAMP) ## time every operator against dense PyTorch (BENCH_ARGS for pytest-benchmark)
 	$(VENV)/bin/pytest -p no:cacheprovider --benchmark-only benchmarks $(BENCH_ARGS)
