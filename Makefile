@@ -57,6 +57,7 @@ test: $(INSTALL_STAMP) ## core tests, under 6 minutes on 2 cores, against the in
 test-full: $(INSTALL_STAMP) $(TOOLS_STAMP) ## everything: slow tests, every instruction set of this CPU, qemu where it is installed
 	$(PYTEST) -n 2 $(TEST_ARGS) tests
 	VENV=$(VENV) bash make/test_isas.sh
+	PYTHON=$(VENV)/bin/python bash make/sanitize.sh address
 
 # Tools of developers, and the build requirements for builds without isolation (test-full, gpu-check, make native).
 # Names only, so that the package is not built again for them.

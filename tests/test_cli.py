@@ -52,7 +52,7 @@ def test_the_command_in_the_results_makes_the_same_settings(
 ) -> None:
     seen = []
 
-    def remember(config: object, folder: Path, resume: bool) -> None:
+    def remember(config: object, folder: Path, resume: bool, ranks: object) -> None:
         seen.append(config)
         raise ValueError("seen")
 
@@ -145,7 +145,7 @@ def test_a_fault_of_ours_keeps_its_traceback(
 def test_a_run_is_kept_when_its_name_comes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leave(config: object, folder: Path, resume: bool) -> None:
+    def leave(config: object, folder: Path, resume: bool, ranks: object) -> None:
         (folder / "log.csv").write_text(str(len(list(tmp_path.iterdir()))))
         raise ValueError("enough")
 

@@ -44,12 +44,15 @@ def reserve(
         blocks = pattern.block_rows * pattern.block_cols
         wanted = blocks if math.isinf(room) else min(blocks, math.ceil(room * pattern.nnzb))
         if wanted > pattern.capacity:
-            _enlarge(layer, optimizer, wanted)
+            set_capacity(layer, optimizer, wanted)
             grown[name] = wanted
     return grown
 
 
-def _enlarge(layer: SparseLayer, optimizer: torch.optim.Optimizer | None, capacity: int) -> None:
+def set_capacity(
+    layer: SparseLayer, optimizer: torch.optim.Optimizer | None, capacity: int
+) -> None:
+    """New tensors with `capacity` places, not fewer than stored blocks, for a compressed layer."""
     old = layer.pattern
     parts = (layer.row_parts, layer.col_parts)
     layer._register_pattern(

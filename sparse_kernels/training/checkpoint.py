@@ -9,7 +9,7 @@
             save_checkpoint("checkpoints", step + 1, model, optimizer, masks)
 
 Call them between two steps, after ``masks.step()``: gradients are not stored, so a checkpoint
-between micro-batches would lose some.
+between micro-batches would lose some.  Under DistributedDataParallel call both on every rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 
 from sparse_kernels.nn._checkpoint import CheckpointError
 
-from . import checkpoint_files, generators, training_state
+from . import checkpoint_files, data_parallel, generators, training_state
 from .checkpoint_files import CheckpointFiles, checkpoint_folders
 from .sparse_momentum import SparseMomentum
 
@@ -68,15 +68,24 @@ def save_checkpoint(
             scheduler, a GradScaler or the model of an average.
         extra: plain data and tensors of your own, such as the place in the data.
 
-    Memory: the tensors once more, as bytes.  In a distributed job call it on one rank.
-    Returns the new folder.  Raises TypeError naming an entry that is no plain data, ValueError for
-    a bad step, keep or name, OSError if the disk does not take it; older checkpoints then stay.
+    Several ranks: where `model` is a DistributedDataParallel, or `masks` drive one, call it on
+    every rank.  Rank 0 writes; stored are also the generators of the other ranks and the average
+    of the growth signals, with which every rank goes on.
+
+    Memory: the tensors once more, as bytes.  Returns the new folder.  Raises TypeError naming an
+    entry that is no plain data, ValueError for a bad step, keep or name, OSError if the disk does
+    not take it; older checkpoints then stay.
     """
-    state = training_state.pack(model, optimizer, masks)
-    state["generators"] = generators.state()
+    job = data_parallel.attachment_of(model, masks)
+    if masks is not None:
+        masks.synchronize()
+    state = training_state.pack(data_parallel.unwrapped(model), optimizer, masks)
+    state |= generators.of_all_ranks(job)
     state["others"] = {name: item.state_dict() for name, item in (others or {}).items()}
     state["extra"] = extra
-    return checkpoint_files.write(directory, step, state, keep)
+    if job is None:
+        return checkpoint_files.write(directory, step, state, keep)
+    return job.on_rank_0(lambda: checkpoint_files.write(directory, step, state, keep))
 
 
 def load_checkpoint(
@@ -95,17 +104,26 @@ def load_checkpoint(
     before anything is changed.  In a directory a broken checkpoint is passed over with a
     RuntimeWarning that names its fault.
 
-    global_generators: whether to set torch's, numpy's and random's generators too.
+    global_generators: whether to set torch's, numpy's and random's generators too; on several
+    ranks (see save_checkpoint), which all read the same files, each rank its own.
     Raises CheckpointError: nothing there, broken, of a newer format, or not of this model.
     """
+    job = data_parallel.attachment_of(model, masks)
+    model = data_parallel.unwrapped(model)
     found, rejected = _open(Path(path))
     for reason in rejected:
         warnings.warn(f"passed over a newer checkpoint: {reason}", RuntimeWarning, stacklevel=2)
     state = found.state
+    rank, world = (0, 1) if job is None else (job.rank, job.world)
     try:
+        if job is not None:
+            _check_same(job.gathered(found.path.name))
         training_state.check(state, model, optimizer, masks)
         if global_generators:
-            generators.check(state.get("generators"))
+            drawn = generators.of_rank(
+                state.get("generators"), state.get("rank_generators"), rank, world
+            )
+            generators.check(drawn)
         _check_others(state.get("others"), others or {})
     except CheckpointError as error:
         raise CheckpointError(f"{found.path}: {error}") from error
@@ -113,7 +131,7 @@ def load_checkpoint(
     for name, item in (others or {}).items():
         item.load_state_dict(state["others"][name])
     if global_generators:
-        generators.restore(state["generators"])
+        generators.restore(drawn)
     return Checkpoint(found.path, found.step, state.get("extra"), found.versions, tuple(rejected))
 
 
@@ -145,6 +163,16 @@ def _open(path: Path) -> tuple[CheckpointFiles, list[str]]:
         raise CheckpointError(f"{path}: no good checkpoint among {len(rejected)}: "
                               f"{'; '.join(rejected)}")  # fmt: skip
     return found, rejected
+
+
+def _check_same(names: list[str]) -> None:
+    """Every rank must have found the same one, on one file system or on equal copies."""
+    for rank, name in enumerate(names):
+        if name != names[0]:
+            raise CheckpointError(
+                f"rank {rank} found {name}, rank 0 found {names[0]}; give all ranks one directory "
+                "on a file system that they share"
+            )
 
 
 def _check_others(held: Any, others: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sparse_kernels.nn._checkpoint import CheckpointError
 
+from .process_group import Group
+
 _NUMPY = "MT19937"  # numpy.random's global generator is always this one
 _NUMPY_KEYS = 624
 
@@ -38,6 +40,29 @@ def _numpy_state() -> dict[str, Any]:
         "has_gauss": int(has_gauss),
         "gauss": float(gauss),
     }
+
+
+def of_all_ranks(job: Group | None) -> dict[str, Any]:
+    """Checkpoint entries "generators" (rank 0's) and "rank_generators" (the others', if any)."""
+    if job is None:
+        return {"generators": state()}
+    first, *others = job.gathered(state())
+    return {"generators": first, "rank_generators": others}
+
+
+def of_rank(held: Any, others: Any, rank: int, world: int) -> Any:
+    """The state for this rank; held: rank 0's, others: those of ranks 1, 2, ...
+
+    Raises CheckpointError unless they are the states of `world` ranks; a single process takes
+    rank 0's.
+    """
+    count = 1 + len(others) if isinstance(others, list) else 1
+    if world > 1 and count != world:
+        raise CheckpointError(
+            f"expected the generators of {world} ranks, it holds those of {count}; start as many "
+            "ranks as wrote it"
+        )
+    return held if rank == 0 else others[rank - 1]
 
 
 def check(held: Any) -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .signals import LayerSignal
 
@@ -41,7 +42,11 @@ def gather(signals: Sequence[LayerSignal], scale: float | None, extra: float = 1
 
 def group_scales(signals: Sequence[LayerSignal]) -> dict[int, float]:
     """Factor per index of a param group, for signals with a waiting gradient (one host sync)."""
-    sums = [signal.comparison() for signal in signals]
+    return scales_of(signals, [signal.comparison() for signal in signals])
+
+
+def scales_of(signals: Sequence[LayerSignal], sums: Sequence[Tensor]) -> dict[int, float]:
+    """Factor per index of a param group from the sums of LayerSignal.comparison, [3] each."""
     rows = torch.stack([s.to(sums[0].device) for s in sums]).tolist()
     groups: dict[int, list[tuple[LayerSignal, list[float]]]] = {}
     for signal, row in zip(signals, rows, strict=True):
@@ -67,9 +72,9 @@ def _group_scale(members: Sequence[tuple[LayerSignal, list[float]]]) -> float:
             f"layer {max(members, key=distance)[0].name!r}: values.grad is not a multiple of the "
             f"dense weight gradient (relative distance {missed:.2g} over its param group); "
             "something changed it element by element, layer by layer or averaged it over ranks "
-            "(clip_grad_value_, a hook, DDP), which the growth signal cannot follow. Use "
-            "clip_grad_norm_, give layers with a scale of their own a param group of their own, "
-            "use signal='random', or pass grad_scale=1.0 to SparseMomentum to take the dense "
-            "gradient as it is"
+            "(clip_grad_value_, a hook, an all_reduce of your own), which the growth signal cannot "
+            "follow. Use DistributedDataParallel for several ranks, clip_grad_norm_, give layers "
+            "with a scale of their own a param group of their own, use signal='random', or pass "
+            "grad_scale=1.0 to SparseMomentum to take the dense gradient as it is"
         )
     return 1.0 if abs(factor - 1.0) <= SCALE_SNAP else factor

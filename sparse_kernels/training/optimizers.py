@@ -178,3 +178,14 @@ class OptimizerView:
         if self.family == "adam":
             return buffers["exp_avg"] / (buffers["exp_avg_sq"].sqrt() + ADAM_EPSILON)
         return buffers[self.state_names[0]]
+
+
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The closure in a call of Optimizer.step (args[0] is the optimizer)."""
+    return kwargs.get("closure", args[1] if len(args) > 1 else None)
+
+
+def found_overflow(optimizer: Any) -> bool:
+    """True if a GradScaler tells a fused optimizer to skip this step."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(float(found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import SparseLayer, sparsify
-from ..training import SparseMomentum, finite
+from ..training import SparseMomentum, finite, flops_per_weight
+from ..training.layers import sparse_layers
+from ..training.structured import arrange, is_structured
 from . import account, models
 from .config import DENSE_LAYOUTS, TrainConfig
 from .errors import TrainingError, WorkbenchError
+from .ranks import Ranks
 from .timing import Timing, interleave
 
 _PROBE_ROUNDS = 5  # steps of each dense layout when the best is chosen
@@ -38,19 +41,30 @@ class Contender:
     steps_done: int = 0
     report: Any = None  # sparsify's
     signal_peak: int = 0  # most bytes that the growth signal held so far
+    ranks: Ranks = field(default_factory=Ranks)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
-        """One whole step; returns the loss. Raises TrainingError before a bad loss is learnt."""
+        """One whole step; returns the loss. Raises TrainingError before a bad loss is learnt.
+
+        Several ranks each take their share of the batch; the loss is the whole batch's.
+        """
         self._set_learning_rate()
+        size = labels.shape[0]
+        images, labels = self.ranks.share(images, labels)
         images = self.arrange(images)
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.forward(images), labels)
-        value = loss.item()
+        share = labels.shape[0] / size  # of the batch; DDP divides the sum of gradients by world
+        value = self.ranks.sum(loss.item() * share)
+        if self.ranks.world > 1:
+            loss = loss * (share * self.ranks.world)
         if not math.isfinite(value):
+            # The loss is everybody's, what made it may lie in the share of one rank.
+            where = self.ranks.of_each(finite.explain(self.model, lambda: self.model(images)))
             raise TrainingError(
                 f"{self.name}: the loss of step {self.steps_done + 1} is {value}, expected a "
-                f"finite number ({finite.explain(self.model, lambda: self.model(images))}); "
-                "training stopped with the last good weights: lower --lr, or look at the data"
+                f"finite number ({where}); training "
+                "stopped with the last good weights: lower --lr, or look at the data"
             )
         loss.backward()
         self._check_gradients()
@@ -130,14 +144,16 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     )
 
 
-def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: int) -> Contender:
+def build_sparse(
+    config: TrainConfig, seed: int, steps: int, steps_per_epoch: int, ranks: Ranks | None = None
+) -> Contender:
     """The net with sparse layers, its optimizer and SparseMomentum over ``steps`` steps."""
     torch.manual_seed(seed)
     model = models.build(config.net, **config.net_options()).train()
     made = sparsify(
         model,
-        density=config.density,
-        distribution=cast(Literal["uniform", "erk"], config.distribution),
+        density=config.start_density or config.density,
+        distribution=cast(Literal["uniform", "er", "erk"], config.distribution),
         block=config.block_shape(),
         generator=torch.Generator().manual_seed(seed),
     )
@@ -147,10 +163,16 @@ def build_sparse(config: TrainConfig, seed: int, steps: int, steps_per_epoch: in
             f"no layer of {config.net} can be sparse with --block {config.block} ({reasons}); "
             "choose a smaller block"
         )
+    if is_structured(config.growth):
+        arrange(list(sparse_layers(model)), config.growth, torch.Generator().manual_seed(seed))
     if config.init == "scaled":
         _scale_to_fan_in(model)
+    ranks = ranks or Ranks()
+    forward = ranks.wrap(model)
     optimizer = _optimizer(model, config)
-    contender = Contender("sparse", "sparse", model, model, optimizer, None, config, report=made)
+    contender = Contender(
+        "sparse", "sparse", model, forward, optimizer, None, config, report=made, ranks=ranks
+    )
     drive(contender, seed, steps, config.update_every or steps_per_epoch)
     return contender
 
@@ -164,17 +186,26 @@ def drive(contender: Contender, seed: int, steps: int, update_every: int) -> Non
         contender.masking.close()
     config = contender.config
     contender.masking = SparseMomentum(
-        contender.model,
+        contender.model if contender.ranks.world == 1 else cast(nn.Module, contender.forward),
         contender.optimizer,
         total_steps=steps,
         update_every=update_every,
-        prune_rate=config.prune_rate,
-        decay=config.prune_schedule,
-        redistribution=config.redistribution,
-        signal=config.signal,
-        window_tolerance=config.window_tolerance,
+        **config.mask_options(),
+        **_costs(contender.model, config),
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _costs(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+    """FLOPs of a weight in each layer, where the settings ask for them."""
+    if not config.cost_weight and config.flops_budget is None:
+        return {}
+    example = torch.zeros(1, *models.spec(config.net).input_shape)
+    return {
+        "cost": flops_per_weight(model, example),
+        "cost_weight": config.cost_weight,
+        "cost_budget": config.cost_budget(),
+    }
 
 
 @torch.no_grad()
@@ -189,8 +220,11 @@ def _scale_to_fan_in(model: nn.Module) -> None:
             module.values.div_(module.density**0.5)
 
 
-def build_dense(config: TrainConfig, seed: int, layout: str) -> Contender:
-    """The dense net from the same seed in a layout, one of DENSE_LAYOUTS.
+def build_dense(
+    config: TrainConfig, seed: int, layout: str, ranks: Ranks | None = None
+) -> Contender:
+    """The dense net from the same seed in a layout, one of DENSE_LAYOUTS (several ranks: one that
+    is not compiled).
 
     Call ``forget_compiled`` before a new round of compiled nets.
     """
@@ -203,7 +237,11 @@ def build_dense(config: TrainConfig, seed: int, layout: str) -> Contender:
         forward = model
     if layout.startswith("compile"):
         forward = torch.compile(model, dynamic=False)  # static shapes, as in every measured step
-    return Contender("dense", layout, model, forward, _optimizer(model, config), None, config)
+    ranks = ranks or Ranks()
+    if ranks.world > 1:
+        forward = ranks.wrap(model)
+    made = _optimizer(model, config)
+    return Contender("dense", layout, model, forward, made, None, config, ranks=ranks)
 
 
 def forget_compiled() -> None:

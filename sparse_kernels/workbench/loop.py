@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 
 from ..training import checkpoint_files
 from . import account, machine
+from . import ranks as job
 from .config import TrainConfig
 from .contenders import Contender, build_dense, build_sparse, choose_dense, forget_compiled
 from .datasets import BatchLoader, Dataset, hold_out, load
@@ -26,11 +29,14 @@ from .models import spec
 from .progress import TrainingProgress
 from .session import Run, Session
 from .stopping import StopRequested, StopSignals
+from .tensorboard_log import require_tensorboard, write_tensorboard
 
 _EVALUATION_BATCH = 500
 
 
-def train(config: TrainConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: TrainConfig, folder: Path, resume: bool = False, ranks: job.Ranks | None = None
+) -> dict[str, Any]:
     """Run the experiment, write a CSV log per contender and seed to ``folder``, return all results.
 
     ``resume`` goes on with the newest good checkpoint, if there is one (session.py). The result is
@@ -38,8 +44,11 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> dict[str, 
     data that is not there, TrainingError when a loss, gradient or weight stops being a number,
     TrainingStopped, with a checkpoint, after Ctrl-C or SIGTERM.
     """
+    ranks = ranks or job.Ranks()
     config.check()
     checkpoint_files.require_safetensors()
+    if config.tensorboard:
+        require_tensorboard()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = load(config.data, config.data_dir, download=config.download)
@@ -53,10 +62,10 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> dict[str, 
         flush=True,
     )
     with StopSignals() as stop:
-        session = Session(config, folder, stop)
+        session = Session(config, folder, stop, ranks)
         if not (resume and session.resume()):
-            session.start_afresh()
-            session.baseline = _baseline(config, dataset)
+            ranks.on_rank_0(session.start_afresh)
+            session.baseline = _baseline(config, dataset, ranks)
         done = {result["seed"] for result in session.finished}
         for seed in config.seeds:
             if seed not in done:
@@ -70,10 +79,25 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> dict[str, 
     }
 
 
-def _baseline(config: TrainConfig, dataset: Dataset) -> dict[str, Any] | None:
-    """Choose the dense layout by measurement on this very net; None when nothing is compared."""
+def _baseline(config: TrainConfig, dataset: Dataset, ranks: job.Ranks) -> dict[str, Any] | None:
+    """Choose the dense layout by measurement on this very net; None when nothing is compared.
+
+    On several ranks a dense net is not compiled.
+    """
     if config.compare is None:
         return None
+    if ranks.world > 1:
+        if config.dense_baseline.startswith("compile"):
+            raise WorkbenchError(
+                f"--dense-baseline {config.dense_baseline} in a job of {ranks.world} processes: "
+                "expected contiguous or channels_last, a compiled net is not wrapped"
+            )
+        if config.dense_baseline == "auto":
+            config = replace(config, dense_baseline="contiguous")
+    return ranks.on_rank_0(lambda: _measured_baseline(config, dataset))
+
+
+def _measured_baseline(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     batches = BatchLoader(dataset.train, dataset, min(config.batch_size, len(dataset.train)))
     chosen, timings, rejected = choose_dense(config, next(iter(batches)))
     shown = ", ".join(f"{name} {t.median * 1e3:.2f} ms" for name, t in timings.items())
@@ -89,18 +113,19 @@ def _baseline(config: TrainConfig, dataset: Dataset) -> dict[str, Any] | None:
 
 def _train_seed(session: Session, dataset: Dataset, seed: int) -> None:
     """Train the contenders of one seed, from the start or from the session's checkpoint."""
-    config = session.config
+    config, ranks = session.config, session.ranks
     train_split, validation = hold_out(dataset.train, config.holdout, seed)
     if len(train_split) < 2:
         raise WorkbenchError(f"--holdout {config.holdout}: nothing is left to train on; lower it")
+    ranks.check_batches(len(train_split), config.batch_size)
     batches = len(BatchLoader(train_split, dataset, config.batch_size, seed=seed))
     total = min(batches * config.epochs, config.max_steps or batches * config.epochs)
-    contenders = [build_sparse(config, seed, batches * config.epochs, batches)]
+    contenders = [build_sparse(config, seed, batches * config.epochs, batches, ranks)]
     if seed == config.seeds[0]:
         print(contenders[0].report, flush=True)
     if session.baseline is not None:
         forget_compiled()
-        contenders.append(build_dense(config, seed, session.baseline["chosen"]))
+        contenders.append(build_dense(config, seed, session.baseline["chosen"], ranks))
     shape = spec(config.net).input_shape
     session.runs = [
         Run(
@@ -110,7 +135,10 @@ def _train_seed(session: Session, dataset: Dataset, seed: int) -> None:
             BatchLoader(validation, dataset, _EVALUATION_BATCH) if len(validation) else None,
             BatchLoader(dataset.test, dataset, _EVALUATION_BATCH),
             account.output_positions(contender.model, shape),
-            session.folder / f"log-{contender.name}-seed{seed}.csv",
+            # Logs are rank 0's.
+            session.folder / f"log-{contender.name}-seed{seed}.csv"
+            if ranks.rank == 0
+            else Path(os.devnull),
             {cost.name: cost.density for cost in account.layer_costs(contender.model, {})},
         )
         for contender in contenders
@@ -219,12 +247,16 @@ def _evaluate_epoch(session: Session, run: Run, last: bool) -> None:
     run.epochs.append(record)
     run.in_epoch = False
     _write_csv(run.log, run.epochs)
+    if session.config.tensorboard:
+        write_tensorboard(run.log, run.epochs)
 
 
 def _accuracy(session: Session, run: Run, batches: BatchLoader | None) -> float | None:
     """The accuracy, unless a signal comes: it stops here, and the evaluation is made again."""
     if batches is None:
         return None
+    if session.ranks.world > 1:  # a signal waits: all ranks stop after the same step
+        return session.ranks.on_rank_0(lambda: run.contender.accuracy(batches))
     try:
         return run.contender.accuracy(session.stop.watch(batches))
     except StopRequested:

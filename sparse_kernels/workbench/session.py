@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .contenders import Contender
 from .datasets import BatchLoader
 from .errors import TrainingError, TrainingStopped, WorkbenchError
+from .ranks import Ranks
 from .stopping import StopSignals
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -26,7 +27,7 @@ PATIENCE = 60.0
 """Seconds between checkpoints where --checkpoint-every is not given: at the ends of epochs."""
 # Settings that a resumed run may have otherwise than the checkpoint: they change no weight.
 _FREE = {"data_dir", "download", "out", "name", "checkpoint_dir",
-         "checkpoint_every", "keep"}  # fmt: skip
+         "checkpoint_every", "keep", "tensorboard"}  # fmt: skip
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Session:
     config: TrainConfig
     folder: Path
     stop: StopSignals
+    ranks: Ranks = field(default_factory=Ranks)
     baseline: dict[str, Any] | None = None
     finished: list[dict[str, Any]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
@@ -116,9 +118,12 @@ class Session:
             due = run.contender.steps_done % every == 0
         else:
             due = last_of_epoch and time.monotonic() - self._saved >= PATIENCE
-        if due or self.stop.signum is not None:
+        # Together: no rank may wait for one that has stopped, or save alone.
+        save, signum = self.ranks.largest(int(due), self.stop.signum or 0)
+        self.stop.signum = signum or None
+        if save or signum:
             self.save()
-        if self.stop.signum is not None:
+        if signum:
             self.stopped()
 
     def stopped(self) -> None:
@@ -138,8 +143,11 @@ class Session:
         """Write a checkpoint. Raises TrainingError rather than save weights that are no numbers."""
         for run in self.runs:
             run.contender.check_weights()
-        self.last = checkpoint_files.write(
-            self.directory, self.step(), self._state(), self.config.keep
+            if run.contender.masking is not None:
+                run.contender.masking.synchronize()
+        state = self._state()
+        self.last = self.ranks.on_rank_0(
+            lambda: checkpoint_files.write(self.directory, self.step(), state, self.config.keep)
         )
         self._saved = time.monotonic()
         return self.last
@@ -155,7 +163,7 @@ class Session:
                 "epoch": self.epoch,
                 "turn": self.turn,
             },
-            "generators": generators.state(),
+            **generators.of_all_ranks(self.ranks.group),
         }
         for run in self.runs:
             made, name = run.contender, run.contender.name
@@ -242,12 +250,18 @@ class Session:
             for run in self.runs:
                 made = run.contender
                 training_state.check(parts[made.name], made.model, made.optimizer, made.masking)
-            generators.check(state["generators"])
+            drawn = generators.of_rank(
+                state["generators"],
+                state.get("rank_generators"),
+                self.ranks.rank,
+                self.ranks.world,
+            )
+            generators.check(drawn)
             for run in self.runs:
                 made = run.contender
                 training_state.unpack(parts[made.name], made.model, made.optimizer, made.masking)
                 run.load(state[f"{made.name}-run"])
-            generators.restore(state["generators"])
+            generators.restore(drawn)
         except CheckpointError as error:
             raise WorkbenchError(f"--resume: {self.last}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:

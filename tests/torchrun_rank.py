@@ -1,0 +1,32 @@
+"""`sparse-kernels` on a rank that torchrun starts; KILL_RANK and KILL_STEP name one that dies.
+
+It dies by SIGKILL before that step, the first time that the job is started only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from sparse_kernels import cli
+from sparse_kernels.workbench import contenders
+
+
+def arrange_death() -> None:
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if not first or os.environ.get("KILL_RANK") != os.environ["RANK"]:
+        return
+    whole, when = contenders.Contender.step, int(os.environ["KILL_STEP"])
+
+    def step(self: contenders.Contender, *batch: Any) -> float:
+        if self.steps_done == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, *batch)
+
+    contenders.Contender.step = step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    arrange_death()
+    cli.main()
