@@ -57,6 +57,7 @@ test: $(INSTALL_STAMP) ## core tests, under 6 minutes on 2 cores, against the in
 test-full: $(INSTALL_STAMP) $(TOOLS_STAMP) ## everything: slow tests, every instruction set of this CPU, qemu where it is installed
 	$(PYTEST) -n 2 $(TEST_ARGS) tests
 	VENV=$(VENV) bash make/test_isas.sh
+	PYTHON=$(VENV)/bin/python bash make/sanitize.sh address
 
 # Tools of developers, and the build requirements for builds without isolation (test-full, gpu-check, make native).
 # Names only, so that the package is not built again for them.
@@ -88,8 +89,8 @@ bench: $(INSTALL_STAMP) ## time every operator against dense PyTorch (BENCH_ARGS
 # No virtual environment of ours here: a GPU machine brings its own torch and may have no network.
 DEVICE ?= cuda
 SIZE ?= full
-gpu-check: ## build without network, run tests marked gpu, time operators (DEVICE=cpu SIZE=small rehearses)
-	$(PYTHON) tools/gpu_check.py --device $(DEVICE) --size $(SIZE) $(if $(RESULTS),--results $(RESULTS))
+gpu-check: ## build without network, gpu tests, sanitizer, benchmarks (DEVICE=cpu SIZE=small rehearses; PART=bench: one part)
+	$(PYTHON) tools/gpu_check.py --device $(DEVICE) --size $(SIZE) $(if $(PART),--part $(PART)) $(if $(RESULTS),--results $(RESULTS))
 
 clean: ## remove build products and .venv
 	rm -rf build dist *.egg-info .venv .venv-ci .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -209,6 +211,8 @@ def write_table(out: Path, rows: list[Row], settings: Settings) -> Path:
         "Mean ± standard deviation over the seeds. Equal density: " + doc.strip(),
         "",
         f"Settings: {json.dumps(asdict(settings))}. {machine.one_line(first['machine'])}",
+        "",
+        f"`{shlex.join(['python', *sys.argv])}`",
     ]
     path.write_text("\n".join(text) + "\n")
     return path

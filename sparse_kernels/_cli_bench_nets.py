@@ -9,6 +9,7 @@ import click
 from ._cli_bench import (
     Run,
     batch_option,
+    bench,
     block_option,
     common_options,
     density_option,
@@ -156,6 +157,33 @@ def _updates(text: str) -> tuple[int, ...]:
             f"got {text!r}"
         )
     return tuple(counts)
+
+
+@bench.command("signals")
+@with_options(
+    click.option("--net", default="lenet-300-100", show_default=True),
+    common_options,
+    click.option("--width", type=int, default=None, help="Width of wide-mlp's hidden layers."),
+    click.option("--updates", type=click.IntRange(1), default=5, show_default=True,
+                 help="Mask updates of each signal."),
+    click.option("--update-every", type=click.IntRange(2), default=40, show_default=True,
+                 help="Steps between them; longer than the window."),
+    click.option("--window-tolerance", type=float, default=0.1, show_default=True),
+    click.option("--sample-share", type=float, default=0.1, show_default=True),
+)  # fmt: skip
+@one_line_errors
+def signals_command(net: str, **options: Any) -> None:
+    """Growth signals: bytes held, steps outside and inside of their windows, updates."""
+    from .workbench.bench import signals
+    from .workbench.config import TrainConfig
+
+    settings = ("density", "block", "batch_size", "threads", "width", "window_tolerance",
+                "sample_share")  # fmt: skip
+    config = TrainConfig(net=net, **{name: options[name] for name in settings})
+    config.check()
+    run = Run("signals", {"net": net, **options}, net)
+    found = signals.run(config, updates=options["updates"], update_every=options["update_every"])
+    run.finish(found, signals.table, ())
 
 
 @click.command("inference")

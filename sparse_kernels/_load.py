@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
 # Before _native: both link an OpenMP runtime named libgomp.so.1, and the one that is loaded first
 # serves both.  torch ships its own, so torch must come first, or two runtimes fight for the cores.
-import torch  # noqa: F401
+import torch
 
 HOW_TO_BUILD = (
     "build it with `pip install .` in the source tree (needs a C++17 compiler; cmake, ninja and "
@@ -25,7 +26,10 @@ class NativeMissingError(ImportError):
 def _load() -> tuple[ModuleType | None, str]:
     """The module, or None and the reason.  A forced instruction set that does not exist raises."""
     try:
-        return importlib.import_module("sparse_kernels._native"), ""
+        module = importlib.import_module("sparse_kernels._native")
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_one_thread)
+        return module, ""
     except ModuleNotFoundError as error:
         if error.name != "sparse_kernels._native":
             raise
@@ -36,6 +40,16 @@ def _load() -> tuple[ModuleType | None, str]:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         return None, f"it is there, but could not be loaded: {error}"
+
+
+def _one_thread() -> None:
+    """In a forked child: compute on one thread, as DataLoader's workers do.
+
+    The threads of libgomp's pool do not survive a fork, and the next parallel region would wait for
+    them for ever, torch's as well as ours.  Results do not depend on the number of threads.
+    """
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 def native() -> Any:

@@ -1,4 +1,4 @@
-"""The command line: ``sparse-kernels train | bench | report | info``.
+"""The command line: ``sparse-kernels train | sweep | bench | report | info``.
 
 A user's mistake is one line and exit code 1 (2 for a wrong option), never a traceback.
 """
@@ -17,7 +17,15 @@ from ._cli_bench_figures import figure, index_command
 from ._cli_bench_nets import inference_command, networks_command
 from ._cli_bench_workers import workers_command
 from ._cli_errors import one_line_errors
-from .workbench.config import DENSE_BASELINES, INITS, REDISTRIBUTIONS, SIGNALS
+from ._cli_sweep import show, sweep_command
+from .workbench.config import (
+    DENSE_BASELINES,
+    DISTRIBUTIONS,
+    INITS,
+    PRUNE_SCHEDULES,
+    REDISTRIBUTIONS,
+    SIGNALS,
+)
 from .workbench.models import NETS
 
 # `--preset demo`: what `make demo` trains. Wide enough for the gain to be real, few enough epochs
@@ -61,6 +69,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option(
     "--preset", type=click.Choice(["demo"]), help="Settings of `make demo`; other options override."
 )
+@click.option("--method", default=None, help="Settings of a method: sparse-momentum, snfs, set, "
+              "rigl, static, dsr, gmp (docs/training.md); other options override.")  # fmt: skip
 @click.option("--net", default="lenet-300-100", show_default=True,
               help=", ".join(NETS) + ".")  # fmt: skip
 @click.option(
@@ -81,7 +91,7 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     help="Block of the pattern, rows x columns; auto: the largest that suits each layer.",
 )  # fmt: skip
 @click.option(
-    "--distribution", type=click.Choice(["uniform", "erk"]), default="uniform", show_default=True
+    "--distribution", type=click.Choice(DISTRIBUTIONS), default="uniform", show_default=True
 )
 @click.option("--init", type=click.Choice(INITS), default="dense", show_default=True,
               help="First weights: the dense net's, or scaled to the fewer inputs.")  # fmt: skip
@@ -104,7 +114,7 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     "--prune-rate", type=float, default=0.5, show_default=True, help="Of the first mask update."
 )
 @click.option(
-    "--prune-schedule", type=click.Choice(["cosine", "linear"]), default="cosine", show_default=True
+    "--prune-schedule", type=click.Choice(PRUNE_SCHEDULES), default="cosine", show_default=True
 )
 @click.option(
     "--redistribution", type=click.Choice(REDISTRIBUTIONS), default="momentum", show_default=True,
@@ -112,7 +122,9 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 )  # fmt: skip
 @click.option("--signal", type=click.Choice(SIGNALS), default="window", show_default=True,
               help="What grows: exact: dense momentum of all steps, as the paper; window: of the "
-              "last; gradient: RigL; random: SET.")  # fmt: skip
+              "last; sampled: at a sample of the places; gradient: RigL; random: SET.")  # fmt: skip
+@click.option("--sample-share", type=float, default=0.1, show_default=True,
+              help="Share of the free places that sampled draws.")  # fmt: skip
 @click.option("--window-tolerance", type=float, default=0.1, show_default=True,
               help="Share of the momentum that the window may miss: 0.1 takes the last 22 steps "
               "before an update at momentum 0.9, 0.35 the last 10.")  # fmt: skip
@@ -122,6 +134,19 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     default=None,
     help="Steps between mask updates.  [default: an epoch]",
 )
+@click.option("--prune", default="magnitude", show_default=True,
+              help="What goes: magnitude, set, global_magnitude, fan_in, groups:M.")  # fmt: skip
+@click.option("--growth", default="momentum", show_default=True,
+              help="What comes: momentum, gradient, random, neuron, fan_in, groups:M.")  # fmt: skip
+@click.option("--final-prune-rate", type=float, default=0.005, show_default=True)
+@click.option("--update-until", type=float, default=1.0, show_default=True,
+              help="Share of the training after which masks stay.")  # fmt: skip
+@click.option("--start-density", type=float, default=None,
+              help="Gradual pruning, from this density to --density.")  # fmt: skip
+@click.option("--cost-weight", type=float, default=0.0, show_default=True,
+              help="Power of a weight's FLOPs that importance is divided by.")  # fmt: skip
+@click.option("--flops-budget", default=None,
+              help="Share of the dense FLOPs never to exceed, or start.")  # fmt: skip
 @click.option(
     "--holdout", type=float, default=0.1, show_default=True, help="Share held out for validation."
 )
@@ -134,6 +159,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option("--max-steps", type=int, default=None, help="Stop after so many steps (smoke tests).")
 @click.option("--out", default="runs", show_default=True, help="Where runs/<name> is made.")
 @click.option("--name", default=None, help="Name of the run.  [default: net-data-density]")
+@click.option("--tensorboard", is_flag=True,
+              help="Log for TensorBoard in runs/<name>/tensorboard, too.")  # fmt: skip
 @click.option("--resume", is_flag=True,
               help="Go on from the newest good checkpoint, with the same options.")  # fmt: skip
 @click.option(
@@ -198,7 +225,7 @@ def _run_folder(folder: Path, *, overwrite: bool) -> Path:
 
 def _configure(context: click.Context, preset: str | None, options: dict[str, Any]) -> Any:
     """TrainConfig from its defaults, the net's, the preset's, the options; the later wins."""
-    from .workbench.config import TrainConfig
+    from .workbench.config import TrainConfig, method_settings
     from .workbench.models import spec
 
     given = {
@@ -208,15 +235,23 @@ def _configure(context: click.Context, preset: str | None, options: dict[str, An
     }
     chosen = {**(DEMO if preset == "demo" else {}), **given}
     entry = spec(chosen.get("net", TrainConfig.net))
-    return TrainConfig(**{"data": entry.default_data, **entry.defaults, **chosen})
+    named = method_settings(given["method"]) if "method" in given else {}
+    return TrainConfig(**{"data": entry.default_data, **entry.defaults, **named, **chosen})
 
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False))
+@click.option("--against", default="sparse-momentum", show_default=True,
+              help="Of a sweep: what its methods and variants are compared with.")  # fmt: skip
 @one_line_errors
-def report(run: str) -> None:
-    """Render table and figure of runs/<name> again from its results.json."""
+def report(run: str, against: str) -> None:
+    """Render table and figure of runs/<name>, or of a sweep's directory, again from its results."""
     from .workbench import report as reports
+    from .workbench import sweep, sweep_report
+
+    if (Path(run) / sweep.LINES).is_file():
+        show(*sweep_report.write(Path(run), against))
+        return
 
     results, written = reports.render_again(Path(run))
     click.echo(reports.table(results))
@@ -235,6 +270,7 @@ def info() -> None:
 for command in (networks_command, inference_command, workers_command, figure, index_command):
     bench.add_command(command)
 main.add_command(bench)
+main.add_command(sweep_command)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from types import ModuleType
 
 import torch
 
-from sparse_kernels.backends import cpu, cuda, reference, triton
+from sparse_kernels.backends import cpu, cuda, reference, torch_ops, triton
 
 #: In the order in which they are asked. The room of Triton imports triton when it is called.
 BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
     "cuda": cuda,
     "triton": triton,
+    "torch": torch_ops,
     "reference": reference,
 }
 
@@ -33,16 +34,22 @@ class BackendError(RuntimeError):
     """No backend can compute an operator for the given tensors; the message lists why."""
 
 
-def _forced_backend() -> str | None:
-    if _forced is not None and _forced not in BACKENDS:
-        raise BackendError(
-            f"SPARSE_KERNELS_BACKEND={_forced!r} is no backend: choose one of {', '.join(BACKENDS)}"
-        )
-    return _forced
+def _forced_backends() -> list[str]:
+    names = _forced.split(",") if _forced else []
+    for name in names:
+        if name not in BACKENDS:
+            raise BackendError(
+                f"SPARSE_KERNELS_BACKEND={_forced!r}: {name!r} is no backend: choose one of "
+                f"{', '.join(BACKENDS)}, or several with commas between"
+            )
+    return names
 
 
 def forced() -> str | None:
-    """Name of the backend that the environment or ``use_backend`` asks for, if any."""
+    """Name of the backend that the environment or ``use_backend`` asks for, if any.
+
+    Several names, in the order in which they are asked, have commas between.
+    """
     return _forced
 
 
@@ -50,14 +57,16 @@ def forced() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every operator by one backend inside a ``with`` block (tests, comparisons).
 
-    Raises BackendError for a name that is not in ``BACKENDS``.
+    Or by the first of several that serves it: "triton,torch". Raises BackendError for a name that
+    is not in ``BACKENDS``.
     """
     global _forced
-    if name not in BACKENDS:
-        raise BackendError(f"{name!r} is no backend: choose one of {', '.join(BACKENDS)}")
     before = _forced
     _forced = name
     try:
+        for one in name.split(","):
+            if one not in BACKENDS:
+                raise BackendError(f"{one!r} is no backend: choose one of {', '.join(BACKENDS)}")
         yield
     finally:
         _forced = before
@@ -77,10 +86,15 @@ def reasons(
             found[name] = module.supports(op, x, values, block)
     # The reference expands the weight.  It is the oracle, and the home of float64; to serve
     # float32 by it would be dense computation behind a sparse name.
-    if found["reference"] is None and x.dtype != torch.float64 and _forced_backend() is None:
+    asked = _forced_backends()
+    if found["reference"] is None and x.dtype != torch.float64 and "reference" not in asked:
         found["reference"] = (
             "computes with the dense weight, so it serves float64 only unless "
             "SPARSE_KERNELS_BACKEND=reference asks for it"
+        )
+    if found["torch"] is None and x.device.type == "cpu" and "torch" not in asked:
+        found["torch"] = (
+            "serves CUDA tensors, and the CPU's only where SPARSE_KERNELS_BACKEND names it"
         )
     return found
 
@@ -101,7 +115,7 @@ def choose(
         key = (op, _forced, x.device, x.dtype, values.dtype, int(bh), int(bw))
     module = _cache.get(key)
     if module is None:
-        module = _cache[key] = _choose(op, _forced_backend(), x, values, block)
+        module = _cache[key] = _choose(op, _forced_backends(), x, values, block)
     return module
 
 
@@ -121,13 +135,13 @@ def batch_major(op: str, x: torch.Tensor, values: torch.Tensor) -> bool:
 
 def _choose(
     op: str,
-    forced: str | None,
+    forced: list[str],
     x: torch.Tensor,
     values: torch.Tensor | None,
     block: Block | None,
 ) -> ModuleType:
     why = reasons(op, x, values, block)
-    for name in [forced] if forced else BACKENDS:
+    for name in forced or BACKENDS:
         if why[name] is None:
             return BACKENDS[name]
     listed = "; ".join(f"{name}: {text}" for name, text in why.items() if text)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 #: Two times closer than this do not matter: the order is then that of the arguments.
 INDIFFERENT = 0.03
 #: Chance that a median lies outside of its interval, on either side.
@@ -117,6 +119,18 @@ def measure(
             break
     medians = {name: statistics.median(samples[name]) for name in names}
     return Measured(medians, samples, _best(samples, indifferent, settled), settled)
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """A clock for calls on ``device``, in seconds: what a GPU has queued counts when it is done."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def _calibrate(call: Callable[[], object], clock: Callable[[], float]) -> int:

@@ -143,3 +143,21 @@ def test_the_example_rule_conserves_the_number_of_weights(tmp_path: Path) -> Non
         for conv, linear in re.findall(r"conv (\d+), in linear (\d+)", output)
     ]
     assert len(counts) == 3 and len({sum(pair) for pair in counts}) == 1, output
+
+
+def test_the_example_growth_rule_conserves_the_number_of_weights(tmp_path: Path) -> None:
+    output = run_example("own_growth.py", tmp_path)
+    counts = re.findall(r"(\d+) moved, (\d+) kept", output)
+    assert len(counts) == 2 and len({kept for _, kept in counts}) == 1, output
+    assert all(int(moved) > 0 for moved, _ in counts)
+    source = (ROOT / "examples" / "own_growth.py").read_text(encoding="utf-8")
+    rule = source.split("def grow_half_at_random", 1)[1].split("\n\n\n", 1)[0]
+    assert len(rule.splitlines()) <= 10
+
+
+def test_the_table_of_methods_is_that_of_the_package() -> None:
+    from sparse_kernels.training import METHODS
+
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text.split("### The methods of the field")[1].split("- **N:M**")[0]
+    assert set(re.findall(r"^\| `([\w-]+)` \|", table, re.M)) - {"method"} == set(METHODS)

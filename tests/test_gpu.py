@@ -7,6 +7,9 @@ run is run here.
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from sparse_kernels.backends import triton
 from sparse_kernels.pattern import SparsityPattern
 
 HAS_GPU = torch.cuda.is_available()
+HAS_NVCC = bool(shutil.which("nvcc") or os.environ.get("CUDACXX"))  # as tools/gpu_check.py has it
 DEVICES = [
     "cpu",
     pytest.param(
@@ -81,6 +85,7 @@ def test_linear_matches_float64(case: tuple[int, int, int, float], relu: bool, d
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="torch sees no GPU on this machine")
+@pytest.mark.skipif(not HAS_NVCC, reason="no nvcc on this machine: Triton serves the GPU alone")
 def test_the_native_module_was_built_with_cuda() -> None:
     from sparse_kernels._load import native
 

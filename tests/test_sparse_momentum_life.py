@@ -250,10 +250,10 @@ def armings(monkeypatch):
     """A list that grows by one whenever probes are looked at for layer "0"."""
     calls, arm = [], LayerSignal.arm
 
-    def counted(self, schedule, next_step):
+    def counted(self, schedule, next_step, sampling=None):
         if self.name == "0":
             calls.append(next_step)
-        arm(self, schedule, next_step)
+        arm(self, schedule, next_step, sampling)
 
     monkeypatch.setattr(LayerSignal, "arm", counted)
     return calls

@@ -49,6 +49,7 @@ WIDE_CASES = (
     _wide("strided", 40, 9, (24, 40), 3, density=0.1, stride=2),
     _wide("seven", 20, 20, (16, 12), 7, density=0.05, stride=2),
     _wide("large-image", 32, 40, (12, 16), 3, density=0.1),
+    _wide("large-image-few", 16, 40, (24, 3), 3, density=0.1),  # with 16 lanes too
     _wide("deep", 16, 4, (96, 512), 3, density=0.1),
 )
 WIDE_LINEAR = (

@@ -1,6 +1,6 @@
 """Expected times of the Triton kernels on an H100, from bytes and FLOPs alone.
 
-    python tools/gpu_roofline.py docs/gpu.md      # replaces the table between the markers there
+    python tools/gpu_roofline.py docs/gpu.md      # replaces the tables between the markers there
 
 A model, not a measurement: each kernel takes as long as the slowest of its arithmetic, its traffic
 between L2 and the multiprocessors, and its traffic to memory, and never less than a launch. The
@@ -10,6 +10,7 @@ traffic follows from the default tiles, read from the package. No GPU and no tri
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,6 @@ MEMORY_BYTES_PER_SECOND = 3.35e12
 LAUNCH_SECONDS = 2.5e-6
 DENSE_SHARE_OF_PEAK = 0.75  # what cuBLAS and cuDNN are assumed to reach
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 
 class Layer(NamedTuple):
@@ -139,32 +139,63 @@ def vector_costs(layer: Layer, side: int, precision: str) -> tuple[Cost, Cost, C
     )
 
 
-def vector_rows() -> list[str]:
-    """Lines for elements and V x 1 blocks. Arithmetic counts at the plain cores' peak."""
-    lines = []
-    for layer in LAYERS:
-        for precision in ("bf16", "fp32"):
-            for side in (1, 4, 16):
-                costs = vector_costs(layer, side, precision)
-                lines.append(row(layer, precision, f"{side}x1", costs, "fp32"))
-    return lines
+def block_costs(layer: Layer, side: int, precision: str) -> tuple[Cost, Cost, Cost]:
+    """Forward, input and weight gradient of square blocks."""
+    kind = "linear" if layer.taps == 1 else "conv2d"
+    return (
+        product_cost(layer, side, precision, kind),
+        product_cost(layer, side, precision, f"{kind}_dgrad"),
+        wgrad_cost(layer, side, precision, f"{kind}_wgrad"),
+    )
+
+
+def problems(layer: Layer) -> Iterator[tuple[str, str, tuple[Cost, Cost, Cost], str]]:
+    """(precision, block, costs, the cores that multiply, as a key of PEAK) of a layer."""
+    for precision in PEAK:
+        for side in (16, 32, 64):
+            yield precision, f"{side}x{side}", block_costs(layer, side, precision), precision
+    for precision in ("bf16", "fp32"):  # arithmetic counts at the plain cores' peak
+        for side in (1, 4, 16):
+            yield precision, f"{side}x1", vector_costs(layer, side, precision), "fp32"
 
 
 def rows() -> list[str]:
-    """Lines of the Markdown table."""
+    """Lines of the Markdown table of operators' times: blocks first, then V x 1."""
     head = "| layer | precision | block | forward us (bound) | dgrad us (bound) | wgrad us (bound) "
     lines = [head + "| sum us | dense us | ratio |", "|" + "---|" * 9]
-    for layer in LAYERS:
-        kind = "linear" if layer.taps == 1 else "conv2d"
-        for precision in PEAK:
-            for side in (16, 32, 64):
-                costs = (
-                    product_cost(layer, side, precision, kind),
-                    product_cost(layer, side, precision, f"{kind}_dgrad"),
-                    wgrad_cost(layer, side, precision, f"{kind}_wgrad"),
-                )
-                lines.append(row(layer, precision, f"{side}x{side}", costs, precision))
-    return lines + vector_rows()
+    for vector in (False, True):
+        for layer in LAYERS:
+            lines += [
+                row(layer, *found) for found in problems(layer) if found[1].endswith("x1") == vector
+            ]
+    return lines
+
+
+def kernel_rows() -> list[str]:
+    """Lines of the Markdown table of what each kernel does, for a linear layer and a convolution.
+
+    Dropout, at the end, reads and writes every number of the layer's output once.
+    """
+    head = "| layer | precision | block | operator | GFLOP | MB through L2 | MB of memory "
+    lines = [head + "| us | bound |", "|" + "---|" * 9]
+    for layer in (LAYERS[0], LAYERS[-1]):
+        for precision, block, costs, cores in problems(layer):
+            for name, cost in zip(("forward", "dgrad", "wgrad"), costs, strict=True):
+                lines.append(kernel_row(layer, precision, block, name, cost, cores))
+        for precision in ("bf16", "fp32"):
+            moved = 2.0 * layer.points * layer.outputs * DTYPES[precision].itemsize
+            cost = Cost(0, moved, moved, 1)
+            lines.append(kernel_row(layer, precision, "", "dropout", cost, "fp32"))
+    return lines
+
+
+def kernel_row(layer: Layer, precision: str, block: str, name: str, cost: Cost, cores: str) -> str:
+    """One line: floating-point operations, bytes, and the time that follows."""
+    return (
+        f"| {layer.name} | {precision} | {block} | {name} | {cost.flops / 1e9:.2f} "
+        f"| {cost.l2_bytes / 1e6:.0f} | {cost.memory_bytes / 1e6:.0f} "
+        f"| {cost.seconds(cores) * 1e6:.1f} | {cost.bound(cores)} |"
+    )
 
 
 def row(
@@ -183,18 +214,28 @@ def row(
     )
 
 
+def replaced(text: str, name: str, lines: list[str]) -> str:
+    """``text`` with ``lines`` between the markers of ``name``. Raises ValueError without them."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"expected the markers {begin} and {end}, found none")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    table = "\n".join(lines)
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
 def main() -> int:
-    """Write the table into the document named on the command line, or print it."""
-    table = "\n".join(rows())
+    """Write the tables into the document named on the command line, or print them."""
+    tables = {"roofline": rows(), "kernel-roofline": kernel_rows()}
     if len(sys.argv) < 2:
-        print(table)
+        for lines in tables.values():
+            print("\n".join(lines), end="\n\n")
         return 0
     path = Path(sys.argv[1])
     text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path}: expected the markers {BEGIN} and {END}, found none")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    for name, lines in tables.items():
+        text = replaced(text, name, lines)
+    path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -4,7 +4,7 @@ Without a gradient for ``values`` there is nothing to mask.  Otherwise a hook on
 weight's gradient outside of the mask, in place: the view is made for this one product, so nobody
 else can hold that gradient.  A hook costs a tiny layer less than an autograd Function around the
 product.  What is unusual goes through ``ops.masked_linear`` and ``ops.masked_conv2d``: probes,
-compilation, inputs in another memory order, 16-bit inputs beside float32 weights.
+compilation, transforms, inputs in another memory order, 16-bit inputs beside float32 weights.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ TURNED_BY_TORCH = 1 << 16
 _is_compiling = torch.compiler.is_compiling
 _grad_enabled = _C.is_grad_enabled
 _autocast = _C._is_any_autocast_enabled
+_modes = _C._len_torch_dispatch_stack
+_transforms = _C._are_functorch_transforms_active
 
 
 def linear(layer: SparseLinear, x: Tensor) -> Tensor | None:
@@ -100,6 +102,8 @@ def _is_usual(layer: SparseLayer, values: Tensor | None, x: Tensor) -> bool:
         or x.dtype is not values.dtype
         or (layer.probe is not None and _grad_enabled())
         or _is_compiling()
+        or _transforms()  # these and fake tensors have no place for the hook
+        or _modes()
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparse_kernels.nn._probe import dense
 from sparse_kernels.ops._library import autocast_enabled
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def operands(layer: SparseLayer) -> tuple[Any, ...]:
     if not usual or torch.compiler.is_compiling():
         # A parameter can be parametrized, or be handed over as a plain attribute (FSDP).
         index = (layer.crow_indices, layer.col_indices, layer.t_crow, layer.t_row, layer.t_perm)
-        return layer.values, *index, layer.bias, layer.probe
+        return layer.values, *index, layer.bias, dense(layer)
     # The dictionaries themselves: nn.Module finds an attribute there in 0.8 us each.
     return (
         parameters["values"],
@@ -32,7 +33,7 @@ def operands(layer: SparseLayer) -> tuple[Any, ...]:
         buffers["t_row"],
         buffers["t_perm"],
         parameters["bias"],
-        layer.probe,
+        dense(layer),
     )
 
 

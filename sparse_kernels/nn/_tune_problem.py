@@ -7,12 +7,14 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import plan_cache
+from sparse_kernels import plan, plan_cache
+from sparse_kernels.backends.triton.operands import allows_tf32
 from sparse_kernels.layout import is_feature_major, to_feature_major
 from sparse_kernels.nn._parameter import replace_data
 from sparse_kernels.nn.base import DENSE_MASKED, SparseLayer
@@ -49,6 +51,18 @@ class Problem:
         features = 3 if self.is_conv else 1
         return math.prod(self.shape[:-features])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        return self.layer.values.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the activations inside of the operators: that of an autocast, if one is on."""
+        kind = self.device.type
+        on = torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if on else self.dtype
+
     def key(self) -> str:
         """The problem as one line, batch size to the nearest power of two."""
         layer, conv = self.layer, self.is_conv
@@ -57,7 +71,9 @@ class Problem:
             facts["geometry"] = ",".join(map(str, layer.geometry))
             facts["image"] = self.shape[-2:]
             facts["pad"] = layer.padding_mode
-        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        kind = self.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        facts |= _where(self.device, "conv2d" if conv else "linear")
         return plan_cache.problem_key(
             "conv2d" if conv else "linear",
             **facts,
@@ -70,6 +86,24 @@ class Problem:
             input_gradient=self.input_gradient,
             order=self.order,
         )
+
+
+def _where(device: torch.device, op: str) -> dict[str, str]:
+    """What the times depend on besides the CPU, which the cache's identity names."""
+    facts = {} if plan.forced() is None else {"backend": str(plan.forced())}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device).replace(" ", "-")
+        facts["tf32"] = str(allows_tf32(op))
+        facts["triton"] = "none"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts["triton"] = metadata.version("triton")
+    return facts
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """The GPUs that hold parameters of ``model``: their random states are kept, too."""
+    places = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return sorted(torch.cuda.current_device() if d.index is None else d.index for d in places)
 
 
 def problems(
@@ -110,7 +144,7 @@ def _undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     model.train(training)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=cuda_devices(model)):
             yield
     finally:
         for module, mode in modes.items():
@@ -146,9 +180,18 @@ def compressed_call(problem: Problem, pattern: SparsityPattern) -> Call:
     data = torch.randn(pattern.capacity, *pattern.block, dtype=layer.values.dtype)
     layer.values.grad = None
     layer._register_pattern(pattern)
-    replace_data(layer.values, data * 0.1)
+    replace_data(layer.values, (data * 0.1).to(problem.device))
     layer._zero_outside()
-    return Call(problem, layer, "feature-major" if problem.order == "own" else problem.order)
+    return Call(problem, layer, _own_order(problem, layer))
+
+
+def _own_order(problem: Problem, layer: SparseLayer) -> str:
+    """The problem's memory order; that of the backend's results where each has its own."""
+    if problem.order != "own":
+        return problem.order
+    x = torch.empty(0, dtype=problem.compute_dtype, device=problem.device)
+    batch_major = plan.batch_major("conv2d" if problem.is_conv else "linear", x, layer.values)
+    return "channels_last" if batch_major else "feature-major"
 
 
 def random_pattern(layer: SparseLayer, density: float) -> SparsityPattern:
@@ -160,7 +203,7 @@ def random_pattern(layer: SparseLayer, density: float) -> SparsityPattern:
         row_parts=layer.row_parts,
         col_parts=layer.col_parts,
         generator=torch.Generator().manual_seed(0),
-    )
+    ).to(layer.values.device)
 
 
 def dense_masked_calls(problem: Problem) -> dict[str, Call]:
@@ -205,7 +248,7 @@ class Call:
 
     def __init__(self, problem: Problem, module: nn.Module, order: str) -> None:
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(problem.shape, generator=generator).to(problem.dtype)
+        x = torch.randn(problem.shape, generator=generator).to(problem.device, problem.dtype)
         self.x = _ordered(x, order).requires_grad_(problem.input_gradient)
         self.module = module.train(problem.training)
         with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from sparse_kernels import plan, plan_variants
 from sparse_kernels._load import native, native_or_none
 from sparse_kernels.backends.cpu import prepared
+from sparse_kernels.backends.triton import chosen
 from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.layout import to_feature_major
 from sparse_kernels.nn._tune_problem import Problem
@@ -156,8 +157,9 @@ def from_entry(entry: Any) -> Choices:
         AssertionError, TypeError, ValueError, AttributeError: it is none, or names a pass or a
             variant that this version does not have.
     """
-    known = plan_variants.names() if native_or_none() is not None else []
+    known = plan_variants.names() if native_or_none() is not None else [RULE]
     choices = {name: Choice(str(variant), float(gain)) for name, (variant, gain) in entry.items()}
     for name, choice in choices.items():
-        assert name in PASSES and choice.name in known and choice.gain > 0
+        exists = choice.name in known or chosen.NAME.fullmatch(choice.name) is not None
+        assert name in PASSES and exists and choice.gain > 0
     return choices

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels.nn import _checkpoint
+from sparse_kernels.nn import _checkpoint, _probe, _refusals
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
 from sparse_kernels.nn._parameter import replace_data
 from sparse_kernels.nn._weight_view import read_only
@@ -24,6 +24,7 @@ DENSE_MASKED = "dense-masked"
 #: Above this density `sparsify` and mask updates keep a layer as a dense matrix and a mask.
 DENSE_MASKED_ABOVE = 0.5
 
+_NOT_COPIED = ("_pattern", "_pattern_source", "_mask_hooks", "probe", "probe_pattern")
 _INDEX_NAMES = ("crow_indices", "col_indices", "t_crow", "t_row", "t_perm")
 _Self = TypeVar("_Self", bound="SparseLayer")
 _Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
@@ -43,6 +44,7 @@ class SparseLayer(nn.Module, abc.ABC):
         mask: bool buffer [rows, cols] (dense-masked only).
         bias: ``nn.Parameter`` [rows] or None.
         probe: None, or a never-read leaf [rows, cols] whose ``.grad`` gathers the dense gradient.
+        probe_pattern: None, or the blocks whose gradients the probe [blocks, bh, bw] gathers.
         capacity_growths: how often the pattern outgrew its buffers and pointers changed.
         dense_above: density above which the layer is better dense-masked; ``tune`` measures it.
         image_format: how a dense-masked convolution computes, "channels_last" or "contiguous".
@@ -57,6 +59,7 @@ class SparseLayer(nn.Module, abc.ABC):
     t_perm: Tensor
     mask: Tensor
     probe: Tensor | None
+    probe_pattern: SparsityPattern | None = None
     #: What ``_masked`` hooks to views of the values: the mask, the view's name, the hooks.
     _mask_hooks: tuple[Tensor, str, dict[int, Callable[[Tensor], Tensor | None]]] | None = None
 
@@ -92,9 +95,10 @@ class SparseLayer(nn.Module, abc.ABC):
         parts = (row_parts, col_parts)
         made = initial_pattern(matrix_shape, parts, density, block, pattern, generator, capacity)
         self.block = made.block
+        # First: torch.export counts buffers that are None, too, and finds no input for later ones.
+        self.register_buffer("mask", None)
         for name in _INDEX_NAMES:
             self.register_buffer(name, None, persistent=name in ("crow_indices", "col_indices"))
-        self.register_buffer("mask", None)
         self._register_pattern(made if place.type == "meta" else made.to(place))
         self.values = nn.Parameter(
             torch.zeros(made.capacity, *made.block, device=place, dtype=dtype)
@@ -272,14 +276,16 @@ class SparseLayer(nn.Module, abc.ABC):
             self._register_pattern(pattern)
         return self
 
-    def make_probe(self) -> Tensor:
+    def make_probe(self, pattern: SparsityPattern | None = None) -> Tensor:
         """Set and return ``probe``: a leaf [rows, cols] whose ``.grad`` gathers the dense gradient.
 
         It holds one number (expanded) and is never read.  Each backward pass then computes the
         dense weight gradient too; set ``layer.probe = None`` to stop that.
+
+        pattern: blocks of this layer's matrix; the probe is then [capacity of pattern, bh, bw] and
+        gathers the gradient at those alone.  Raises ValueError for one of another geometry.
         """
-        one = torch.zeros((), dtype=self.values.dtype, device=self.values.device)
-        self.probe = one.expand(self.matrix_shape).requires_grad_()
+        self.probe, self.probe_pattern = _probe.make(self, pattern), pattern
         return self.probe
 
     # ---------------------------------------------------------------- dense views
@@ -318,13 +324,17 @@ class SparseLayer(nn.Module, abc.ABC):
         return read_only(self.matrix_to_weight(self.dense_matrix()))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            raise AttributeError(
-                f"`weight` of {type(self).__name__} cannot be assigned: it is a dense copy made on "
-                "demand. Write to `values` (the stored blocks), build a layer with "
-                "`from_dense(module)`, or get a dense module with `to_dense()`"
-            )
+        _refusals.check_set(self, name)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _refusals.check_delete(name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; "weight..." is refused with a ValueError."""
+        _refusals.check_register(name)
+        super().register_parameter(name, param)
 
     def _take_dense(
         self, module: nn.Linear | nn.Conv2d, pattern: SparsityPattern, matrix: Tensor
@@ -353,7 +363,8 @@ class SparseLayer(nn.Module, abc.ABC):
         dtype = self.values.dtype
         super()._apply(fn, recurse)
         if self.probe is not None and (self.values.device, self.values.dtype) != (device, dtype):
-            self.make_probe()
+            pattern = self.probe_pattern
+            self.make_probe(None if pattern is None else pattern.to(self.values.device))
         if self.crow_indices is not before:
             self._pattern = None
             if self.storage == COMPRESSED and not self.values.is_meta:
@@ -362,7 +373,7 @@ class SparseLayer(nn.Module, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the pattern view is rebuilt, a probe is not copied."""
-        fresh = dict.fromkeys(("_pattern", "_pattern_source", "_mask_hooks", "probe"))
+        fresh = dict.fromkeys(_NOT_COPIED)
         return {**self.__dict__, **fresh}
 
     def _load_from_state_dict(

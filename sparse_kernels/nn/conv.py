@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sparse_kernels import ops
 from sparse_kernels.geometry import Conv2dGeometry
-from sparse_kernels.nn import _masked
+from sparse_kernels.nn import _masked, _probe
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
@@ -139,7 +139,12 @@ class SparseConv2d(SparseLayer):
                 y = _masked.conv2d(self, x)
             elif x.dim() == 4 and x.shape[1] == self.in_channels:
                 y = ops.short_conv2d(x, operands(self), self.geometry)
-        return self._checked_forward(x) if y is None else y
+        y = self._checked_forward(x) if y is None else y
+        if self.probe_pattern is None:
+            return y
+        if self.padding_mode != "zeros":
+            x = functional.pad(x, self._image_pads, mode=self.padding_mode)
+        return _probe.attach(self, x, y, self.geometry)
 
     def _checked_forward(self, x: Tensor) -> Tensor:
         """``forward`` for all that is unusual, or wrong."""
@@ -155,7 +160,7 @@ class SparseConv2d(SparseLayer):
         g = self.geometry
         if self.storage == COMPRESSED:
             return ops.conv2d(x, *operands(self), geometry=g)
-        rest = (self.values, self.mask, self.bias, self.probe)
+        rest = (self.values, self.mask, self.bias, _probe.dense(self))
         return ops.masked_conv2d(x, *rest, geometry=g, image_format=self.image_format)
 
     @property

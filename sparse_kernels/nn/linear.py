@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import ops
-from sparse_kernels.nn import _masked
+from sparse_kernels.nn import _masked, _probe
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
@@ -70,7 +70,8 @@ class SparseLinear(SparseLayer):
             y = _masked.linear(self, x)
         elif x.dim() == 2 and x.shape[1] == self.in_features:
             y = ops.short_linear(x, operands(self), self.out_features)
-        return self._checked_forward(x) if y is None else y
+        y = self._checked_forward(x) if y is None else y
+        return y if self.probe_pattern is None else _probe.attach(self, x, y)
 
     def _checked_forward(self, x: Tensor) -> Tensor:
         """``forward`` for all that is unusual, or wrong."""
@@ -82,7 +83,7 @@ class SparseLinear(SparseLayer):
             )
         check_operand(self, x)
         if self.storage == DENSE_MASKED:
-            return ops.masked_linear(x, self.values, self.mask, self.bias, self.probe)
+            return ops.masked_linear(x, self.values, self.mask, self.bias, _probe.dense(self))
         return ops.linear(x, *operands(self), out_features=self.out_features)
 
     def matrix_to_weight(self, matrix: Tensor) -> Tensor:

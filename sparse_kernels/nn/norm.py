@@ -14,18 +14,21 @@ from torch.nn import functional
 from sparse_kernels import ops
 from sparse_kernels.layout import is_feature_major
 
+#: Dtypes by the kind of device. The CPU's kernels compute 16-bit activations by converting them.
+_SERVED = {
+    "cpu": (torch.float32,),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
 
 def serves(x: Tensor, dims: int) -> bool:
-    """Whether the feature-major operators serve ``x``: float32 on the CPU, batch innermost.
+    """Whether the feature-major operators serve ``x``: batch innermost, float32 on the CPU, or
+    float32 and 16 bits on a GPU.
 
     Anything else is torch's own: converting the layout would cost more than it gains.
     """
-    return (
-        x.dim() == dims
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and is_feature_major(x)
-    )
+    served = _SERVED.get(x.device.type, ())
+    return x.dim() == dims and x.dtype in served and is_feature_major(x)
 
 
 class _FeatureMajorNorm(nn.modules.batchnorm._BatchNorm):

@@ -32,7 +32,7 @@ from sparse_kernels.nn.distribution import (
 from sparse_kernels.nn.linear import SparseLinear
 from sparse_kernels.nn.report import SparsifyReport, SparsifyRow
 
-Distribution = Literal["uniform", "erk"]
+Distribution = Literal["uniform", "er", "erk"]
 _Layers = dict[str, nn.Linear | nn.Conv2d]
 _ANY_SEGMENT = (2**31, 2**31)
 
@@ -61,7 +61,8 @@ def sparsify(
         density: fraction of weights to keep, in (0, 1], or a fraction per layer name (layers not
             named stay dense).
         distribution: "uniform" gives every layer ``density``; "erk" gives small layers more
-            (Erdos-Renyi-kernel, RigL), with ``density`` over all of them together.
+            (Erdos-Renyi-kernel, RigL), with ``density`` over all of them together; "er" the same
+            by numbers of channels alone (SET).
         block: (rows, columns) of a stored block, or "auto": for each layer the largest that leaves
             at least 8 blocks per block row on average (density * block columns >= 8) and divides
             it well.  On a GPU among (64, 64), (32, 32), (16, 16), where blocks laid over the layer
@@ -194,12 +195,13 @@ def _only_named(
     return {name: module for name, module in eligible.items() if name in density}
 
 
-def _size(module: nn.Linear | nn.Conv2d, block: tuple[int, int]) -> LayerSize:
+def _size(module: nn.Linear | nn.Conv2d, block: tuple[int, int], kernel: bool = True) -> LayerSize:
+    """Shape and blocks of a layer; the shape without its kernel's sides if ``kernel`` is False."""
     rows, cols = segment(module)
     per_segment = math.ceil(rows / block[0]) * math.ceil(cols / block[1])
     shape = tuple(module.weight.shape)
     segments = math.prod(shape[2:]) * (1 if isinstance(module, nn.Linear) else module.groups)
-    return LayerSize(shape, per_segment * segments)
+    return LayerSize(shape if kernel else shape[:2], per_segment * segments)
 
 
 def _shares(
@@ -210,9 +212,11 @@ def _shares(
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """Block, and number of blocks to keep, of each eligible layer."""
     modules = list(eligible.values())
+    kernel = distribution != "er"
+    distribution = "erk" if distribution == "er" else distribution
     if block == "auto":
         # Blocks of several sizes have no total to be exact about: each layer has its density.
-        elements = [_size(module, (1, 1)) for module in modules]
+        elements = [_size(module, (1, 1), kernel) for module in modules]
         shares = _densities(eligible, density, distribution, elements)
         blocks = [
             check_block(block_of(module, segment(module), block, share), _ANY_SEGMENT)
@@ -222,7 +226,7 @@ def _shares(
         each = zip(sizes, shares, strict=True)
         return blocks, [uniform_counts([size], share)[0] for size, share in each]
     sides = check_block(block, _ANY_SEGMENT)
-    sizes = [_size(module, sides) for module in modules]
+    sizes = [_size(module, sides, kernel) for module in modules]
     if distribution == "erk" and sizes and not isinstance(density, Mapping):
         counts = erk_counts(sizes, density)
     else:

@@ -9,6 +9,7 @@ function: it moves optimizer state along.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from sparse_kernels import plan_cache, plan_measure, plan_variants
-from sparse_kernels.nn import _tune_problem, _tune_variants
+from sparse_kernels.nn import _tune_configs, _tune_problem, _tune_variants
 from sparse_kernels.nn._tune_problem import Layout, Problem
 from sparse_kernels.nn.base import COMPRESSED, DENSE_MASKED, DENSE_MASKED_ABOVE, SparseLayer
 from sparse_kernels.nn.tune_report import Source, TuneReport, TuneRow
@@ -47,6 +48,7 @@ class Decision:
     settled: str = ""
     input_shape: tuple[int, ...] = ()
     variants: _tune_variants.Choices = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32  # of the activations inside of the operators
 
 
 def enabled() -> bool:
@@ -54,12 +56,19 @@ def enabled() -> bool:
     return os.environ.get("SPARSE_KERNELS_TUNE", "").lower() not in ("0", "off")
 
 
-def by_rule(density: float, input_shape: tuple[int, ...]) -> Decision:
+def by_rule(
+    density: float, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Decision:
     """The decision without measurement: dense-masked above ``DENSE_MASKED_ABOVE``."""
     storage = DENSE_MASKED if density > DENSE_MASKED_ABOVE else COMPRESSED
     variants = _tune_variants.all_by_rule()
     return Decision(
-        storage, "channels_last", DENSE_MASKED_ABOVE, input_shape=input_shape, variants=variants
+        storage,
+        "channels_last",
+        DENSE_MASKED_ABOVE,
+        input_shape=input_shape,
+        variants=variants,
+        dtype=dtype,
     )
 
 
@@ -81,13 +90,24 @@ def plan_layers(
     """
     found = _tune_problem.problems(model, example, training, layout)
     if not enabled():
-        return {layer: by_rule(layer.density, problem.shape) for layer, problem in found.items()}
-    known: dict[str, dict[str, Any]] = {}
-    with torch.random.fork_rng(devices=[]):  # random contents must not move the user's seed
         return {
-            layer: _decide(problem, known, cache, seconds, measure)
+            layer: by_rule(layer.density, problem.shape, problem.compute_dtype)
             for layer, problem in found.items()
         }
+    known: dict[str, dict[str, Any]] = {}
+    # Random contents must not move the user's seed.
+    with torch.random.fork_rng(devices=_tune_problem.cuda_devices(model)):
+        return {
+            layer: _decide(problem, known, cache, seconds, _timed_on(problem.device, measure))
+            for layer, problem in found.items()
+        }
+
+
+def _timed_on(device: torch.device, measure: Measure) -> Measure:
+    """``measure`` with the clock of a GPU; a stand-in brings its own times."""
+    if device.type != "cuda" or measure is not plan_measure.measure:
+        return measure
+    return functools.partial(measure, clock=plan_measure.clock_of(device))
 
 
 def report(model: nn.Module, decisions: dict[SparseLayer, Decision]) -> TuneReport:
@@ -165,6 +185,7 @@ def _decide(
         point["settled"],
         problem.shape,
         _tune_variants.from_entry(point["variants"]),
+        problem.compute_dtype,
     )
 
 
@@ -193,6 +214,7 @@ def _measured(
         masked = {entry["image_format"]: masked[entry["image_format"]]}
     # First, so that the storages are compared with the variants in use.
     choices = _tune_variants.measured(problem, layer.pattern, seconds / 2, measure)
+    choices |= _tune_configs.measured(problem, layer.pattern, seconds / 2, measure)
     here = _tune_problem.compressed_call(problem, layer.pattern.clone())
     result = measure({COMPRESSED: here, **masked}, seconds=seconds)
     image_format = min(masked, key=lambda name: result.ratio(name, COMPRESSED))
@@ -321,8 +343,9 @@ def agreed(
 
 
 def apply(layer: SparseLayer, made: Decision) -> None:
-    """Give the layer the facts of a decision, and its variants to the native core; moving it to
-    its storage is the caller's part.
+    """Give the layer the facts of a decision, and its variants to the native core or to Triton;
+    moving it to its storage is the caller's part.
     """
     _tune_variants.use(layer, made.input_shape, made.variants)
+    _tune_configs.use(layer, made.input_shape, made.dtype, made.variants)
     layer.dense_above, layer.image_format = made.break_even, made.image_format

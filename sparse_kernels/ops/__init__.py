@@ -17,10 +17,12 @@ from sparse_kernels.ops.masked_conv2d import masked_conv2d
 from sparse_kernels.ops.norm import batch_norm
 from sparse_kernels.ops.norm_pool import batch_norm_pool
 from sparse_kernels.ops.pooling import avg_pool2d, max_pool2d
+from sparse_kernels.ops.sampled import SampledGradientFunction, sampled_gradient
 
 __all__ = [
     "OPERATORS",
     "MaskedWeightFunction",
+    "SampledGradientFunction",
     "SparseConv2dFunction",
     "SparseLinearFunction",
     "avg_pool2d",
@@ -35,6 +37,7 @@ __all__ = [
     "masked_linear",
     "masked_weight",
     "max_pool2d",
+    "sampled_gradient",
     "short_conv2d",
     "short_linear",
 ]

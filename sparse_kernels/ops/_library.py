@@ -16,9 +16,13 @@ from torch.nn import Parameter
 
 from sparse_kernels import plan
 from sparse_kernels.layout import empty_feature_major, holds_its_numbers
+from sparse_kernels.ops import _transforms
 
 NAMESPACE = "sparse_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+#: Their names begin so; these also work under torch.func.
+_PRODUCTS = ("linear", "conv2d")
 
 #: Names of all registered operators, in the order of their definition.
 OPERATORS: list[str] = []
@@ -96,6 +100,8 @@ def with_check(check: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
 
 def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
     """Register the derivative of an operator, for the dispatcher and for ``call``."""
+    if name.startswith(_PRODUCTS):
+        _transforms.register(name, backward, setup_context)
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
@@ -119,9 +125,11 @@ def call(name: str, *args: Any) -> Any:
     a small layer computes.  Where nobody looks, this calls the kernel itself, or the operator's
     derivative around it where autograd records.  Whoever looks (``seen``) gets the operator.
     """
-    if seen(*args):
-        return getattr(torch.ops.sparse_kernels, name)(*args)
-    return call_unseen(name, *args)
+    if not seen(*args):
+        return call_unseen(name, *args)
+    if name.startswith(_PRODUCTS) and transformed():
+        return _transforms.apply(name, *args)
+    return getattr(torch.ops.sparse_kernels, name)(*args)
 
 
 def call_unseen(name: str, *args: Any) -> Any:
@@ -171,6 +179,11 @@ def seen(*args: Any) -> bool:
         elif isinstance(arg, Tensor):
             return True
     return False
+
+
+def transformed() -> bool:
+    """Whether a layer's product must be called in the form that torch.func understands."""
+    return _transforms.active() and not torch.compiler.is_compiling()
 
 
 def autocast_enabled(x: Tensor) -> bool:

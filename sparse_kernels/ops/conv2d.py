@@ -38,6 +38,7 @@ from sparse_kernels.ops._library import (
     read_elements,
     readable,
     seen,
+    transformed,
     with_check,
 )
 from sparse_kernels.ops.linear import Index, autocast, convert_once, weight_dtype
@@ -379,10 +380,8 @@ def conv2d(
         plan.BackendError: no backend computes this dtype on this device.
     """
     if x.dim() not in (3, 4):
-        raise ValueError(
-            "conv2d: input must be [N, C, H, W] or [C, H, W], got "
-            f"{x.dim()} dimensions with shape {tuple(x.shape)}"
-        )
+        shape = tuple(x.shape)
+        raise ValueError(f"conv2d: input must be [N, C, H, W] or [C, H, W], got shape {shape}")
     x = autocast(x, values, "conv2d")
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     operands = (values, crow, col, t_crow, t_row, t_perm, bias, probe)
@@ -390,10 +389,11 @@ def conv2d(
     rest = (*operands, list(geometry), relu)
     if y is not None:
         pass
+    elif transformed():
+        y = call("conv2d", batched, *rest)
     elif seen(batched, *rest):
         y = SparseConv2dFunction.apply(batched, *rest)
     else:
-        if not batched.requires_grad:
-            batched = convert_once(batched, values)
-        y = call_unseen("conv2d", batched, *rest)
+        first = batched if batched.requires_grad else convert_once(batched, values)
+        y = call_unseen("conv2d", first, *rest)
     return y if x.dim() == 4 else y.squeeze(0)

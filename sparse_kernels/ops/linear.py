@@ -38,6 +38,7 @@ from sparse_kernels.ops._library import (
     read_elements,
     readable,
     seen,
+    transformed,
     with_check,
 )
 
@@ -369,6 +370,8 @@ def linear(
     rest = (*operands, out_features, relu)
     if y is not None:
         pass
+    elif transformed():
+        y = call("linear", flat, *rest)
     elif seen(flat, *rest):
         y = SparseLinearFunction.apply(flat, *rest)
     else:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from sparse_kernels._load import native_or_none
 from sparse_kernels.layout import is_feature_major, is_plain, to_feature_major
+from sparse_kernels.ops._library import transformed
 from sparse_kernels.ops._short import plain
 from sparse_kernels.ops.linear import autocast
 
@@ -108,6 +109,8 @@ def in_dtype_of(x: Tensor, dense: Tensor, bias: Tensor | None) -> tuple[Tensor, 
 class MaskedWeightFunction(torch.autograd.Function):
     """The dense weight itself; backward masks its gradient and hands the whole one to the probe."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(dense: Tensor, mask: Tensor, probe: Tensor | None) -> Tensor:
         return dense.view_as(dense)
@@ -115,6 +118,13 @@ class MaskedWeightFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        """As backward has it: the weight does not move outside of the mask."""
+        (mask,) = ctx.saved_tensors
+        return tangent.masked_fill(~mask, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
@@ -140,6 +150,16 @@ def check_shapes(dense: Tensor, mask: Tensor, probe: Tensor | None) -> None:
     if mask.shape != dense.shape or (probe is not None and probe.shape != dense.shape):
         shapes = [tuple(t.shape) for t in (dense, mask, probe) if t is not None]
         raise ValueError(f"masked_weight: weight, mask and probe must share a shape, got {shapes}")
+
+
+def transformed_weight(dense: Tensor, mask: Tensor, probe: Tensor | None) -> Tensor | None:
+    """``masked_weight`` where a torch.func transform or forward mode is on, else None.
+
+    There torch's own product is called with it: torch knows all its derivatives.
+    """
+    if not transformed():
+        return None
+    return masked_weight(dense, mask, probe)
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -195,7 +215,11 @@ def masked_linear(
     x = autocast(x, dense)
     dense, bias = in_dtype_of(x, dense, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = MaskedLinearFunction.apply(flat, dense, mask, bias, probe)
+    weight = transformed_weight(dense, mask, probe)
+    if weight is None:
+        y = MaskedLinearFunction.apply(flat, dense, mask, bias, probe)
+    else:
+        y = functional.linear(flat, weight, bias)
     if x.dim() == 2:
         return y
     return y.squeeze(0) if x.dim() == 1 else y.unflatten(0, x.shape[:-1])

@@ -19,7 +19,13 @@ from torch.nn import functional
 from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.layout import is_feature_major, is_plain, to_feature_major, to_image_format
 from sparse_kernels.ops.linear import autocast
-from sparse_kernels.ops.masked import check_shapes, cleared, in_dtype_of, native_for
+from sparse_kernels.ops.masked import (
+    check_shapes,
+    cleared,
+    in_dtype_of,
+    native_for,
+    transformed_weight,
+)
 
 #: Formats by the name that layers and reports use.
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -155,5 +161,10 @@ def masked_conv2d(
         x = functional.pad(x, (g.pad_left, g.pad_right, g.pad_top, g.pad_bottom))
         g = g._replace(pad_top=0, pad_left=0, pad_bottom=0, pad_right=0)
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    y = MaskedConv2dFunction.apply(images, dense, mask, bias, probe, tuple(g), image_format)
+    weight = transformed_weight(dense, mask, probe)
+    if weight is None:
+        y = MaskedConv2dFunction.apply(images, dense, mask, bias, probe, tuple(g), image_format)
+    else:
+        taps = weight.unflatten(1, (g.kernel_height, g.kernel_width, -1)).permute(0, 3, 1, 2)
+        y = functional.conv2d(images, taps, bias, *_arguments(g))
     return y if x.dim() == 4 else y.squeeze(0)

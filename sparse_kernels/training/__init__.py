@@ -10,7 +10,9 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import SparseMomentumConfig
+from .costs import flops_per_weight, time_per_weight
 from .data_parallel import attach
+from .methods import METHODS, Method, method
 from .rewrite import rewrite
 from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
 from .schedule import UpdateSchedule, window_length
@@ -19,11 +21,13 @@ from .tuning import tune
 from .update import UpdateRecord
 
 __all__ = [
+    "METHODS",
     "Candidates",
     "Checkpoint",
     "CheckpointError",
     "GrowthRule",
     "LayerState",
+    "Method",
     "PruneRule",
     "RedistributionRule",
     "SparseMomentum",
@@ -31,12 +35,15 @@ __all__ = [
     "UpdateRecord",
     "UpdateSchedule",
     "attach",
+    "flops_per_weight",
     "follow",
     "latest_checkpoint",
     "load_checkpoint",
+    "method",
     "reserve",
     "rewrite",
     "save_checkpoint",
+    "time_per_weight",
     "tune",
     "window_length",
 ]

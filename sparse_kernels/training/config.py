@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,16 @@ from .rules import (
     GrowthRule,
     PruneRule,
     RedistributionRule,
+    grow_largest,
     grow_random,
 )
 from .schedule import DECAYS, Decay, UpdateSchedule
 from .signals import SIGNALS
+from .structured import GrowInGroups, PruneInGroups, group_size, grow_neurons, is_structured
 from .update import RuleSet
+
+_GROWTH: dict[str, GrowthRule] = {**GROWTH_RULES, "neuron": grow_neurons}
+_IN_GROUPS: dict[str, Any] = {"prune": PruneInGroups, "growth": GrowInGroups}
 
 
 @dataclass(frozen=True)
@@ -33,26 +39,65 @@ class SparseMomentumConfig:
     redistribution: str | RedistributionRule = "momentum"
     signal: str = "exact"
     window_tolerance: float = 0.1
+    sample_share: float = 0.1
     dense_above: float | None = None
+    update_until: float = 1.0
+    final_density: float | None = None
+    cost_weight: float = 0.0
+    cost_budget: float | str | None = None
 
     def __post_init__(self) -> None:
         UpdateSchedule(self.total_steps, self.update_every)
-        for name in ("prune_rate", "final_prune_rate", "dense_above"):
-            if name == "dense_above" and self.dense_above is None:
-                continue
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        for name in ("prune_rate", "final_prune_rate", "dense_above", "final_density"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        if not 0.0 < self.update_until <= 1.0:
+            raise ValueError(f"update_until must be in (0, 1], got {self.update_until!r}")
+        self._check_costs()
         if not 0.0 < self.window_tolerance < 1.0:
             raise ValueError(f"window_tolerance must be in (0, 1), got {self.window_tolerance!r}")
-        tables = (("decay", DECAYS), ("prune", PRUNE_RULES), ("growth", GROWTH_RULES))
+        if not 0.0 < self.sample_share <= 1.0:
+            raise ValueError(f"sample_share must be in (0, 1], got {self.sample_share!r}")
+        tables = (("decay", DECAYS), ("prune", PRUNE_RULES), ("growth", _GROWTH))
         for name, table in (*tables, ("redistribution", REDISTRIBUTION_RULES)):
             _look_up(name, getattr(self, name), table)
         if self.signal not in SIGNALS:
             raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, got {self.signal!r}")
+        if self.signal == "sampled" and (self.growth == "neuron" or is_structured(self.growth)):
+            raise ValueError(
+                f"growth={self.growth!r} compares whole rows, of which signal='sampled' knows a "
+                "sample; choose 'exact', 'window' or 'gradient'"
+            )
+
+    def _check_costs(self) -> None:
+        if not 0.0 <= self.cost_weight < float("inf"):
+            raise ValueError(f"cost_weight must be finite and >= 0, got {self.cost_weight!r}")
+        budget = self.cost_budget
+        if isinstance(budget, str) and budget != "start":
+            raise ValueError(f"cost_budget must be a number, 'start' or None, got {budget!r}")
+        if budget is not None and budget != "start" and not 0.0 < float(budget) <= 1.0:
+            raise ValueError(
+                "cost_budget must be in (0, 1], the share of the dense net's cost, or 'start', "
+                f"got {budget!r}"
+            )
+
+    def schedule(self) -> UpdateSchedule:
+        """Mask updates end after the share `update_until` of all steps."""
+        return UpdateSchedule(self._mask_steps, self.update_every)
+
+    @property
+    def _mask_steps(self) -> int:
+        return max(1, math.ceil(self.update_until * self.total_steps))
+
+    def density_progress(self, step: int) -> float:
+        """How far gradual pruning is after `step` steps, in [0, 1]; 1 at the last update."""
+        last = (self._mask_steps - 1) // self.update_every * self.update_every
+        return min(1.0, step / last) if last else 1.0
 
     @property
     def effective_signal(self) -> str:
-        """The kind of signal in use, one of the four SIGNALS.
+        """The kind of signal in use, one of SIGNALS.
 
         The growth rules "random" and "gradient" bring their own signal of that name, whatever
         `signal` says; every other growth rule is given `signal`.
@@ -62,17 +107,17 @@ class SparseMomentumConfig:
     def decayed_rate(self, step: int) -> float:
         """Prune rate after `step` steps."""
         decay: Decay = _look_up("decay", self.decay, DECAYS)
-        progress = min(1.0, step / self.total_steps)
+        progress = min(1.0, step / self._mask_steps)
         return decay(self.prune_rate, self.final_prune_rate, progress)
 
     def rule_set(self) -> RuleSet:
         """The rules behind the names.
 
-        The signal "random" ranks nothing, so every named growth rule then grows at random; a
+        The signal "random" ranks nothing, so "momentum" and "gradient" then grow at random; a
         callable is called all the same, with scores None.
         """
-        growth = _look_up("growth", self.growth, GROWTH_RULES)
-        random = self.signal == "random" and isinstance(self.growth, str)
+        growth = _look_up("growth", self.growth, _GROWTH)
+        random = self.signal == "random" and growth is grow_largest and self.growth != growth
         return RuleSet(
             prune=_look_up("prune", self.prune, PRUNE_RULES),
             growth=grow_random if random else growth,
@@ -83,6 +128,9 @@ class SparseMomentumConfig:
 def _look_up(name: str, value: Any, table: dict[str, Any]) -> Any:
     if callable(value):
         return value
+    if name in _IN_GROUPS and is_structured(value):
+        return _IN_GROUPS[name](group_size(value))
     if not isinstance(value, str) or value not in table:
-        raise ValueError(f"{name} must be one of {', '.join(table)} or a callable, got {value!r}")
+        names = [*table, *(("fan_in", "groups:M") if name in _IN_GROUPS else ())]
+        raise ValueError(f"{name} must be one of {', '.join(names)} or a callable, got {value!r}")
     return table[value]

@@ -10,6 +10,7 @@ from torch import nn
 from sparse_kernels.nn.base import SparseLayer
 
 from .optimizers import OptimizerView
+from .sampled import SampledSignal
 from .signals import LayerSignal
 
 
@@ -28,6 +29,7 @@ def make_signals(
     Raises ValueError: no trained sparse layer, values shared by two layers, a trained layer that
     the optimizer does not hold.
     """
+    made = SampledSignal if kind == "sampled" else LayerSignal
     signals: list[LayerSignal] = []
     fixed: list[str] = []
     owners: dict[int, str] = {}
@@ -42,7 +44,7 @@ def make_signals(
             fixed.append(name)
             continue
         view = OptimizerView(optimizer, layer.values, name)
-        signals.append(LayerSignal(name, layer, view, kind, tolerance))
+        signals.append(made(name, layer, view, kind, tolerance))
     if not signals:
         what = "no sparse layer; call sparsify(model, density=...) before building"
         if fixed:

@@ -22,10 +22,10 @@ def added_mask(keys_old: Tensor, keys_new: Tensor) -> Tensor:
     """Bool [new]: True where a key of `keys_new` is not in `keys_old` (both int64, strictly
     increasing).
     """
-    return ~_locate(keys_old, keys_new)[1]
+    return ~locate(keys_old, keys_new)[1]
 
 
-def _locate(keys_old: Tensor, keys_new: Tensor) -> tuple[Tensor, Tensor]:
+def locate(keys_old: Tensor, keys_new: Tensor) -> tuple[Tensor, Tensor]:
     """Index into `keys_old` for every new key, and whether it is there."""
     if keys_old.numel() == 0:
         return torch.zeros_like(keys_new), torch.zeros_like(keys_new, dtype=torch.bool)
@@ -68,7 +68,7 @@ def rewrite(
     _check_keys(layer, keys_new)
     old = layer.pattern
     keys_old = old.keys()
-    index, kept = _locate(keys_old, keys_new)
+    index, kept = locate(keys_old, keys_new)
     grown = _checked_grown(layer, optimizer, kept, grown_state or {})
 
     dense_before = layer.storage == DENSE_MASKED
@@ -101,7 +101,7 @@ def rewrite_queued(
     those are is not known on the host. The result is that of `rewrite`.
     """
     old = layer.pattern
-    index, kept = _locate(old.keys(), keys_new)
+    index, kept = locate(old.keys(), keys_new)
     survives = kept[:, None, None]
     dense_before = layer.storage == DENSE_MASKED
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class LayerState:
     momentum: Tensor  # [n, bh, bw], the optimizer's M at the stored blocks
     counts: Tensor  # int64 [n], matrix elements inside each block
     blocks: int  # blocks of the full matrix, stored or not
+    block_cols: int = 0  # blocks of one block row; 0: not told
 
     @property
     def nnz(self) -> int:
@@ -62,6 +63,8 @@ class Candidates:
     blocks: int  # blocks of the full matrix
     scores: Tensor | None  # [blocks]; >= 0 where free, -1 where kept; None without a dense signal
     generator: torch.Generator | None
+    block_cols: int = 0  # blocks of one block row; 0: not told
+    places: Tensor | None = None  # int64 [m], ascending: `scores` [m] are of these blocks only
 
 
 PruneRule = Callable[[Sequence[LayerState], Sequence[int]], Sequence[Tensor]]
@@ -222,14 +225,23 @@ def _prune_set_layer(layer: LayerState, count: int) -> Tensor:
 
 def grow_largest(candidates: Candidates, count: int) -> Tensor:
     """Free blocks of largest mean |signal|; places without any signal follow in order of their
-    key.
+    key. Of a sample: its largest, and where it has too few, others drawn at random.
     """
     if candidates.scores is None:
         raise ValueError(
             f"layer {candidates.name}: growth by signal needs a dense signal (exact, window or "
             "gradient), but the signal is 'random'; pass growth='random' or another signal"
         )
-    return largest_indices(candidates.scores, count)
+    if candidates.places is None:
+        return largest_indices(candidates.scores, count)
+    # Every kept block is among the places, so that the host knows how many of them are free.
+    known = min(count, candidates.places.numel() - candidates.kept.numel())
+    best = candidates.places[largest_indices(candidates.scores, known)]
+    if known == count:
+        return best
+    taken = torch.cat([candidates.kept, best]).sort().values
+    rest = replace(candidates, kept=taken, scores=None, places=None)
+    return torch.cat([best, grow_random(rest, count - known)])
 
 
 def grow_random(candidates: Candidates, count: int) -> Tensor:
@@ -285,6 +297,7 @@ PRUNE_RULES: dict[str, PruneRule] = {
     "set": prune_set,
     "global_magnitude": prune_global_magnitude,
 }
+"""Names; config.py adds those of structured.py: "fan_in", "groups:M", and growth "neuron"."""
 GROWTH_RULES: dict[str, GrowthRule] = {
     "momentum": grow_largest,
     "gradient": grow_largest,

@@ -27,7 +27,17 @@ def linear_decay(initial: float, final: float, progress: float) -> float:
     return initial * (1.0 - progress)
 
 
-DECAYS: dict[str, Decay] = {"cosine": cosine_decay, "linear": linear_decay}
+def constant_rate(initial: float, final: float, progress: float) -> float:
+    """`initial` all the time, as in SET; neither `final` nor `progress` is used."""
+    del final, progress
+    return initial
+
+
+DECAYS: dict[str, Decay] = {
+    "cosine": cosine_decay,
+    "linear": linear_decay,
+    "constant": constant_rate,
+}
 
 
 @dataclass(frozen=True)

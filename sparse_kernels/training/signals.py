@@ -1,6 +1,6 @@
 """Growth signals: how much momentum a weight that does not exist would have.
 
-Four kinds, which differ in the steps whose dense weight gradient they need. That gradient is a
+Five kinds, which differ in the steps whose dense weight gradient they need. That gradient is a
 layer's probe's (`layer.make_probe()`: a never-read tensor [rows, cols]); a signal takes it just
 before the optimizer steps, and frees it at once:
 
@@ -8,6 +8,8 @@ before the optimizer steps, and frees it at once:
   1907.04840 to the letter.
 - "window": only the last L steps before an update, beta**L <= tolerance; what is missing of the
   momentum is beta**L (less, where windows overlap because updates are nearer than L steps).
+- "sampled": as "window", but only at a random sample of the places, without any dense tensor
+  (sampled.py).
 - "gradient": the one dense gradient of the step before the update (RigL, Evci et al. 2020).
 - "random": none, and no dense gradient ever (SET, Mocanu et al. 2018).
 
@@ -26,7 +28,7 @@ from .optimizers import OptimizerView
 from .rules import LayerState
 from .schedule import UpdateSchedule, window_length
 
-SIGNALS = ("exact", "window", "gradient", "random")
+SIGNALS = ("exact", "window", "sampled", "gradient", "random")
 GRADIENT = "gradient"
 _EVERYWHERE = slice(None)
 ADAM_MIN_WINDOW = 10
@@ -37,7 +39,7 @@ class LayerSignal:
     """The growth signal of one layer: buffers [blocks, bh, bw] that live only inside the window.
 
     kind: one of SIGNALS; tolerance: of "window". For an optimizer without momentum M is the
-    gradient, so "exact" and "window" both need one step only and are "gradient".
+    gradient, so "exact", "window" and "sampled" need one step only.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class LayerSignal:
     @property
     def gathers_momentum(self) -> bool:
         """False where the signal is a single gradient (or nothing)."""
-        return self.kind in ("exact", "window") and self.view.family != "none"
+        return self.kind in ("exact", "window", "sampled") and self.view.family != "none"
 
     @property
     def linear(self) -> bool:
@@ -88,8 +90,12 @@ class LayerSignal:
 
     # ---- the probe -----------------------------------------------------------------------------
 
-    def arm(self, schedule: UpdateSchedule, next_step: int) -> None:
-        """Make the probe if `next_step` lies in the window; else remove probe and buffers."""
+    def arm(self, schedule: UpdateSchedule, next_step: int, sampling: Any = None) -> None:
+        """Make the probe if `next_step` lies in the window; else remove probe and buffers.
+
+        sampling: what "sampled" draws by (sampled.Sampling); the others draw nothing.
+        """
+        del sampling
         if not self.frozen and schedule.in_window(next_step, self.length()):
             self._watch()
         else:
@@ -98,14 +104,14 @@ class LayerSignal:
     def disarm(self) -> None:
         """Remove probe, hooks and buffers."""
         self._unwatch()
-        self.layer.probe = None
+        self.layer.probe = self.layer.probe_pattern = None
         self.clear()
 
     def _watch(self) -> None:
         """Make a probe if there is none, and hook it (again, where the layer renewed it)."""
         probe = self.layer.probe
         if probe is None:
-            probe = self.layer.make_probe()
+            probe = self._make_probe()
         if probe is not self._probe:
             self._unwatch()
             self._probe = probe
@@ -113,6 +119,14 @@ class LayerSignal:
             # forward pass, and a gradient may be discarded between forward and backward.
             hooked = (probe, self.layer.values)
             self._handles = [t.register_hook(self._before_gradient) for t in hooked]
+
+    def _make_probe(self) -> Tensor:
+        probe: Tensor = self.layer.make_probe()
+        return probe
+
+    def _blocks_of(self, dense: Tensor) -> Tensor:
+        """What the probe gathered as [blocks, bh, bw]."""
+        return BlockGrid.of(self.layer).to_blocks(dense)
 
     def _unwatch(self) -> None:
         for handle in self._handles:
@@ -180,7 +194,7 @@ class LayerSignal:
         dense = self.pending()
         if dense is None:
             return
-        blocks = BlockGrid.of(self.layer).to_blocks(dense.detach())
+        blocks = self._blocks_of(dense.detach())
         self.layer.probe.grad = None
         if factor != 1.0:
             blocks = blocks.mul_(factor)
@@ -211,6 +225,7 @@ class LayerSignal:
             momentum=self._active_momentum(pattern, keys, values),
             counts=grid.counts(keys),
             blocks=grid.blocks,
+            block_cols=grid.block_cols,
         )
 
     def _active_momentum(self, pattern: Any, keys: Tensor, values: Tensor) -> Tensor:
@@ -227,8 +242,9 @@ class LayerSignal:
         state = self.view.state
         return {n: self._compact(state[n], pattern) for n in self.view.state_names}
 
-    def complete(self, keys: Tensor) -> Tensor | None:
-        """Scores [blocks] of every place, stored ones included; None for "random".
+    def complete(self, keys: Tensor) -> Any:
+        """Scores [blocks] of every place, stored ones included; None for "random"; of "sampled"
+        scores.SampledScores.
 
         The optimizer's state at the stored blocks `keys` is written into the buffers, so that they
         hold what a dense optimizer would (a pruned weight keeps its momentum in the "exact"
@@ -258,7 +274,11 @@ class LayerSignal:
         Only a second moment that was gathered from zero over a window has one other than 1. The
         buffer itself keeps its own scale, since an overlapping window goes on gathering into it.
         """
-        if self.kind != "window" or self.view.family != "adam" or not self.gathered:
+        if (
+            self.kind not in ("window", "sampled")
+            or self.view.family != "adam"
+            or not self.gathered
+        ):
             return 1.0
         moments = self.view.state_names[1:]
         return self.view.window_correction(self.gathered) if name in moments else 1.0
@@ -299,8 +319,7 @@ class LayerSignal:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a buffer is unknown or has not this layer's [blocks, bh, bw]."""
-        grid = BlockGrid.of(self.layer)
-        shape = (grid.blocks, grid.bh, grid.bw)
+        shape = self._buffer_shape(state)
         for name, tensor in state["buffers"].items():
             if name != GRADIENT and name not in self.view.state_names:
                 raise ValueError(
@@ -310,8 +329,15 @@ class LayerSignal:
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(
                     f"layer {self.name!r}: signal buffer {name!r} must be {shape}, the checkpoint "
-                    f"has {tensor.dtype} {tuple(tensor.shape)}; it belongs to another model"
+                    f"has {tensor.dtype} {tuple(tensor.shape)}; it belongs to another model, or "
+                    "'sampled' gathered it and this signal is another, or the other way round"
                 )
+
+    def _buffer_shape(self, state: dict[str, Any]) -> tuple[int, int, int]:
+        """Shape of the buffers of `state`."""
+        del state
+        grid = BlockGrid.of(self.layer)
+        return (grid.blocks, grid.bh, grid.bw)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `check_state` has found right."""

@@ -14,20 +14,17 @@ official code.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparse_kernels.nn.base import SparseLayer
-
-from . import device, update_on_device
-from .blocks import BlockGrid
+from . import device, limits, update_on_device
+from .apply_change import apply_changes
 from .config import SparseMomentumConfig
 from .data_parallel import Attachment, driven_model
 from .distributed import Ranks
@@ -35,16 +32,15 @@ from .driver_state import check_state, described, records, warn_of_changes
 from .layers import make_signals
 from .optimizers import check_optimizer, closure_of, found_overflow
 from .ownership import check_free, claim, weak_hook
-from .rewrite import COMPRESSED, DENSE_MASKED, rewrite, rewrite_queued
-from .rules import GrowthRule, PruneRule, RedistributionRule
-from .schedule import Decay, UpdateSchedule
+from .rules import GrowthRule, LayerState, PruneRule, RedistributionRule
+from .sampled import Sampling
+from .schedule import Decay
 from .signals import LayerSignal
 from .update import LayerChange, UpdateRecord, plan_update
+from .windows import Windows
 
 logger = logging.getLogger(__name__)
 
-STORAGE_HYSTERESIS = 0.8
-"""A dense-masked layer is compressed again below this share of dense_above."""
 MAX_SKIPPED = 100
 """So many step() calls in a row without an optimizer step are a mistake, not a loss scaler that
 searches.
@@ -61,20 +57,27 @@ class SparseMomentum:
     Arguments after the optimizer are keyword-only; the defaults are the paper's.
         total_steps, update_every: in optimizer steps; batches per epoch gives one update per epoch.
         prune_rate, final_prune_rate, decay: rate at step 0 and at total_steps; "cosine", "linear"
-            (to 0; final_prune_rate is not used) or a callable (initial, final, progress) -> rate.
-        prune: "magnitude", "set", "global_magnitude" or a rules.PruneRule.
-        growth: "momentum" (largest signal), "gradient" (RigL), "random" (SET) or a
-            rules.GrowthRule.
+            (to 0), "constant" or a callable (initial, final, progress) -> rate.
+        prune: "magnitude", "set", "global_magnitude", "fan_in", "groups:M" or a rules.PruneRule.
+        growth: "momentum" (largest signal), "gradient" (RigL), "random" (SET), "neuron",
+            "fan_in", "groups:M" (structured.py) or a rules.GrowthRule.
         redistribution: "momentum", "magnitude", "nonzero", "none" or a rules.RedistributionRule.
         signal: "exact" (momentum from every step), "window" (from the last steps before an
-            update), "gradient" (the last gradient alone) or "random" (none: grows at random); see
+            update), "sampled" (as "window", of a random sample of the places: no dense tensor),
+            "gradient" (the last gradient alone) or "random" (none: grows at random); see
             training/signals.py. Growth "gradient" and "random" bring their own. An optimizer
             without momentum (SGD with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so
             that "exact" and "window" are "gradient".
-        window_tolerance: share of the momentum that "window" may miss; sets its length.
+        window_tolerance: share of the momentum that a window may miss; sets its length.
+        sample_share: share of each layer's free places that "sampled" draws for an update.
         dense_above: layers denser than this are stored dense with a mask, and compressed again
             below 0.8 of it; 1 keeps every layer compressed, None goes by each layer's own
             `dense_above`, which `tune` measures (0.5 before).
+        update_until: share of total_steps after which masks stay (RigL: 0.75); rates decay to it.
+        final_density: gradual pruning: by a cubic, every layer shrinks to it until the last update.
+        cost: by layer, what a weight costs (training.flops_per_weight); cost_weight: the power of
+            it that importance is divided by; cost_budget: share of the dense layers' cost that is
+            never exceeded, "start": that of the first pattern. Without redistribution unused.
         generator: for random growth; None makes one on the CPU with seed 0.
         grad_scale: factor from the loss gradient to the gradient that the optimizer uses; None
             finds loss scaling and clipping by norm from values.grad.
@@ -118,7 +121,13 @@ class SparseMomentum:
         redistribution: str | RedistributionRule = "momentum",
         signal: str = "exact",
         window_tolerance: float = 0.1,
+        sample_share: float = 0.1,
         dense_above: float | None = None,
+        update_until: float = 1.0,
+        final_density: float | None = None,
+        cost: Mapping[str, float] | None = None,
+        cost_weight: float = 0.0,
+        cost_budget: float | str | None = None,
         generator: torch.Generator | None = None,
         grad_scale: float | None = None,
         on_update: Callable[[UpdateRecord], None] | None = None,
@@ -134,11 +143,16 @@ class SparseMomentum:
             redistribution=redistribution,
             signal=signal,
             window_tolerance=window_tolerance,
+            sample_share=sample_share,
             dense_above=dense_above,
+            update_until=update_until,
+            final_density=final_density,
+            cost_weight=cost_weight,
+            cost_budget=cost_budget,
         )
         check_optimizer(optimizer)
         self.optimizer = optimizer
-        self.schedule = UpdateSchedule(total_steps, update_every)
+        self.schedule = self.config.schedule()
         self.generator = generator or torch.Generator().manual_seed(0)
         self.grad_scale = grad_scale
         self.on_update = on_update
@@ -152,8 +166,12 @@ class SparseMomentum:
         self._stepped, self._skipped = False, 0
         self._logged: tuple[str, ...] = ()
         self._warned = False
-        self._needs_momentum = self.config.effective_signal in ("exact", "window")
-        self._groups = sorted({s.view.group_index for s in self._signals})
+        self._limits = limits.Limits(self.config, self._signals, cost)
+        self._attach(optimizer)
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        sampling = Sampling(self.config.sample_share, self.generator)
+        self._windows = Windows(self._signals, self.schedule, sampling)
         hooks = (
             optimizer.register_step_pre_hook(weak_hook(self._before_optimizer)),
             optimizer.register_step_post_hook(weak_hook(self._after_optimizer)),
@@ -209,7 +227,7 @@ class SparseMomentum:
         self._skipped = 0
         self.steps += 1
         record = self._update() if self.schedule.is_update(self.steps) else None
-        if record is not None or self.steps + 1 >= self._arm_at or self._momenta() != self._armed:
+        if record is not None or self._windows.due(self.steps + 1):
             self._arm()
         if record is not None and self.on_update is not None:
             self.on_update(record)
@@ -251,23 +269,8 @@ class SparseMomentum:
         self._ranks.gather(scale, 1.0 if fused is None else 1.0 / float(fused))
 
     def _arm(self) -> None:
-        """Make or remove probes for the next step, and find the step when that changes again.
-
-        Closing of a window needs no step of its own: it closes at an update, which arms anew.
-        """
-        step = self.steps + 1
-        for signal in self._signals:
-            signal.arm(self.schedule, step)
-        openings = [self.schedule.next_opening(step, s.length()) for s in self._signals]
-        self._arm_at = min((o for o in openings if o is not None), default=sys.maxsize)
-        self._armed = self._momenta()
-
-    def _momenta(self) -> list[Any]:
-        """What window lengths depend on (schedulers such as OneCycleLR change it every step)."""
-        if not self._needs_momentum:
-            return []
-        groups = self.optimizer.param_groups
-        return [(groups[i].get("momentum"), groups[i].get("betas")) for i in self._groups]
+        """Probes for the next step."""
+        self._windows.arm(self.steps + 1)
 
     def _log_frozen(self) -> None:
         if self.frozen and self.frozen != self._logged:
@@ -290,27 +293,18 @@ class SparseMomentum:
 
     def _update(self) -> UpdateRecord:
         start = time.perf_counter()
+        self._rules = self._limits.at(self.steps, self.history)
         self._log_frozen()
         signals = [s for s in self._signals if not s.frozen]
         self._warn_starved(signals)
         self._ranks.reduce()
         states = [signal.collect() for signal in signals]
-        scores = [
-            lambda s=signal, k=state.keys: s.complete(k)
-            for signal, state in zip(signals, states, strict=True)
-        ]
         rate = self.prune_rate
-        queued = any(device.queued(state.values) for state in states)
-        plan = update_on_device.plan_update if queued else plan_update
-        planned = plan(states, scores, self._rules, rate, self.generator, self.steps)
-        changes = self._ranks.agree(states, planned)
+        changes = self._plan(signals, states, rate)
         nnz_before = {s.name: s.nnz for s in states}
-        del states, scores  # views of the old values
-        moved: dict[str, str] = {}
-        reallocated = []
-        for signal, change in zip(signals, changes, strict=True):
-            if self._apply(signal, change, moved):
-                reallocated.append(signal.name)
+        del states  # views of the old values
+        above = self.config.dense_above
+        done = apply_changes(signals, changes, self.optimizer, above, self.schedule, self.steps)
         device.count_elements(s.layer.pattern for s in signals)
         self.updates += 1
         record = UpdateRecord(
@@ -320,37 +314,24 @@ class SparseMomentum:
             nnz_before=nnz_before,
             nnz_after={s.name: c.keys.numel() for s, c in zip(signals, changes, strict=True)},
             density_after={s.name: s.layer.density for s in signals},
-            storage_changes=moved,
-            reallocated=tuple(reallocated),
+            storage_changes=done.moved,
+            reallocated=tuple(done.reallocated),
             seconds=time.perf_counter() - start,
         )
         self.history.append(record)
         return record
 
-    def _apply(self, signal: LayerSignal, change: LayerChange, moved: dict[str, str]) -> bool:
-        layer = signal.layer
-        storage = self._storage_for(layer, change.keys)
-        if storage != layer.storage:
-            moved[signal.name] = storage
-        if change.added is None:
-            there = signal.grown_state(change.keys)
-            reallocated = rewrite_queued(layer, self.optimizer, change.keys, there, storage)
-        else:
-            grown = signal.grown_state(change.added)
-            reallocated = rewrite(layer, self.optimizer, change.keys, grown, storage)
-        signal.finish_update(self.schedule, self.steps)
-        return reallocated
-
-    def _storage_for(self, layer: SparseLayer, keys: Tensor) -> str:
-        # Of the blocks: their number is known without a look at the device.
-        density = keys.numel() / BlockGrid.of(layer).blocks
-        above = self.config.dense_above
-        above = layer.dense_above if above is None else above
-        if density > above:
-            return DENSE_MASKED
-        if density < STORAGE_HYSTERESIS * above:
-            return COMPRESSED
-        return layer.storage
+    def _plan(
+        self, signals: list[LayerSignal], states: list[LayerState], rate: float
+    ) -> Sequence[LayerChange]:
+        scores = [
+            lambda s=signal, k=state.keys: s.complete(k)
+            for signal, state in zip(signals, states, strict=True)
+        ]
+        queued = any(device.queued(state.values) for state in states)
+        plan = update_on_device.plan_update if queued else plan_update
+        planned = plan(states, scores, self._rules, rate, self.generator, self.steps)
+        return self._ranks.agree(states, planned)
 
     # ---- checkpoint ----------------------------------------------------------------------------
 

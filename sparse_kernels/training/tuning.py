@@ -35,7 +35,8 @@ def tune(
     wanted), then times forward (and backward) of each distinct layer in both storages, at its
     present pattern and at a few random ones, for the break-even density ``layer.dense_above``.
     Before that it times the variants of the native kernels, for forward, dgrad and wgrad each, and
-    keeps one where it is certainly faster than the built-in rule, by more than 3 %.  From then on
+    keeps one where it is certainly faster than the built-in rule, by more than 3 %; on a GPU that
+    Triton serves, the tiles that its kernels may have.  From then on
     all products of this process take it that have the same geometry, batch and block and nearly as
     many stored blocks; results change by rounding.
     Afterwards nothing changes by itself: storages move only by another ``tune``, or at a mask
@@ -54,7 +55,8 @@ def tune(
     found without.
 
     Args:
-        model: a model with sparse layers on the CPU, or a sparse layer itself.
+        model: a model with sparse layers on the CPU or a GPU, or a sparse layer itself.  On a GPU
+            calls are timed from Python, launches included; those of a captured graph are not.
         example: input of the model: a tensor, a tuple of arguments or a dict of keywords.
         training: whether backward counts too.
         optimizer: the one whose state has the shape of the layers' ``values``.
@@ -72,7 +74,7 @@ def tune(
         A ``TuneReport``; ``print`` it.
 
     Raises:
-        ValueError: no sparse layer, one that is not on the CPU, an unknown layout, seconds that
+        ValueError: no sparse layer, one on neither CPU nor GPU, an unknown layout, seconds that
             are not positive, an optimizer that does not hold a layer's ``values``.
     """
     layers = dict(sparse_layers(model))
@@ -99,10 +101,10 @@ def _check(layers: dict[str, SparseLayer], layout: str, seconds: float) -> None:
     if not layers:
         raise ValueError("tune found no sparse layer in the model; call sparsify(model, ...) first")
     for name, layer in layers.items():
-        if layer.values.device.type != "cpu":
+        if layer.values.device.type not in ("cpu", "cuda"):
             raise ValueError(
-                f"tune measures layers on the CPU, but {name!r} is on {layer.values.device}; call "
-                "it before moving the model, or leave it out"
+                f"tune measures layers on the CPU or a CUDA device, but {name!r} is on "
+                f"{layer.values.device}; move the model, or leave it out"
             )
     if layout not in ("seen", "own"):
         raise ValueError(f"layout must be 'seen' or 'own', got {layout!r}")

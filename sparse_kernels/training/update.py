@@ -9,24 +9,33 @@ shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from . import rules
+from .budget import Costs, redistribute_within, total_cost
 from .rewrite import added_mask
-from .rules import Candidates, GrowthRule, LayerState, PruneRule, RedistributionRule
+from .rules import GrowthRule, LayerState, PruneRule, RedistributionRule
+from .scores import Scores, candidates, numbers
 
 
 @dataclass(frozen=True)
 class RuleSet:
-    """The three rules of an update; redistribution None lets every layer regrow what it lost."""
+    """The three rules of an update; redistribution None lets every layer regrow what it lost.
+
+    shrink: blocks, by layer, that are lost for good (gradual pruning); layers not named lose none.
+    costs: what weights cost and may cost; None: nothing.
+    """
 
     prune: PruneRule
     growth: GrowthRule
     redistribution: RedistributionRule | None
+    shrink: Mapping[str, int] = field(default_factory=dict)
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def not_finite(what: str, layer: str, step: int) -> str:
 
 def plan_update(
     states: Sequence[LayerState],
-    scores: Sequence[Callable[[], Tensor | None]],
+    scores: Sequence[Callable[[], Scores]],
     rule_set: RuleSet,
     prune_rate: float,
     generator: torch.Generator | None,
@@ -89,15 +98,18 @@ def plan_update(
     """Plan the change of every layer.
 
     scores: per layer a function that gives the signal's mean magnitude of every block, [blocks] >=
-    0 (or None): called one layer at a time, so that only one such vector lives at once.
+    0 (or None, or those of a sample): called one layer at a time, so that only one such vector
+    lives at once.
     Raises FloatingPointError for non-finite momentum, weight or signal, ValueError if a rule
     returns something that is not what its signature says.
     """
     check_finite(states, step)
     pruned: dict[int, Tensor] = {}
     regrow: dict[int, int] = {}
+    slack = None if rule_set.costs is None else rule_set.costs.slack(states)
     for members in classes_of(states):
-        masks, counts = _prune_and_share([states[i] for i in members], rule_set, prune_rate)
+        layers = [states[i] for i in members]
+        masks, counts, slack = _prune_and_share(layers, rule_set, prune_rate, slack)
         pruned.update(zip(members, masks, strict=True))
         regrow.update(zip(members, counts, strict=True))
     return [
@@ -124,41 +136,75 @@ def check_masks(states: Sequence[LayerState], pruned: Sequence[Tensor]) -> None:
             )
 
 
-def _prune_and_share(
-    states: Sequence[LayerState], rule_set: RuleSet, prune_rate: float
-) -> tuple[Sequence[Tensor], list[int]]:
-    """Pruned blocks and regrowth per layer, for layers of one block shape."""
+def lose(
+    states: Sequence[LayerState], shares: Sequence[float], rule_set: RuleSet, prune_rate: float
+) -> list[int]:
+    """Blocks that each layer is asked to lose: by the prune rate, and what is not to come back."""
     nnz, blocks = [s.nnz for s in states], [s.blocks for s in states]
+    counts = rules.prune_counts(nnz, blocks, shares, prune_rate)
+    gone = [rule_set.shrink.get(state.name, 0) for state in states]
+    return [min(n, k + g) for n, k, g in zip(nnz, counts, gone, strict=True)]
+
+
+def regain(
+    states: Sequence[LayerState],
+    removed: Sequence[int],
+    shares: Sequence[float],
+    rule_set: RuleSet,
+    slack: Fraction | None,
+) -> tuple[list[int], Fraction | None]:
+    """Blocks that each layer grows, and what then is left of the budget (None: there is none).
+
+    removed: blocks pruned; slack: what the budget has left beside all blocks before the update.
+    """
+    gone = [rule_set.shrink.get(state.name, 0) for state in states]
+    total = max(0, sum(removed) - sum(gone))
+    if rule_set.redistribution is not None:
+        free = [s.blocks - s.nnz + r for s, r in zip(states, removed, strict=True)]
+        if rule_set.costs is None:
+            return rules.redistribute(total, shares, free), None
+        costs = rule_set.costs.of(states)
+        allowance = None if slack is None else slack + total_cost(removed, costs)
+        power = rule_set.costs.power
+        grown = redistribute_within(total, shares, free, costs, allowance, power)
+        return grown, None if allowance is None else allowance - total_cost(grown, costs)
+    grown = [r - g for r, g in zip(removed, gone, strict=True)]
+    if any(g < 0 for g in grown):  # pruned globally: some layers lose less than is asked of them
+        own = [r / sum(removed) for r in removed] if total else [0.0] * len(removed)
+        grown = rules.redistribute(total, own, removed, cap=1.0)
+    return grown, slack
+
+
+def _prune_and_share(
+    states: Sequence[LayerState], rule_set: RuleSet, prune_rate: float, slack: Fraction | None
+) -> tuple[Sequence[Tensor], list[int], Fraction | None]:
+    """Pruned blocks and regrowth per layer, for layers of one block shape; the budget's rest."""
     # Without redistribution the importance still limits the prune rate of nearly dense layers.
     importance = (rule_set.redistribution or rules.importance_momentum)(states)
-    shares = rules.normalise(importance, nnz)
-    counts = rules.prune_counts(nnz, blocks, shares, prune_rate)
-    pruned = rule_set.prune(states, counts)
+    shares = rules.normalise(importance, [s.nnz for s in states])
+    pruned = rule_set.prune(states, lose(states, shares, rule_set, prune_rate))
     check_masks(states, pruned)
     removed = torch.stack([mask.sum() for mask in pruned]).tolist()
-    if rule_set.redistribution is None:
-        return pruned, removed
-    free = [b - n + r for b, n, r in zip(blocks, nnz, removed, strict=True)]
-    return pruned, rules.redistribute(sum(removed), shares, free)
+    return pruned, *regain(states, removed, shares, rule_set, slack)
 
 
 def _grow(
     state: LayerState,
     pruned: Tensor,
     count: int,
-    scores_of: Callable[[], Tensor | None],
+    scores_of: Callable[[], Scores],
     growth: GrowthRule,
     generator: torch.Generator | None,
     step: int,
 ) -> LayerChange:
     kept = state.keys[~pruned]
-    scores = scores_of()
-    if scores is not None:
-        # Scores are >= 0, and a maximum hands NaN on: one pass, no sum that could overflow.
-        if scores.numel() and not math.isfinite(float(scores.max())):
-            raise FloatingPointError(not_finite("growth signal", state.name, step))
-        scores[kept] = -1.0
-    grown = growth(Candidates(state.name, kept, state.blocks, scores, generator), count)
+    found = scores_of()
+    scores = numbers(found)
+    # Scores are >= 0, and a maximum hands NaN on: one pass, no sum that could overflow.
+    if scores is not None and scores.numel() and not math.isfinite(float(scores.max())):
+        raise FloatingPointError(not_finite("growth signal", state.name, step))
+    places = candidates(state, kept, found, growth, generator)
+    grown = growth(places, count)
     keys = torch.cat([kept, grown.to(kept.device)]).sort().values
     check_growth(state, grown, count, keys)
     return LayerChange(

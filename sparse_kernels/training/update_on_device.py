@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from . import device, rules
-from .rules import Candidates, GrowthRule, LayerState
+from .rules import GrowthRule, LayerState
+from .scores import Scores, candidates
+from .scores import numbers as numbers_of
 from .update import (
     LayerChange,
     RuleSet,
     check_growth,
     check_masks,
     classes_of,
+    lose,
     not_finite,
+    regain,
 )
 
 _TRUSTED_GROWTH = (rules.grow_largest, rules.grow_random)
@@ -29,7 +33,7 @@ _TRUSTED_GROWTH = (rules.grow_largest, rules.grow_random)
 
 def plan_update(
     states: Sequence[LayerState],
-    scores: Sequence[Callable[[], Tensor | None]],
+    scores: Sequence[Callable[[], Scores]],
     rule_set: RuleSet,
     prune_rate: float,
     generator: torch.Generator | None,
@@ -45,15 +49,20 @@ def plan_update(
     classes = classes_of(states)
     importance = rule_set.redistribution or rules.importance_momentum
     raw = [importance([states[i] for i in members]) for members in classes]
-    checks = [_check_numbers(state, found) for state, found in zip(states, held, strict=True)]
+    checks = [
+        _check_numbers(state, numbers_of(found)) for state, found in zip(states, held, strict=True)
+    ]
     numbers = device.read_numbers([*checks, *raw])
     _check_finite(states, numbers[: len(states)], step)
     pruned: dict[int, Tensor] = {}
     removed: dict[int, int] = {}
     regrow: dict[int, int] = {}
+    slack = None if rule_set.costs is None else rule_set.costs.slack(states)
     for members, found in zip(classes, numbers[len(states) :], strict=True):
         layers = [states[i] for i in members]
-        masks, lost, grown = _prune_and_share(layers, found, rule_set, prune_rate)
+        shares = rules.normalise(found, [s.nnz for s in layers])
+        masks, lost = _prune(layers, shares, rule_set, prune_rate)
+        grown, slack = regain(layers, lost, shares, rule_set, slack)
         pruned.update(zip(members, masks, strict=True))
         removed.update(zip(members, lost, strict=True))
         regrow.update(zip(members, grown, strict=True))
@@ -81,23 +90,17 @@ def _check_finite(states: Sequence[LayerState], numbers: list[list[float]], step
                     raise FloatingPointError(not_finite(name, state.name, step))
 
 
-def _prune_and_share(
-    states: Sequence[LayerState], importance: list[float], rule_set: RuleSet, prune_rate: float
-) -> tuple[Sequence[Tensor], list[int], list[int]]:
-    """Pruned masks, blocks lost and blocks regrown per layer, for layers of one block shape."""
-    nnz, blocks = [s.nnz for s in states], [s.blocks for s in states]
-    shares = rules.normalise(importance, nnz)
-    counts = rules.prune_counts(nnz, blocks, shares, prune_rate)
+def _prune(
+    states: Sequence[LayerState], shares: list[float], rule_set: RuleSet, prune_rate: float
+) -> tuple[Sequence[Tensor], list[int]]:
+    """Pruned masks and blocks lost per layer, for layers of one block shape."""
+    counts = lose(states, shares, rule_set, prune_rate)
     pruned = rule_set.prune(states, counts)
     check_masks(states, pruned)
-    removed = counts
-    if rule_set.prune is not rules.prune_magnitude:
-        sums = [mask.sum().reshape(1) for mask in pruned]
-        removed = [int(number) for (number,) in device.read_numbers(sums)]
-    if rule_set.redistribution is None:
-        return pruned, removed, removed
-    free = [b - n + r for b, n, r in zip(blocks, nnz, removed, strict=True)]
-    return pruned, removed, rules.redistribute(sum(removed), shares, free)
+    if rule_set.prune is rules.prune_magnitude:
+        return pruned, counts
+    sums = [mask.sum().reshape(1) for mask in pruned]
+    return pruned, [int(number) for (number,) in device.read_numbers(sums)]
 
 
 def _grow(
@@ -105,14 +108,13 @@ def _grow(
     pruned: Tensor,
     removed: int,
     count: int,
-    scores: Tensor | None,
+    scores: Scores,
     growth: GrowthRule,
     generator: torch.Generator | None,
 ) -> LayerChange:
     kept = state.keys[device.positions(~pruned, state.nnz - removed)]
-    if scores is not None:
-        scores.index_fill_(0, kept, -1.0)
-    grown = growth(Candidates(state.name, kept, state.blocks, scores, generator), count)
+    places = candidates(state, kept, scores, growth, generator)
+    grown = growth(places, count)
     keys = torch.cat([kept, grown.to(kept.device)]).sort().values
     if growth not in _TRUSTED_GROWTH:
         check_growth(state, grown, count, keys)

@@ -126,12 +126,15 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]
 
 
 def signal_bytes(masking: SparseMomentum | None) -> int:
-    """Bytes that the growth signal holds now: its dense buffers and the probes' dense gradients."""
+    """Bytes that the growth signal holds now: its buffers, the probes' gradients and
+    a sample's indices."""
     held = 0
     for signal in masking._signals if masking is not None else ():
         probe = signal.layer.probe
         if probe is not None and probe.grad is not None:
             held += _bytes(probe.grad)
+        if signal.layer.probe_pattern is not None:
+            held += sum(_bytes(t) + kept_bytes(t) for t in signal.layer.probe_pattern.tensors())
         held += sum(_bytes(buffer) for buffer in signal.buffers.values())
     return held
 

@@ -7,11 +7,14 @@ import shlex
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from ..training import METHODS, SparseMomentumConfig, method
 from .errors import WorkbenchError
 from .models import spec
 
 REDISTRIBUTIONS = ("momentum", "magnitude", "nonzero", "none")
-SIGNALS = ("exact", "window", "gradient", "random")
+SIGNALS = ("exact", "window", "sampled", "gradient", "random")
+PRUNE_SCHEDULES = ("cosine", "linear", "constant")
+DISTRIBUTIONS = ("uniform", "er", "erk")
 INITS = ("dense", "scaled")
 DENSE_LAYOUTS = ("contiguous", "channels_last", "compile", "compile_channels_last")
 DENSE_BASELINES = ("auto", *DENSE_LAYOUTS)
@@ -19,8 +22,9 @@ _MAX_THREADS = 1024
 _CHOICES = {
     "signal": SIGNALS,
     "redistribution": REDISTRIBUTIONS,
-    "prune_schedule": ("cosine", "linear"),
-    "distribution": ("uniform", "erk"),
+    "prune_schedule": PRUNE_SCHEDULES,
+    "distribution": DISTRIBUTIONS,
+    "method": tuple(METHODS),
     "init": INITS,
     "compare": ("dense",),
     "dense_baseline": DENSE_BASELINES,
@@ -57,7 +61,16 @@ class TrainConfig:
     redistribution: str = "momentum"  # "none" holds the number of weights of each layer
     signal: str = "window"
     window_tolerance: float = 0.1  # share of the momentum that "window" may miss
+    sample_share: float = 0.1  # of the free places, that "sampled" draws
     update_every: int | None = None  # steps between mask updates; None: once per epoch
+    method: str | None = None  # whose settings (training/methods.py) those not given were taken
+    prune: str = "magnitude"
+    growth: str = "momentum"
+    final_prune_rate: float = 0.005
+    update_until: float = 1.0  # share of the training after which masks stay
+    start_density: float | None = None  # gradual pruning from it to `density`
+    cost_weight: float = 0.0  # power of a weight's FLOPs that importance is divided by
+    flops_budget: str | None = None  # share of the dense FLOPs, or "start"; None: free
     holdout: float = 0.1
     augment: bool = False
     threads: int | None = None  # None: torch's own choice
@@ -67,6 +80,7 @@ class TrainConfig:
     checkpoint_dir: str | None = None  # None: the run's own directory
     checkpoint_every: int | None = None  # steps; None: ends of epochs, at most once a minute
     keep: int = 3  # checkpoints
+    tensorboard: bool = False  # a log of its kind beside the CSV
 
     def block_shape(self) -> tuple[int, int] | Literal["auto"]:
         """(bh, bw) from text such as "4x1", or "auto". Raises WorkbenchError."""
@@ -114,12 +128,54 @@ class TrainConfig:
                 self.window_tolerance)  # fmt: skip
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if not (value is None and name == "compare"):
+            if not (value is None and name in ("compare", "method")):
                 option = "--" + name.replace("_", "-")
                 _expect(value in choices, option, f"one of {', '.join(choices)}", value)
+        self._check_masks()
         name = self.run_name()
         _expect(re.fullmatch(r"[\w.,+=-]+", name) is not None and name not in (".", ".."), "--name",
                 "letters, digits and . , + = - _", name)  # fmt: skip
+
+    def _check_masks(self) -> None:
+        """What SparseMomentum would refuse, before the data is loaded."""
+        start = self.start_density
+        _expect(start is None or self.density <= start <= 1, "--start-density",
+                "a number from --density to 1", start)  # fmt: skip
+        _expect(0 < self.update_until <= 1, "--update-until", "above 0, at most 1",
+                self.update_until)  # fmt: skip
+        self.cost_budget()
+        try:
+            SparseMomentumConfig(total_steps=1, update_every=1, **self.mask_options())
+        except ValueError as error:
+            raise WorkbenchError(f"mask settings: {error}") from error
+
+    def mask_options(self) -> dict[str, Any]:
+        """The arguments of SparseMomentum that these settings name, but for steps and costs."""
+        return {
+            "prune_rate": self.prune_rate,
+            "final_prune_rate": self.final_prune_rate,
+            "decay": self.prune_schedule,
+            "prune": self.prune,
+            "growth": self.growth,
+            "redistribution": self.redistribution,
+            "signal": self.signal,
+            "window_tolerance": self.window_tolerance,
+            "sample_share": self.sample_share,
+            "update_until": self.update_until,
+            "final_density": None if self.start_density is None else self.density,
+        }
+
+    def cost_budget(self) -> float | str | None:
+        """`flops_budget` as SparseMomentum takes it. Raises WorkbenchError."""
+        if self.flops_budget in (None, "start"):
+            return self.flops_budget
+        try:
+            share = float(self.flops_budget)
+        except ValueError:
+            share = 0.0
+        _expect(0 < share <= 1, "--flops-budget", "'start' or a share of the dense FLOPs, above 0 "
+                "and at most 1", self.flops_budget)  # fmt: skip
+        return share
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -140,6 +196,21 @@ class TrainConfig:
             elif value is not None and value is not False:
                 words += [option, str(value)]
         return shlex.join(words)
+
+
+def method_settings(name: str) -> dict[str, Any]:
+    """Fields of TrainConfig for a method of training/methods.py."""
+    chosen = method(name)
+    options = dict(chosen.options)
+    if "decay" in options:
+        options["prune_schedule"] = options.pop("decay")
+    return {
+        **options,
+        "method": name,
+        "distribution": chosen.distribution,
+        "update_every": chosen.update_every,
+        "start_density": chosen.start_density,
+    }
 
 
 def parse_block(text: str) -> tuple[int, int]:

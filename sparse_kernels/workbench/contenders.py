@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import SparseLayer, sparsify
-from ..training import SparseMomentum, finite
+from ..training import SparseMomentum, finite, flops_per_weight
+from ..training.layers import sparse_layers
+from ..training.structured import arrange, is_structured
 from . import account, models
 from .config import DENSE_LAYOUTS, TrainConfig
 from .errors import TrainingError, WorkbenchError
@@ -150,8 +152,8 @@ def build_sparse(
     model = models.build(config.net, **config.net_options()).train()
     made = sparsify(
         model,
-        density=config.density,
-        distribution=cast(Literal["uniform", "erk"], config.distribution),
+        density=config.start_density or config.density,
+        distribution=cast(Literal["uniform", "er", "erk"], config.distribution),
         block=config.block_shape(),
         generator=torch.Generator().manual_seed(seed),
     )
@@ -161,6 +163,8 @@ def build_sparse(
             f"no layer of {config.net} can be sparse with --block {config.block} ({reasons}); "
             "choose a smaller block"
         )
+    if is_structured(config.growth):
+        arrange(list(sparse_layers(model)), config.growth, torch.Generator().manual_seed(seed))
     if config.init == "scaled":
         _scale_to_fan_in(model)
     ranks = ranks or Ranks()
@@ -186,13 +190,22 @@ def drive(contender: Contender, seed: int, steps: int, update_every: int) -> Non
         contender.optimizer,
         total_steps=steps,
         update_every=update_every,
-        prune_rate=config.prune_rate,
-        decay=config.prune_schedule,
-        redistribution=config.redistribution,
-        signal=config.signal,
-        window_tolerance=config.window_tolerance,
+        **config.mask_options(),
+        **_costs(contender.model, config),
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _costs(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+    """FLOPs of a weight in each layer, where the settings ask for them."""
+    if not config.cost_weight and config.flops_budget is None:
+        return {}
+    example = torch.zeros(1, *models.spec(config.net).input_shape)
+    return {
+        "cost": flops_per_weight(model, example),
+        "cost_weight": config.cost_weight,
+        "cost_budget": config.cost_budget(),
+    }
 
 
 @torch.no_grad()

@@ -62,7 +62,12 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             f"{path}: its header announces {shape} = {size} bytes, {len(data) - header} follow; "
             "the file is cut short or padded: fetch it again"
         )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
+    try:
+        return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
+    except ValueError as error:  # no bytes, but sides beyond what an array can have
+        raise DataError(
+            f"{path}: its header announces {shape}, which no array can have; fetch it again"
+        ) from error
 
 
 def read_mnist_pair(

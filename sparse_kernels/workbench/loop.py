@@ -29,6 +29,7 @@ from .models import spec
 from .progress import TrainingProgress
 from .session import Run, Session
 from .stopping import StopRequested, StopSignals
+from .tensorboard_log import require_tensorboard, write_tensorboard
 
 _EVALUATION_BATCH = 500
 
@@ -46,6 +47,8 @@ def train(
     ranks = ranks or job.Ranks()
     config.check()
     checkpoint_files.require_safetensors()
+    if config.tensorboard:
+        require_tensorboard()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = load(config.data, config.data_dir, download=config.download)
@@ -244,6 +247,8 @@ def _evaluate_epoch(session: Session, run: Run, last: bool) -> None:
     run.epochs.append(record)
     run.in_epoch = False
     _write_csv(run.log, run.epochs)
+    if session.config.tensorboard:
+        write_tensorboard(run.log, run.epochs)
 
 
 def _accuracy(session: Session, run: Run, batches: BatchLoader | None) -> float | None:

@@ -27,7 +27,7 @@ PATIENCE = 60.0
 """Seconds between checkpoints where --checkpoint-every is not given: at the ends of epochs."""
 # Settings that a resumed run may have otherwise than the checkpoint: they change no weight.
 _FREE = {"data_dir", "download", "out", "name", "checkpoint_dir",
-         "checkpoint_every", "keep"}  # fmt: skip
+         "checkpoint_every", "keep", "tensorboard"}  # fmt: skip
 
 
 @dataclass

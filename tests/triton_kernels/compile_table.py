@@ -111,12 +111,12 @@ def _cases() -> Iterator[Case]:
             config = tiles.candidates(problem(op, precision, block))[0]
             yield Case(op, precision, block, tuple(config), 90, shape)
     # Few points: smaller tiles.
-    for points in (16, 64):
+    for points in (16, 64, 32):
         for op in OPERATORS[:2]:
             for precision in ("bf16", "tf32", "fp32"):
                 for block in BLOCKS:
                     config = tiles.candidates(problem(op, precision, block, points))[0]
-                    for arch in (80, 90):
+                    for arch in ARCHITECTURES:
                         yield Case(op, precision, block, tuple(config), arch)
     for default in (True, False):
         for op, precision, side, vector, shape, first in vector_compile.rows(PRECISIONS):
@@ -176,6 +176,7 @@ def source_of(launch: Any) -> Any:
         torch.bfloat16: "*bf16",
         torch.float16: "*fp16",
         torch.int32: "*i32",
+        torch.int64: "*i64",
     }
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -185,6 +186,9 @@ def source_of(launch: Any) -> Any:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = names[value.dtype]
             aligned = value.storage_offset() * value.itemsize % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+            aligned = False
         elif parameter.is_constexpr or value == 1:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value

@@ -35,6 +35,8 @@ class Fault(NamedTuple):
     @property
     def tests(self) -> str:
         """The file of tests that must notice."""
+        if self.path.endswith("/noise.py"):
+            return "tests/triton_kernels/test_noise.py"
         kind = "vector" if "/vector_" in self.path else "block"
         return f"tests/triton_kernels/test_{kind}_interpret.py"
 
@@ -64,7 +66,16 @@ def vector_wgrad(name: str, old: str, new: str) -> Fault:
     return Fault(f"vector: {name}", f"{KERNELS}/vector_wgrad.py", old, new)
 
 
+def noise(name: str, old: str, new: str) -> Fault:
+    """A fault in dropout."""
+    return Fault(f"dropout: {name}", f"{KERNELS}/noise.py", old, new)
+
+
 FAULTS = (
+    noise("words of a pair swapped", "tl.interleave(w0, w1)", "tl.interleave(w1, w0)"),
+    noise("second half over the first", "at + 128, count", "at, count"),
+    noise("a round too many", "none, none, 7)", "none, none, 8)"),
+    noise("selection, not a product", "(found * noise)", "tl.where(noise > 0, found * scale, 0.0)"),
     product("list off by one", "tl.load(pointer + row + 1)", "(tl.load(pointer + row + 1) - 1)"),
     product("item ahead off by one", "step + STRIDE, last", "step + STRIDE + 1, last"),
     product("no channel mask", "k_inside & (channel < x_group),", "k_inside,"),

@@ -5,10 +5,23 @@ of the same and writes it into docs/gpu.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from compile_table import ARCHITECTURES, Case, compile_case, compile_launch, every_case, launch_of
+from compile_table import (
+    ARCHITECTURES,
+    BLOCKS,
+    OPERATORS,
+    PRECISIONS,
+    Case,
+    compile_case,
+    compile_launch,
+    every_case,
+    launch_of,
+)
 from interpreter_support import INTERPRETING
+from vector_compile import SIDES
 
 from sparse_kernels.backends import triton as backend
 from sparse_kernels.geometry import Conv2dGeometry
@@ -57,8 +70,8 @@ def test_a_tile_that_is_too_large_is_found() -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_small_kernels_compile(arch: int) -> None:
-    """The lists of the input gradient, with and without groups, and the sum over parts."""
-    from sparse_kernels.backends.triton import block_products, block_wgrad
+    """The lists of the input gradient, with and without groups, the sum over parts, dropout."""
+    from sparse_kernels.backends.triton import block_products, block_wgrad, noise
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -74,6 +87,12 @@ def test_the_small_kernels_compile(arch: int) -> None:
     parts = empty(5, 500, 32, 32, dtype=torch.float32)
     found = compile_launch(block_wgrad.sum_launch(out, parts, index[0]), arch)
     assert (found["spills"], found["local"]) == (0, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = empty(10**6, dtype=dtype), empty(10**6, dtype=dtype)
+        launch = noise.launch(y, x, empty(dtype=torch.int64), 0.3)
+        assert set(launch.arguments) == set(launch.kernel.arg_names)
+        found = compile_launch(launch, arch)
+        assert (found["spills"], found["local"], found["scratch"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -95,3 +114,31 @@ def test_a_launch_names_every_parameter() -> None:
     for start in starts:
         launch = launch_of(next(case for case in ALL if case.key.startswith(start)))
         assert set(launch.arguments) == set(launch.kernel.arg_names)
+
+
+def test_every_choice_is_compiled() -> None:
+    """Whatever the number of points and of rows, a choice for these blocks is in the list above.
+
+    Operators of linear layers have the kernels of convolutions, float16 those of bfloat16, plain
+    products in TF32 those of strict float32.
+    """
+    from sparse_kernels.backends.triton import block_config, vector_config
+
+    chips: dict[tuple[Any, ...], set[int]] = {}
+    for case in ALL:
+        chips.setdefault(case[:4], set()).add(case.arch)
+    known = {key for key, found in chips.items() if found == set(ARCHITECTURES)}
+    for op in OPERATORS[:3]:
+        for precision in ("bf16", "tf32", "fp32"):
+            dtype, tf32 = PRECISIONS[precision]
+            for block in (*BLOCKS, *((side, 1) for side in SIDES)):
+                for points in (1, 16, 17, 40, 100, 200, 400, 1000, 1 << 17):
+                    for lists in (1, 4, 30, 200, 1 << 20):
+                        p = block_config.Problem(op, dtype, block, points, tf32, lists)
+                        if block[1] > 1:
+                            found = block_config.candidates(p)
+                        else:
+                            found = vector_config.vector_candidates(p)
+                            found = tuple(c for c in found if c.dot or precision != "tf32")
+                        for config in found:
+                            assert (op, precision, block, tuple(config)) in known, (p, config)

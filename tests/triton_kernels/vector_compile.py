@@ -27,6 +27,14 @@ def rows(precisions: dict[str, tuple[torch.dtype, bool]]) -> Iterator[Row]:
                 for config in found:
                     if config.dot or not tf32:
                         yield op, precision, side, config, "even", config is found[0]
+    for points in (32, 64, 128, 256):  # smaller tiles
+        for side in SIDES:
+            for op in OPERATORS[:2]:
+                for precision in ("fp32", "bf16", "tf32"):
+                    dtype, tf32 = precisions[precision]
+                    found = tiles.vector_candidates(Problem(op, dtype, (side, 1), points, tf32))
+                    if found[0].dot or not tf32:
+                        yield op, precision, side, found[0], "even", False
     for side in (1, 16):
         for op in ("linear", "linear_dgrad", "linear_wgrad"):
             yield from _default(op, "bf16", side, "even", precisions)

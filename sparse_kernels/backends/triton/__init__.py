@@ -1,4 +1,4 @@
-"""The Triton backend: element, V x 1 and block patterns on a GPU.
+"""The Triton backend: element, V x 1 and block patterns on a GPU, and dropout.
 
 Blocks with both sides in 16 to 128 are multiplied by the tensor cores, in batch-major ([N, F]
 contiguous) or channels_last layout (``block_*``); elements and V x 1 blocks up to V = 32 in
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparse_kernels.backends.triton import chosen
+
 if TYPE_CHECKING:
     from sparse_kernels.backends.triton.block_config import ProductConfig, WgradConfig
     from sparse_kernels.backends.triton.vector_config import VectorConfig, VectorWgradConfig
@@ -30,13 +32,15 @@ __all__ = [
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "dropout",
     "linear",
     "linear_dgrad",
     "linear_wgrad",
     "supports",
 ]
 
-_SERVED = ("linear", "linear_dgrad", "linear_wgrad", "conv2d", "conv2d_dgrad", "conv2d_wgrad")
+_PRODUCTS = ("linear", "linear_dgrad", "linear_wgrad", "conv2d", "conv2d_dgrad", "conv2d_wgrad")
+_SERVED = (*_PRODUCTS, "dropout")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_SIDE, MAX_SIDE = 16, 128
 MAX_VECTOR = 32
@@ -128,6 +132,21 @@ def _wgrad(
     return found
 
 
+def _linear_config(
+    op: str, first: Tensor, stored: Sequence[int], out_features: int, in_features: int
+) -> Any | None:
+    """What ``tune`` chose for a linear product, if anything."""
+    return _config(op, first, stored, (1, 1), (out_features, in_features, 1, 1))
+
+
+def _config(
+    op: str, first: Tensor, stored: Sequence[int], image: Sequence[int], geometry: Sequence[int]
+) -> Any | None:
+    """What ``tune`` chose for a product, if anything. ``stored``: the shape of the values."""
+    capacity, bh, bw = stored
+    return chosen.lookup(op, first.dtype, (bh, bw), first.shape[0], image, geometry, capacity)
+
+
 def linear(
     x: Tensor,
     values: Tensor,
@@ -144,6 +163,7 @@ def linear(
 ) -> Tensor:
     """y [N, out] = x [N, in] S^T + bias, rectified if ``relu``; in x's dtype."""
     index = (crow, col, t_crow, t_row, t_perm)
+    config = config or _linear_config("linear", x, values.shape, out_features, x.shape[1])
     return _products(*values.shape[1:]).linear(x, values, index, bias, out_features, relu, config)
 
 
@@ -161,6 +181,9 @@ def linear_dgrad(
 ) -> Tensor:
     """dx [N, in] = grad [N, out] S; in grad's dtype."""
     index = (crow, col, t_crow, t_row, t_perm)
+    config = config or _linear_config(
+        "linear_dgrad", grad, values.shape, grad.shape[1], in_features
+    )
     return _products(*values.shape[1:]).linear_dgrad(grad, values, index, in_features, config)
 
 
@@ -178,6 +201,8 @@ def linear_wgrad(
     config: WgradConfig | VectorWgradConfig | None = None,
 ) -> Tensor:
     """dvalues float32 [capacity, bh, bw] = grad^T x at the pattern; zero tail, zero outside."""
+    stored = (col.shape[0], bh, bw)
+    config = config or _linear_config("linear_wgrad", grad, stored, grad.shape[1], x.shape[1])
     return _wgrad("linear_wgrad", grad, x, crow, col, (bh, bw), config)
 
 
@@ -197,6 +222,7 @@ def conv2d(
 ) -> Tensor:
     """y [N, C_out, H', W'] of x [N, C_in, H, W] (+ bias, ReLU), in x's dtype."""
     index = (crow, col, t_crow, t_row, t_perm)
+    config = config or _config("conv2d", x, values.shape, x.shape[2:], geometry)
     return _products(*values.shape[1:]).conv2d(x, values, index, bias, geometry, relu, config)
 
 
@@ -217,6 +243,7 @@ def conv2d_dgrad(
     """dx [N, C_in, in_height, in_width] of grad [N, C_out, H', W']."""
     index = (crow, col, t_crow, t_row, t_perm)
     size = (in_height, in_width)
+    config = config or _config("conv2d_dgrad", grad, values.shape, size, geometry)
     return _products(*values.shape[1:]).conv2d_dgrad(grad, values, index, size, geometry, config)
 
 
@@ -235,4 +262,13 @@ def conv2d_wgrad(
     config: WgradConfig | VectorWgradConfig | None = None,
 ) -> Tensor:
     """dvalues float32 [capacity, bh, bw] of the convolution; zero tail, zero outside."""
+    stored = (col.shape[0], bh, bw)
+    config = config or _config("conv2d_wgrad", grad, stored, x.shape[2:], geometry)
     return _wgrad("conv2d_wgrad", grad, x, crow, col, (bh, bw), geometry, config)
+
+
+def dropout(x: Tensor, seed: Tensor, p: float, stride: Sequence[int]) -> Tensor:
+    """x * noise(seed, place in memory) with strides ``stride``; the mask is every backend's."""
+    from sparse_kernels.backends.triton import noise
+
+    return noise.dropout(x, seed, p, stride)

@@ -81,14 +81,39 @@ def candidates(problem: Problem) -> tuple[ProductConfig, ...] | tuple[WgradConfi
 
 def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     """Candidates of forward and input gradient."""
-    n, side_k = sides(problem)
     tall = _tile_m(problem)
+    full = 64 if strict(problem) else 128
+    if tall < full:  # few points: what else there is to try is the next larger tile
+        return _default_tiles(problem, tall), _default_tiles(problem, 2 * tall)
+    first = _default_tiles(problem, tall)
+    if strict(problem):
+        return first, first._replace(tile_m=32, num_stages=4)
+    n, _ = sides(problem)
+    k, pair = first.tile_k, first.paired
+    wide = _wide(problem)
+    found = [first, ProductConfig(64, k, pair, 8 if n > 64 else 4, 4)]
+    # The input gradient's TF32 tiles take registers to transpose; deeper ones spill on sm_100.
+    if wide == 64 or not problem.op.endswith("_dgrad"):
+        found.append(first._replace(num_stages=4))
+        if pair:
+            found.append(first._replace(paired=False, num_stages=5))
+        elif k > 32 or (k > 16 and wide == 32):
+            found.append(first._replace(tile_k=k // 2, num_stages=5))
+    return tuple(config for config in found if _product_bytes(problem, config) <= _smallest())
+
+
+def _wide(problem: Problem) -> int:
+    """Channels that one product reads at most on the tensor cores."""
+    return 64 if problem.dtype != torch.float32 else 32
+
+
+def _default_tiles(problem: Problem, tall: int) -> ProductConfig:
+    """The default for tiles of ``tall`` points."""
+    n, side_k = sides(problem)
     if strict(problem):
         # The plain cores read both operands from shared memory: small tiles keep the registers.
-        warps = 8 if n > 64 else 4
-        first = ProductConfig(min(tall, 64), 16, False, warps, 3)
-        return first, first._replace(tile_m=min(tall, 32), num_stages=4)
-    wide = 64 if problem.dtype != torch.float32 else 32
+        return ProductConfig(min(tall, 64), 16, False, 8 if n > 64 else 4, 3)
+    wide = _wide(problem)
     k = min(side_k, wide)
     # Four warps hold 128 x 64 sums, but registers spill where operands are float32 or channels odd
     # (no asynchronous copy), and on sm_100 with narrow float32 tiles from 32 columns.
@@ -96,19 +121,7 @@ def product_candidates(problem: Problem) -> tuple[ProductConfig, ...]:
     warps = 8 if n > most and tall > 64 else 4
     # Small blocks: two of them keep the pipeline as full as a large one. In float32 one does, and
     # two spill a few registers on sm_100.
-    pair = k < wide and wide == 64
-    found = [ProductConfig(tall, k, pair, warps, 3)]
-    if tall > 64:
-        found.append(ProductConfig(64, k, pair, 8 if n > 64 else 4, 4))
-    # The input gradient's TF32 tiles take registers to transpose; deeper ones spill on sm_100.
-    deep = wide == 64 or not problem.op.endswith("_dgrad")
-    if deep or tall <= 64:
-        found.append(ProductConfig(tall, k, pair, warps, 4))
-    if deep and pair:
-        found.append(ProductConfig(tall, k, False, warps, 5))
-    elif deep and (k > 32 or (k > 16 and wide == 32)):
-        found.append(ProductConfig(tall, k // 2, False, warps, 5))
-    return tuple(config for config in found if _product_bytes(problem, config) <= _smallest())
+    return ProductConfig(tall, k, k < wide and wide == 64, warps, 3)
 
 
 def _tile_m(problem: Problem) -> int:

@@ -17,6 +17,8 @@ from sparse_kernels.backends.triton.block_config import Problem, is_wgrad, next_
 _WANTED_PROGRAMS = 4 * 132
 #: Blocks whose sums fill at least half of a tensor core's tile, the rest being padding.
 _LEAST_DOT = 8
+#: Points of a tile on the tensor cores.
+_DOT_TILE = 128
 
 
 class VectorConfig(NamedTuple):
@@ -52,11 +54,16 @@ def product_candidates(problem: Problem) -> tuple[VectorConfig, ...]:
     # Points per thread: four make one load of 16 bytes; more sums per thread spill.
     each = 4 if v <= 4 else 2 if v <= 8 else 1
     unroll = 4 if v <= 8 else 2
-    tall = _tile_m(problem, 128 * each)
+    full = 128 * each
+    tall = _tile_m(problem, full)
     # Reading more blocks together spills on sm_80 and sm_100 where a thread has several points.
-    other = _plain(128, unroll, each) if tall > 128 else _plain(tall, 2 * unroll, each)
+    other = _plain(128, unroll, each) if each > 1 else _plain(full, 2 * unroll, each)
+    if tall < full:  # few points: what else there is to try is the next larger tile
+        other = _plain(2 * tall, unroll, each)
     plain = [_plain(tall, unroll, each), other]
     found = [] if problem.op.endswith("_dgrad") else _dots(problem, v)
+    if found and found[0].tile_m < _DOT_TILE:
+        plain = []
     return tuple(dict.fromkeys((*found, *plain)))
 
 
@@ -68,9 +75,10 @@ def _dots(problem: Problem, v: int) -> list[VectorConfig]:
     """On the tensor cores, where the dtype has them and a block fills half of a tile or more."""
     if strict(problem) or v < _LEAST_DOT:
         return []
-    tall = _tile_m(problem, 128)
+    tall = _tile_m(problem, _DOT_TILE)
     deep = 32 if problem.dtype != torch.float32 else 16
-    return [VectorConfig(tall, deep, True, 4, 3)]
+    tiles = (tall, 2 * tall) if tall < _DOT_TILE else (tall,)
+    return [VectorConfig(tile, deep, True, 4, 3) for tile in tiles]
 
 
 def _tile_m(problem: Problem, most: int) -> int:

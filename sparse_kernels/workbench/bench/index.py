@@ -61,8 +61,9 @@ def _row(table: Path, folder: str) -> list[str]:
     path = table.with_suffix(".json")
     if not path.is_file():
         text = table.read_text(encoding="utf-8")
-        title = text.splitlines()[0].replace("**", "").replace("|", "/").split(", seeds")[0]
-        found = re.findall(r"^`(sparse-kernels .*)`$", text, re.M)
+        title = text.splitlines()[0].lstrip("# ").replace("**", "").replace("|", "/")
+        title = title.split(", seeds")[0]
+        found = re.findall(r"`((?:sparse-kernels|python) .*?)`", text)
         date = re.findall(r"\d{4}-\d{2}-\d{2}", text)
         return [link, title, date[-1] if date else "", _code(found[-1] if found else None)]
     results = json.loads(path.read_text(encoding="utf-8"))

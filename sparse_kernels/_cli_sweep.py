@@ -1,0 +1,77 @@
+"""``sparse-kernels sweep``: many trainings, resumable; options after ``--`` go to ``train``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from ._cli_errors import one_line_errors
+
+
+@click.command("sweep", context_settings={"ignore_unknown_options": True})
+@click.option("--net", "nets", multiple=True, default=("lenet-300-100",), show_default=True)
+@click.option("--method", "methods", multiple=True, default=("sparse-momentum",), show_default=True)
+@click.option("--density", "densities", type=float, multiple=True, default=(0.05,),
+              show_default=True)  # fmt: skip
+@click.option("--seeds", default="0", show_default=True, help="A list: 0,1,2.")
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="OPTION=V1,V2",
+    help="A run per value of an option of train; repeatable, one changed at a time.",
+)
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar='"OPTION=V ..."',
+    help='Options changed together; "" is the method as it is. Repeatable.',
+)
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1,
+              show_default="the cores", help="Runs at a time, one thread each.")  # fmt: skip
+@click.option("--out", default="runs/sweep", show_default=True, help="Directory of the sweep.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+@one_line_errors
+def sweep_command(
+    context: click.Context,
+    nets: tuple[str, ...],
+    methods: tuple[str, ...],
+    densities: tuple[float, ...],
+    seeds: str,
+    vary: tuple[str, ...],
+    variants: tuple[str, ...],
+    jobs: int,
+    out: str,
+    options: tuple[str, ...],
+) -> None:
+    """Train nets x methods x densities x seeds x variants; started again, it skips what is done.
+
+    Example: sparse-kernels sweep --method rigl --method set --density 0.05 --seeds 0,1,2 --
+    --data mnist-sample --epochs 5
+    """
+    from .workbench import sweep, sweep_report
+    from .workbench.errors import WorkbenchError
+
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError as error:
+        raise WorkbenchError(f"--seeds: expected a list such as 0,1,2, got {seeds!r}") from error
+    wanted = sweep.tasks(nets, methods, densities, numbers, options,
+                         sweep.parse_variants(vary, variants))  # fmt: skip
+    failures = sweep.run(Path(out), wanted, jobs, click.echo)
+    if len(failures) < len(wanted):
+        show(*sweep_report.write(Path(out)))
+    if failures:
+        click.echo(f"{len(failures)} runs failed; the same command tries them again", err=True)
+        context.exit(1)
+
+
+def show(table: str, written: list[Path], missing: str | None) -> None:
+    """Print a sweep's table and the files written."""
+    click.echo("\n" + table)
+    if missing:
+        click.echo(missing)
+    click.echo("written: " + ", ".join(str(path) for path in written))

@@ -1,0 +1,185 @@
+"""Many trainings: nets x methods x variants x densities x seeds, each in a process of one thread.
+
+The results file has one JSON line per finished run. A sweep that is started again skips what is
+done, and goes on inside a run that was cut off, from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..training import METHODS
+from .errors import WorkbenchError
+from .models import spec
+
+LINES = "sweep.jsonl"
+Variant = tuple[tuple[str, str], ...]
+"""Options of `train` and their values; () is the method as it is."""
+_KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "flops_density")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of `sparse-kernels train`. options: its further words, as on the command line.
+
+    variant: what it has otherwise than the other runs of its method.
+    """
+
+    net: str
+    method: str
+    density: float
+    seed: int
+    options: tuple[str, ...] = ()
+    variant: Variant = ()
+
+    @property
+    def name(self) -> str:
+        """Of its directory, and the key of its line."""
+        changed = "".join(f"-{option}={value}" for option, value in self.variant)
+        return f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
+
+    def words(self, out: Path) -> list[str]:
+        """Arguments of `sparse-kernels`."""
+        fixed = {"net": self.net, "method": self.method, "density": f"{self.density:g}",
+                 "seeds": str(self.seed), "threads": "1", "name": self.name,
+                 "out": str(out)}  # fmt: skip
+        named = [word for key, value in fixed.items() for word in (f"--{key}", value)]
+        changed = [word for option, value in self.variant for word in (f"--{option}", value)]
+        return ["train", *self.options, *changed, *named, "--resume"]
+
+
+def tasks(
+    nets: Sequence[str],
+    methods: Sequence[str],
+    densities: Sequence[float],
+    seeds: Sequence[int],
+    options: Sequence[str] = (),
+    variants: Sequence[Variant] = ((),),
+) -> list[Task]:
+    """All combinations, seeds outermost: after each seed the table is whole, only wider of error.
+
+    Raises WorkbenchError for an unknown net or method and for a density out of range.
+    """
+    for net in nets:
+        spec(net)
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise WorkbenchError(f"--method: expected some of {', '.join(METHODS)}, got {unknown}")
+    if any(not 0 < density <= 1 for density in densities):
+        raise WorkbenchError(f"--density: expected numbers above 0, at most 1, got {densities}")
+    chosen = itertools.product(seeds, nets, densities, methods, variants)
+    return [Task(net, name, d, s, tuple(options), change) for s, net, d, name, change in chosen]
+
+
+def parse_variants(vary: Sequence[str], variants: Sequence[str]) -> list[Variant]:
+    """From texts such as "prune-rate=0.2,0.5" (a variant per value) and "signal=window
+    window-tolerance=0.1" (one variant each; "" is the method as it is).
+
+    Without any, the method as it is. Raises WorkbenchError for a text of another form.
+    """
+    found: list[Variant] = []
+    for text in vary:
+        option, values = _assignment(text, "--vary", "prune-rate=0.2,0.5")
+        found += [((option, value),) for value in values.split(",")]
+    for text in variants:
+        pairs = [_assignment(w, "--variant", "signal=exact momentum=0.9") for w in text.split()]
+        found.append(tuple(pairs))
+    return found or [()]
+
+
+def _assignment(text: str, option: str, example: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name.strip("-") or not equals or not value:
+        raise WorkbenchError(f"{option}: expected text such as {example!r}, got {text!r}")
+    return name.lstrip("-"), value
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The finished runs in the order in which they ended. Raises WorkbenchError if none are there.
+
+    A line that was being written when the sweep was cut off is left out.
+    """
+    try:
+        rows = list(_parsed((folder / LINES).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise WorkbenchError(f"{folder / LINES}: {error.strerror}; expected a sweep") from error
+    if not rows:
+        raise WorkbenchError(f"{folder / LINES}: no finished run yet; let the sweep go on")
+    return rows
+
+
+def _parsed(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "name" in row:
+            yield row
+
+
+def run(
+    folder: Path, wanted: Sequence[Task], jobs: int, say: Callable[[str], None] = print
+) -> list[str]:
+    """Make what is not done, `jobs` at a time; returns why runs failed, one text per run.
+
+    Raises WorkbenchError if the folder holds a run of the same name with other options.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LINES
+    rows = list(_parsed(path.read_text(encoding="utf-8"))) if path.exists() else []
+    done = {row["name"]: row["options"] for row in rows}
+    for task in wanted:
+        if done.get(task.name, list(task.options)) != list(task.options):
+            raise WorkbenchError(
+                f"{path}: {task.name} was made with {done[task.name]}, now {list(task.options)} "
+                "is asked for; give another --out"
+            )
+    # Whole lines only, so that nothing is appended to a broken one.
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    left = [task for task in wanted if task.name not in done]
+    say(f"{len(wanted) - len(left)} of {len(wanted)} runs are done")
+    failures = []
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        for future in as_completed([pool.submit(_train, folder / "runs", t) for t in left]):
+            task, row, failure = future.result()
+            if row is None:
+                failures.append(f"{task.name}: {failure}")
+                say(f"failed: {failures[-1]}")
+                continue
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            say(f"{task.name}: test {100 * row['test_accuracy']:.2f} %, {row['seconds']:.1f} s")
+    return failures
+
+
+def _train(out: Path, task: Task) -> tuple[Task, dict[str, Any] | None, str]:
+    """One run in a process of its own; its line, or the last line of what it said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    package = str(Path(__file__).resolve().parents[2])
+    paths = [package, environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(part for part in paths if part)
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_kernels.cli", *task.words(out)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    results = out / task.name / "results.json"
+    if done.returncode or not results.is_file():
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
+        return task, None, f"exit code {done.returncode}: {said[-1]}"
+    found = json.loads(results.read_text(encoding="utf-8"))
+    sparse = next(entry for entry in found["runs"] if entry["contender"] == "sparse")
+    row = {"name": task.name, "net": task.net, "method": task.method, "density_asked": task.density,
+           "seed": task.seed, "options": list(task.options),
+           "variant": " ".join(f"{option}={value}" for option, value in task.variant)}  # fmt: skip
+    row |= {key: sparse[key] for key in _KEPT}
+    return task, {**row, "command": found["command"], "machine": found["machine"]}, ""

@@ -1,0 +1,199 @@
+"""Every reader of files, as a function of bytes: what the fuzzers and the core tests feed.
+
+A target returns quietly for what it accepts and for a clear refusal (the reader's own error class);
+any other exception, a warning of numpy's or torch's, or a crash is a finding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sparse_kernels.nn import SparseLinear
+from sparse_kernels.plan_cache import PlanCache, _warned
+from sparse_kernels.training import checkpoint, checkpoint_files
+from sparse_kernels.workbench import formats
+from sparse_kernels.workbench.config import TrainConfig, parse_block
+from sparse_kernels.workbench.errors import DataError, WorkbenchError
+
+_HOME = tempfile.TemporaryDirectory(
+    prefix="readers-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+)
+_FOLDER = Path(_HOME.name)
+
+
+def _file(name: str, data: bytes) -> Path:
+    path = _FOLDER / name
+    path.write_bytes(data)
+    return path
+
+
+def idx(data: bytes) -> None:
+    """MNIST's idx files, raw or gzip, of one and of three axes."""
+    path = _file("idx", data)
+    for axes in (1, 3):
+        try:
+            array = formats.read_idx(path, axes)
+        except DataError:
+            continue
+        assert array.dtype == np.uint8 and array.ndim == axes
+
+
+def cifar(data: bytes) -> None:
+    """CIFAR's records, and the archive around them."""
+    for count in (1, 2):
+        try:
+            images, labels = formats.parse_cifar(data, Path("batch"), count)
+            assert images.shape == (count, 3, 32, 32) and labels.max(initial=0) <= 9
+        except DataError:
+            pass
+    with contextlib.suppress(DataError):
+        formats.read_cifar_batches(_file("cifar.tar.gz", data), ["a.bin"], 1)
+
+
+def _checkpoint_folder(files: dict[str, bytes], manifest: bytes | None = None) -> Path:
+    folder = _FOLDER / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    if manifest is None:  # right checksums: what a hostile writer would give
+        manifest = checkpoint_files._manifest(7, files)
+    (folder / checkpoint_files.MANIFEST).write_bytes(manifest)
+    return folder
+
+
+def _read_checkpoint(folder: Path) -> None:
+    model = _model()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    try:
+        checkpoint.load_checkpoint(folder, model, global_generators=False)
+    except checkpoint.CheckpointError:
+        after = model.state_dict()
+        assert all(torch.equal(before[n], after[n]) for n in before), "a refusal changed the model"
+        return
+    model.pattern.validate()
+    assert torch.isfinite(model(torch.zeros(2, 5))).all() or not all(
+        p.isfinite().all() for p in model.parameters()
+    )
+
+
+def _model() -> SparseLinear:
+    return SparseLinear(5, 4, density=0.5, generator=torch.Generator().manual_seed(0))
+
+
+def manifest(data: bytes) -> None:
+    """A checkpoint's manifest, beside whole files."""
+    _read_checkpoint(_checkpoint_folder(_WHOLE, data))
+
+
+def manifest_rehashed(data: bytes) -> None:
+    """The same with its own checksum made right: only the kinds of its entries are wrong."""
+    try:
+        content = json.loads(data)
+        content.pop("sha256", None)
+        content["sha256"] = checkpoint_files._own_hash(content)
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return
+    _read_checkpoint(_checkpoint_folder(_WHOLE, json.dumps(content).encode()))
+
+
+def state_json(data: bytes) -> None:
+    """A checkpoint's state.json with right checksums."""
+    _read_checkpoint(_checkpoint_folder({**_WHOLE, checkpoint_files.STATE: data}))
+
+
+def tensors(data: bytes) -> None:
+    """A checkpoint's tensors with right checksums: hostile indices, shapes and headers."""
+    _read_checkpoint(_checkpoint_folder({**_WHOLE, "model.safetensors": data}))
+
+
+def plan_cache(data: bytes) -> None:
+    """The plan cache: ignored with one warning, or read."""
+    cache = PlanCache(_FOLDER, {"cpu": "fuzz"})
+    cache.path.write_bytes(data)
+    _warned.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the plan cache", RuntimeWarning)
+        found = cache.get("a")
+    assert found is None or isinstance(found, dict)
+
+
+def configuration(data: bytes) -> None:
+    """Settings of an experiment, of any kind and content that JSON can say."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        fields = {"block": data.decode("utf-8", "replace"), "name": data.decode("latin-1")}
+    if not isinstance(fields, dict):
+        return
+    known = TrainConfig().as_dict()
+    # The command line converts numbers; here each field keeps its kind.
+    fields = {k: v for k, v in fields.items() if k in known and type(v) is type(known[k])}
+    if "seeds" in fields:
+        return
+    try:
+        config = TrainConfig(**fields)
+        config.check()
+        assert config.command() and config.run_name()
+        parse_block(config.block)
+    except WorkbenchError:
+        pass
+
+
+def _whole_checkpoint() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as home:
+        folder = checkpoint.save_checkpoint(home, 7, _model(), extra={"a": (1, 2.5, None)})
+        return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
+
+
+def _tar(data: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        info = tarfile.TarInfo("cifar/a.bin")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+_WHOLE = _whole_checkpoint()
+_RECORD = bytes([3]) + bytes(3072)
+_PLAN = {
+    "format": 1,
+    "identity": {"cpu": "fuzz"},
+    "entries": {"a": {"dense": 0.25, "points": {"5%": {"ratio": 1.5}}}},
+}
+#: name: (target, inputs that the reader accepts)
+TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
+    "idx": (
+        idx,
+        [
+            bytes([0, 0, 8, 1, 0, 0, 0, 2, 5, 6]),
+            bytes([0, 0, 8, 3]) + bytes(12),
+            bytes.fromhex("00000803fffff9ffffffff0000000000"),
+        ],
+    ),
+    "cifar": (cifar, [_RECORD, 2 * _RECORD, _tar(_RECORD)]),
+    "manifest": (manifest, [checkpoint_files._manifest(7, _WHOLE)]),
+    "manifest-rehashed": (manifest_rehashed, [checkpoint_files._manifest(7, _WHOLE)]),
+    "state-json": (state_json, [_WHOLE[checkpoint_files.STATE]]),
+    "tensors": (tensors, [_WHOLE["model.safetensors"]]),
+    "plan-cache": (plan_cache, [json.dumps(_PLAN).encode()]),
+    "configuration": (configuration, [json.dumps(TrainConfig().as_dict()).encode()]),
+}
+
+
+def digest(data: bytes) -> str:
+    """Name of a finding's file."""
+    return hashlib.sha256(data).hexdigest()[:12]

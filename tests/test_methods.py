@@ -1,0 +1,153 @@
+"""Every named method does to the masks what its paper says."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from small_training import make_model, sparse, stored, train
+from torch import nn
+
+from sparse_kernels import SparseMomentum, sparsify
+from sparse_kernels.nn.distribution import LayerSize, erk_densities
+from sparse_kernels.training import METHODS, SparseMomentumConfig, method
+from sparse_kernels.training.apply_change import STORAGE_HYSTERESIS
+
+STEPS, EVERY = 40, 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers of a few weights: threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(name: str, **more):
+    torch.manual_seed(0)
+    chosen = method(name)
+    model = make_model(density=chosen.start_density or 0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {**chosen.options, **more}
+    masks = SparseMomentum(model, optimizer, total_steps=STEPS, update_every=EVERY, **options)
+    first = [layer.pattern.keys().clone() for layer in sparse(model)]
+    counts = []
+    masks.on_update = lambda record: counts.append(tuple(record.nnz_after.values()))
+    total = stored(model)
+    train(model, optimizer, masks, STEPS)
+    return model, masks, first, counts, total
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "gmp"])
+def test_every_method_trains_and_conserves_the_total(name) -> None:
+    model, _, first, counts, total = trained(name)
+    assert {sum(c) for c in counts} == {total} and stored(model) == total
+    moved = any(
+        not torch.equal(k, layer.pattern.keys())
+        for k, layer in zip(first, sparse(model), strict=True)
+    )
+    assert moved is (name != "static")
+    spread = name in ("sparse-momentum", "momentum-neuron", "dsr")
+    before = tuple(k.numel() for k in first)
+    assert any(c != before for c in counts) is spread  # the others hold each layer's number
+
+
+def test_static_masks_never_move_and_need_no_dense_gradient() -> None:
+    _, masks, _, _, _ = trained("static")
+    assert masks.config.effective_signal == "random"
+    assert all(record.removed == 0 for record in masks.history) and masks.history
+
+
+def test_rigl_decays_to_nothing_and_stops_at_three_quarters() -> None:
+    _, masks, _, _, _ = trained("rigl")
+    assert [record.step for record in masks.history] == [4, 8, 12, 16, 20, 24, 28]
+    for record in masks.history:  # alpha / 2 (1 + cos(t pi / T_end)) of the paper
+        expected = 0.3 / 2 * (1 + math.cos(record.step * math.pi / 30))
+        assert record.prune_rate == pytest.approx(expected)
+    assert masks.finished and masks.config.effective_signal == "gradient"
+
+
+def test_set_prunes_a_constant_share_by_sign() -> None:
+    _, masks, _, _, _ = trained("set")
+    assert {record.prune_rate for record in masks.history} == {0.3}
+    assert masks.config.prune == "set" and masks.config.effective_signal == "random"
+
+
+def test_dsr_prunes_globally_and_regrows_by_what_layers_hold() -> None:
+    _, masks, _, counts, _ = trained("dsr")
+    assert len(set(counts)) > 1
+    assert masks.config.redistribution == "nonzero"
+
+
+def test_gradual_pruning_follows_the_cubic_to_the_very_end() -> None:
+    model, masks, first, counts, total = trained("gmp", final_density=0.1)
+    assert total == sum(layer.matrix_shape[0] * layer.matrix_shape[1] for layer in sparse(model))
+    last = 28  # the last multiple of 4 before 30 = 0.75 * 40
+    for record in masks.history:
+        for start, (name, found) in zip(first, record.nnz_after.items(), strict=True):
+            size, final = start.numel(), round(0.1 * start.numel())
+            expected = final + (size - final) * (1 - record.step / last) ** 3
+            assert abs(found - expected) <= 0.5 + 1e-9, (record.step, name)
+    assert masks.history[-1].step == last
+    assert counts[-1] == tuple(round(0.1 * k.numel()) for k in first)
+    assert all(layer.storage == "compressed" for layer in sparse(model))
+    assert STORAGE_HYSTERESIS * 0.5 > 0.1  # so that they had to come from dense storage
+
+
+def test_gradual_pruning_with_regrowth_ends_at_its_density() -> None:
+    """GraNet: gradual pruning, and a share pruned and regrown beside it."""
+    for rule in ("magnitude", "global_magnitude"):
+        model, masks, _, _, _ = trained(
+            "gmp", final_density=0.2, prune_rate=0.3, growth="gradient", prune=rule
+        )
+        wanted = sum(round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in sparse(model))
+        # Pruned globally, layers end at other densities, and at the sum to a block per layer.
+        assert abs(stored(model) - wanted) <= (0 if rule == "magnitude" else 60)
+        assert masks.history[-1].removed > 0
+
+
+def test_gradual_pruning_goes_on_from_a_checkpoint() -> None:
+    def setup():
+        model = make_model(density=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        options = {**method("gmp").options, "final_density": 0.1}
+        return (
+            model,
+            optimizer,
+            SparseMomentum(model, optimizer, total_steps=STEPS, update_every=EVERY, **options),
+        )
+
+    model, optimizer, masks = setup()
+    train(model, optimizer, masks, 18)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), masks.state_dict()))
+    again, other, driver = setup()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    driver.load_state_dict(saved[2])
+    train(model, optimizer, masks, STEPS, skip=18)
+    train(again, other, driver, STEPS, skip=18)
+    for a, b in zip(sparse(model), sparse(again), strict=True):
+        assert torch.equal(a.pattern.keys(), b.pattern.keys())
+        assert a.pattern.nnzb == round(0.1 * a.matrix_shape[0] * a.matrix_shape[1])
+
+
+def test_erdos_renyi_counts_channels_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(64, 32))
+    sparsify(model, density=0.3, distribution="er", generator=torch.Generator().manual_seed(0))
+    sizes = [LayerSize((16, 8), 16 * 8 * 9), LayerSize((32, 64), 32 * 64)]
+    for layer, density in zip((model[0], model[2]), erk_densities(sizes, 0.3), strict=True):
+        assert layer.density == pytest.approx(density, abs=1 / 1000)
+    assert round(0.3 * (16 * 8 * 9 + 32 * 64)) == model[0].nnz + model[2].nnz
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown method 'rigel'; expected one of sparse-mom"):
+        method("rigel")
+    for bad in ({"update_until": 0.0}, {"final_density": 2.0}, {"cost_weight": -1.0},
+                {"cost_budget": "end"}, {"prune": "groups:0"}, {"growth": "fanin"}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SparseMomentumConfig(total_steps=4, update_every=1, **bad)

@@ -1,0 +1,143 @@
+"""Sweeps: what is done is skipped, what failed is told, tables and tests over seeds are right."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sparse_kernels import cli
+from sparse_kernels.workbench import sweep, sweep_report
+from sparse_kernels.workbench.errors import WorkbenchError
+
+FAST = ("--data", "mnist-sample", "--max-steps", "2", "--batch-size", "500")
+MACHINE = {"cpu": "x", "isa": "y", "threads": 1, "torch": "2", "date": "2026-11-21",
+           "sparse_kernels": "0", "commit": "c"}  # fmt: skip
+
+
+def row(method: str, seed: int, accuracy: float, density: float = 0.05) -> dict:
+    return {
+        "name": f"lenet-{method}-{density}-{seed}", "net": "lenet-300-100", "method": method,
+        "density_asked": density, "seed": seed, "options": [], "test_accuracy": accuracy,
+        "seconds": 2.0 + seed, "mean_step_seconds": 0.1, "steps": 10, "density": density,
+        "flops_density": density, "command": "sparse-kernels train <&>", "machine": MACHINE,
+    }  # fmt: skip
+
+
+def test_every_combination_once_and_seeds_outermost() -> None:
+    found = sweep.tasks(["lenet-300-100"], ["rigl", "set"], [0.05, 0.1], [0, 1])
+    assert len({task.name for task in found}) == 8 and [t.seed for t in found] == [0] * 4 + [1] * 4
+    with pytest.raises(WorkbenchError, match="--method: expected some of sparse-momentum"):
+        sweep.tasks(["lenet-300-100"], ["rigel"], [0.05], [0])
+    with pytest.raises(WorkbenchError, match="--density: expected numbers above 0"):
+        sweep.tasks(["lenet-300-100"], ["rigl"], [0.0], [0])
+
+
+def test_a_sweep_trains_skips_what_is_done_and_reports(tmp_path: Path) -> None:
+    words = ["sweep", "--method", "static", "--method", "sparse-momentum", "--out", str(tmp_path),
+             "--jobs", "2", "--", *FAST]  # fmt: skip
+    done = CliRunner().invoke(cli.main, words)
+    assert done.exit_code == 0, done.output
+    lines = (tmp_path / "sweep.jsonl").read_text().splitlines()
+    assert {json.loads(line)["method"] for line in lines} == {"static", "sparse-momentum"}
+    assert all(json.loads(line)["steps"] == 2 for line in lines)
+    # A line cut off is made again; a whole one is not.
+    cut = lines[0] + "\n" + lines[1][:40]
+    (tmp_path / "sweep.jsonl").write_text(cut)
+    stamp = (tmp_path / "runs" / json.loads(lines[0])["name"] / "table.md").stat().st_mtime_ns
+    again = CliRunner().invoke(cli.main, words)
+    assert again.exit_code == 0 and "1 of 2 runs are done" in again.output
+    rows = sweep.read(tmp_path)
+    assert len(rows) == 2 and rows[0] == json.loads(lines[0])
+    assert rows[1]["test_accuracy"] == json.loads(lines[1])["test_accuracy"]
+    path = tmp_path / "runs" / rows[0]["name"] / "table.md"
+    assert path.stat().st_mtime_ns == stamp
+    assert CliRunner().invoke(cli.main, ["report", str(tmp_path)]).exit_code == 0
+    with pytest.raises(WorkbenchError, match="give another --out"):
+        sweep.run(
+            tmp_path, sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0], ["--lr", "1"]), 1
+        )
+
+
+def test_a_run_that_fails_is_told_and_leaves_no_line(tmp_path: Path) -> None:
+    wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0], ["--lr", "-1"])
+    failures = sweep.run(tmp_path, wanted, 1, lambda text: None)
+    assert len(failures) == 1 and "--lr" in failures[0]
+    with pytest.raises(WorkbenchError, match="no finished run"):
+        sweep.read(tmp_path)
+
+
+def test_means_errors_and_paired_tests() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="the paired test is scipy's")
+    ours, theirs = [0.95, 0.96, 0.97], [0.90, 0.93, 0.93]
+    rows = [row("sparse-momentum", i, a) for i, a in enumerate(ours)]
+    rows += [row("set", i, a) for i, a in enumerate(theirs)] + [row("set", 0, 0.5, 0.1)]
+    head, *lines = sweep_report.table(rows)
+    found = {(line[1], line[2]): dict(zip(head, line, strict=True)) for line in lines}
+    base = found["5 %", "sparse-momentum"]
+    error = statistics.stdev([5.0, 4.0, 3.0]) / 3**0.5
+    assert base["n"] == "3" and base["test error in %"] == f"4.00 +- {error:.2f}"
+    other = found["5 %", "set"]
+    assert other["error minus sparse-momentum"] == "+4.00 (n = 3)"
+    p = stats.ttest_rel(theirs, ours).pvalue
+    assert other["p (paired t)"] == f"{p:.3g}"
+    lone = found["10 %", "set"]
+    assert lone["test error in %"] == "50.00" and lone["p (paired t)"] == ""
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    rows = [row(m, s, 0.9 + s / 100) for m in ("set", "sparse-momentum") for s in (0, 1)]
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    _, written, missing = sweep_report.write(tmp_path)
+    page = (tmp_path / "sweep.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in page
+    assert "&lt;&amp;&gt;" in page and page.count("<tr>") == 3
+    assert page.count("data:image/png;base64,") == (0 if missing else 2)
+    assert all(path.is_file() for path in written)
+
+
+def test_variants_are_runs_of_their_own() -> None:
+    found = sweep.parse_variants(["prune-rate=0.2,0.5"], ["signal=exact momentum=0.5", ""])
+    assert found == [
+        (("prune-rate", "0.2"),), (("prune-rate", "0.5"),),
+        (("signal", "exact"), ("momentum", "0.5")), (),
+    ]  # fmt: skip
+    made = sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], FAST, found)
+    assert len({task.name for task in made}) == 4
+    words = made[2].words(Path("x"))
+    assert words[words.index("--momentum") + 1] == "0.5" and words.index("--signal") > 0
+    assert sweep.parse_variants([], []) == [()]
+    for text in ("prune-rate", "=3", "prune-rate="):
+        with pytest.raises(WorkbenchError, match="--vary: expected text such as"):
+            sweep.parse_variants([text], [])
+
+
+def test_sensitivity_is_of_options_varied_alone(tmp_path: Path) -> None:
+    rows = []
+    for value, accuracy in (("0.5", 0.98), ("0.2", 0.96)):
+        for seed in (0, 1):
+            made = row("sparse-momentum", seed, accuracy + seed / 100)
+            rows.append({**made, "name": f"{value}-{seed}", "variant": f"prune-rate={value}"})
+    rows.append({**row("sparse-momentum", 0, 0.9), "variant": "signal=exact"})
+    rows.append({**row("sparse-momentum", 0, 0.9), "variant": "signal=window momentum=0.5"})
+    rows.append(row("sparse-momentum", 0, 0.97))
+    (lines,) = sweep_report.sensitivity(rows).values()
+    (points,) = lines.values()
+    assert [p[0] for p in points] == [0.2, 0.5]
+    assert [p[1] for p in points] == pytest.approx([3.5, 1.5])
+    assert [p[2] for p in points] == pytest.approx([0.5, 0.5])
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    against = "sparse-momentum prune-rate=0.5"
+    shown, written, missing = sweep_report.write(tmp_path, against)
+    assert f"error minus {against}" in shown and "+2.00 (n = 2)" not in shown
+    assert missing or tmp_path / "sweep-sensitivity.png" in written
+    head, *lines = sweep_report.table(rows, against)
+    found = {line[2]: dict(zip(head, line, strict=True)) for line in lines}
+    assert found[against][head[-2]] == "" and set(found) == {
+        against, "sparse-momentum prune-rate=0.2", "sparse-momentum signal=exact",
+        "sparse-momentum signal=window momentum=0.5", "sparse-momentum",
+    }  # fmt: skip
