@@ -25,7 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels.nn import SparseLayer
-from sparse_kernels.training import checkpoint_files, sparse_momentum, training_state
+from sparse_kernels.training import (
+    apply_change,
+    checkpoint_files,
+    sparse_momentum,
+    training_state,
+)
 from sparse_kernels.training.signals import LayerSignal
 from sparse_kernels.workbench import contenders, datasets, loop, machine, models
 from sparse_kernels.workbench.config import TrainConfig
@@ -110,7 +115,7 @@ POINTS: dict[str, tuple[int, Callable[[int], None]]] = {
     "in the growth window": (12, lambda n: _patch(LayerSignal, "observe", n, False)),
     "before a mask update's plan": (3, lambda n: _patch(sparse_momentum, "plan_update", n, True)),
     "after a mask update's plan": (3, lambda n: _patch(sparse_momentum, "plan_update", n, False)),
-    "between layers of a mask update": (8, lambda n: _patch(sparse_momentum, "rewrite", n, False)),
+    "between layers of a mask update": (8, lambda n: _patch(apply_change, "rewrite", n, False)),
     "inside the rewrite of a layer": (8, lambda n: _patch(SparseLayer, "set_pattern_", n, True)),
     "before a checkpoint": (8, lambda n: _patch(checkpoint_files, "write", n, True)),
     "in a checkpoint's file, half written": (40, _half_file),

@@ -29,6 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "exact, clipped": {"clip": 0.05},
     "gradient": {"growth": "gradient"},
     "random": {"growth": "random"},
+    "sampled": {"signal": "sampled", "sample_share": 0.3},
+    "sampled, model given": {"signal": "sampled", "sample_share": 0.3, "given": "model"},
     "adam, micro-batches": {"optimizer": "adam", "signal": "window", "micro": 2},
     "blocks, model given": {"block": (2, 1), "signal": "exact", "given": "model"},
     "adamw, no_sync, schedule, overflow": {

@@ -179,6 +179,8 @@ def overflowing(rank: int, world: int, folder: Path) -> str:
     images, labels = torch.rand(6, 1, 28, 28), torch.arange(6)
     made.step(images, labels)
     images[1::2] = 3e38
+    with torch.no_grad():
+        sparse(made.model)[0].values.mul_(100)
     with pytest.raises(TrainingError) as caught:
         made.step(images, labels)
     return str(caught.value)

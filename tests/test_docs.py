@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def shell_commands() -> list[tuple[str, list[str]]]:
     found = []
     for name, block in SHELL_BLOCKS:
         for line in block.splitlines():
-            words = line.split("#")[0].split()
+            words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words = words[1:]
             if words:

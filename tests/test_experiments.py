@@ -34,7 +34,7 @@ def test_every_run_of_a_sweep_has_settings_that_hold(command, tmp_path, monkeypa
     out = re.search(r"--out runs/([\w-]+)", command)[1]
     assert len({task.name for task in wanted}) == len(wanted) == RUNS[out]
 
-    def train(config: TrainConfig, folder: Path, resume: bool) -> dict:
+    def train(config: TrainConfig, folder: Path, *rest: object) -> dict:
         config.check()
         trained.append(config)
         return {}

@@ -236,6 +236,8 @@ def test_the_first_layer_whose_output_is_bad_is_named() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert torch.equal(generator, torch.get_rng_state())
     assert finite.bad_activation(model, lambda: model(torch.zeros(4, 3))) is None
+    bad = torch.full((4, 3), float("nan"))
+    assert "holds NaN or infinity already" in finite.explain(model, lambda: model(bad))
 
 
 def test_large_gradients_are_not_infinite_ones() -> None:

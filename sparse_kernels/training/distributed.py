@@ -86,10 +86,15 @@ class Ranks:
                 "averaged; wrap the whole model, or make a SparseMomentum for each part"
             )
         self.attachment = attachment
-        # Ranks seeded apart would grow apart: rank 0's draws are everybody's.
-        state = [self._generator.get_state()]
+        # Ranks seeded apart would grow apart: rank 0's draws are everybody's, those made included.
+        state: list[Any] = [
+            self._generator.get_state(),
+            [signal.drawn() for signal in self._signals],
+        ]
         torch.distributed.broadcast_object_list(state, group=attachment.group, group_src=0)
         self._generator.set_state(state[0])
+        for signal, drawn in zip(self._signals, state[1], strict=True):
+            signal.take_drawn(drawn)
 
     # ---- every step ----------------------------------------------------------------------------
 

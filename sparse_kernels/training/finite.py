@@ -47,18 +47,19 @@ def _bad(tensors: Any) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
-def bad_activation(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Name of the first innermost module that makes NaN or infinity out of finite input, or None.
+def bad_activation(model: nn.Module, forward: Callable[[], Any]) -> tuple[str, bool] | None:
+    """(name of the first innermost module whose output holds NaN or infinity, whether its input
+    does not), or None.
 
     `forward` is called once more with hooks on every module, without gradients; buffers (running
     statistics) and random state are put back.
     """
-    first: list[str] = []
+    first: list[tuple[str, bool]] = []
 
     def hook_for(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not first and not _finite(output) and all(map(_finite, inputs)):
-                first.append(name)
+            if not first and not _finite(output):
+                first.append((name, all(map(_finite, inputs))))
 
         return look
 
@@ -89,7 +90,10 @@ def explain(model: nn.Module, forward: Callable[[], Any] | None = None) -> str:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             return f"the {what} of layer {names[0]!r}{more} holds NaN or infinity"
-    name = None if forward is None else bad_activation(model, forward)
-    if name is not None:
-        return f"layer {name!r} is the first whose output is not finite; its input is"
+    found = None if forward is None else bad_activation(model, forward)
+    if found is not None:
+        name, made_it = found
+        if made_it:
+            return f"layer {name!r} is the first whose output is not finite; its input is"
+        return f"the input of layer {name!r}, the first to see it, holds NaN or infinity already"
     return "weights, gradients and the outputs of all layers are finite, the loss itself is not"

@@ -89,6 +89,19 @@ class SampledSignal(LayerSignal):
         self.places = torch.cat([stored[::every], sample]).sort().values
         self.free_at = torch.searchsorted(self.places, sample)
 
+    def drawn(self) -> tuple[Tensor, Tensor] | None:
+        if self.places is None or self.free_at is None:
+            return None
+        return self.places.cpu(), self.free_at.cpu()
+
+    def take_drawn(self, drawn: tuple[Tensor, Tensor] | None) -> None:
+        if drawn is None or self.places is None:
+            return
+        self.disarm()
+        device = self.layer.values.device
+        self.places, self.free_at = (part.to(device) for part in drawn)
+        self._watch()
+
     def _blocks_of(self, dense: Tensor) -> Tensor:
         return dense
 

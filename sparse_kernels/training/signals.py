@@ -147,6 +147,13 @@ class LayerSignal:
         if self._probe is not None and self.layer.values.grad is None:
             self._probe.grad = None
 
+    def drawn(self) -> Any:
+        """What this signal has drawn for the present window, None for all that draw nothing."""
+        return None
+
+    def take_drawn(self, drawn: Any) -> None:
+        """Go on with what another rank has drawn; before the window's first step."""
+
     def clear(self) -> None:
         """Drop what was gathered."""
         self.buffers.clear()

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from sparse_kernels import layout
 from sparse_kernels.backends.triton import operands
 from sparse_kernels.ops import _library
 
@@ -44,6 +45,9 @@ class Recording(TorchDispatchMode):
         with self.monkeypatch.context() as patch:
             patch.setattr(operands.Launch, "run", launched)
             patch.setattr(operands, "_capturing", lambda tensor: True)
+            # Layouts of CPU tensors are changed by the native module, which no mode sees; those
+            # of a GPU's by torch.
+            patch.setattr(layout, "_is_plain_float32", lambda tensor: False)
             with self:
                 step()
 
@@ -55,7 +59,8 @@ class Recording(TorchDispatchMode):
                 return _library._KERNELS[name](*args)
         assert name not in WAITING, f"{func} waits for the device"
         out = func(*args, **kwargs)
-        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        # By memory, not by schema: contiguous and reshape are a view or a copy.
+        view = not func._schema.is_mutable and _places(out) <= _places((args, kwargs))
         if not view and not name.startswith("empty"):
             self.done.append(lambda: _again(func, args, kwargs, out))
         return out
@@ -65,6 +70,12 @@ class Recording(TorchDispatchMode):
         """Everything once more, results in the memory that they had."""
         for step in self.done:
             step()
+
+
+def _places(tensors: Any) -> set[int]:
+    """Where the tensors' memory begins, that of their views included."""
+    leaves = (leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor))
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves}
 
 
 def _again(func: Any, args: Any, kwargs: Any, before: Any) -> None:

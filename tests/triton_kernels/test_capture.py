@@ -87,7 +87,7 @@ class Run:
                 )
 
 
-@pytest.mark.parametrize("block", [(16, 16), (4, 1)], ids=str)
+@pytest.mark.parametrize("block", [(16, 16), pytest.param((4, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_captured_step_survives_twelve_updates(
     block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
