@@ -241,7 +241,7 @@ def linear_dgrad(
     """dX = dY S; grad [N, out] -> dx [N, in], feature-major, grad's dtype."""
     if _is_tensor_cores(values):
         index, size = (t_crow, t_row, t_perm), (grad.shape[0], in_features)
-        return _cuda_blocks.dgrad(native(), _place, "linear_dgrad", grad, values, index, size, None)
+        return _cuda_blocks.dgrad(native, _place, "linear_dgrad", grad, values, index, size, None)
     batch, rows = grad.shape
     shape, geometry = (batch, in_features), [rows, in_features, batch]
     return _dgrad("linear_dgrad", grad, values, (t_crow, t_row, t_perm), shape, geometry)
