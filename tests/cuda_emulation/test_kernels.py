@@ -91,7 +91,9 @@ def test_misaligned_tensors_are_moved_by_elements(
     assert relative_error(got, want) <= bound(problem, kernel)
 
 
-@pytest.mark.parametrize("name", ["conv-wide", "small-conv"])
+@pytest.mark.parametrize(
+    "name", ["conv-wide", "small-conv"], ids=["conv-wide-float32", "small-conv-float32"]
+)
 def test_an_infinite_gradient_does_not_meet_padding(name: str) -> None:
     problem = make(next(c for c in small_cases() if c.id == name), torch.float32)
     clean = compute(problem, "wgrad")
