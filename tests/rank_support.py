@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-ROOT = Path(__file__).resolve().parent.parent
+import sparse_kernels
+
+PACKAGE = Path(sparse_kernels.__file__).resolve().parent.parent  # installed, or the source tree
 TESTS = Path(__file__).resolve().parent
 TIMEOUT = 240
 
@@ -41,8 +43,8 @@ def run_ranks(world: int, folder: Path, module: str, function: str) -> list[Any]
 
 
 def environment() -> dict[str, str]:
-    """The environment of a child: this source tree, one thread, no measurements."""
-    paths = [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    """The environment of a child: the package under test, one thread, no measurements."""
+    paths = [str(PACKAGE), str(TESTS), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

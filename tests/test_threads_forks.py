@@ -17,6 +17,8 @@ from sparse_kernels.nn import SparseConv2d, SparseLinear
 
 SANITIZED = os.environ.get("SPARSE_KERNELS_SANITIZED")
 
+#: "" is the working directory, the source tree; the package under test may be an installed one.
+NOT_HERE = "import sys; sys.path[:] = [path for path in sys.path if path]\n"
 
 #: ThreadSanitizer ends a process that starts threads after a fork of several threads.
 forks = pytest.mark.skipif(SANITIZED == "thread", reason="ThreadSanitizer does not support forks")
@@ -24,7 +26,7 @@ forks = pytest.mark.skipif(SANITIZED == "thread", reason="ThreadSanitizer does n
 
 def run(script: str, *arguments: str, seconds: int = 600) -> str:
     """The script's output, from a process of its own: what hangs is a failure, not a hung test."""
-    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    command = [sys.executable, "-c", NOT_HERE + textwrap.dedent(script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     result = subprocess.run(

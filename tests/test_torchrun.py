@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kill_support import differences, outcome
-from rank_support import ROOT, environment
+from rank_support import TESTS, environment
 
 from sparse_kernels.workbench.errors import WorkbenchError
 from sparse_kernels.workbench.ranks import Ranks
@@ -31,7 +31,7 @@ def torchrun(
     if kill is not None:
         settings |= {"KILL_RANK": str(kill[0]), "KILL_STEP": str(kill[1])}
     words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    script = str(ROOT / "tests" / "torchrun_rank.py")
+    script = str(TESTS / "torchrun_rank.py")
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words, script, *WORDS.split(),
          "--out", str(out)],

@@ -22,6 +22,11 @@ from .errors import WorkbenchError
 from .models import spec
 
 LINES = "sweep.jsonl"
+# Without the working directory: in a checkout, the sources there are not the package in use.
+_PROGRAM = (
+    "import sys; sys.path[:] = [path for path in sys.path if path]; "
+    "from sparse_kernels.cli import main; main()"
+)
 Variant = tuple[tuple[str, str], ...]
 """Options of `train` and their values; () is the method as it is."""
 _KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "flops_density")
@@ -169,7 +174,7 @@ def _train(out: Path, task: Task) -> tuple[Task, dict[str, Any] | None, str]:
     paths = [package, environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in paths if part)
     done = subprocess.run(
-        [sys.executable, "-m", "sparse_kernels.cli", *task.words(out)],
+        [sys.executable, "-c", _PROGRAM, *task.words(out)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     results = out / task.name / "results.json"
