@@ -35,6 +35,16 @@ def test_results_do_not_depend_on_the_order_of_warps(name: str, kernel: str) -> 
     assert torch.equal(compute(problem, kernel, seed=1), compute(problem, kernel, seed=2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_infinities_do_not_leak_out_of_partial_blocks(dtype: torch.dtype) -> None:
+    # 0 * inf would be NaN in the rows that a partial block does not have.
+    problem = make(next(c for c in CASES if c.id == "b16-conv-partial"), dtype)
+    problem.t["x"][0, 0] = float("inf")
+    there = problem.t["pattern"].compress(torch.ones(problem.t["pattern"].shape))
+    assert bool((there == 0).any())
+    assert not bool(compute(problem, "block_wgrad")[there == 0].any())
+
+
 def test_a_long_sum_is_cut_and_the_table_has_such_cases() -> None:
     # 601 points are 10 stages of 64 (bfloat16), or 19 of 32 (TF32): two and four parts.
     workspace = load().cuda_block_wgrad_workspace
