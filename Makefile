@@ -81,8 +81,8 @@ format: $(TOOLS_STAMP) ## rewrite the sources as ruff and clang-format want them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
-cuda-compile: ## compile every csrc/cuda/*.cu for every architecture, fail on register spills
-	$(PYTHON) tools/cuda_compile.py
+cuda-compile: ## compile every csrc/cuda/*.cu for every architecture (or ARCH="sm_80 ..."), fail on register spills
+	$(PYTHON) tools/cuda_compile.py $(foreach arch,$(ARCH),--arch $(arch))
 
 # Needs a C++ compiler, neither nvcc nor a GPU. Built first: two test workers would both build it.
 cuda-emulation: $(INSTALL_STAMP) $(TOOLS_STAMP) ## run the CUDA kernels on the CPU, a small set of cases (all: make test-full)

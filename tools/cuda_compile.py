@@ -174,19 +174,19 @@ def write_table(path: Path, text: str) -> None:
     path.write_text(before + begin + text + end + rest.split(end)[1], encoding="utf-8")
 
 
-def architectures(nvcc: str) -> list[str]:
-    """Those of ARCHITECTURES that this nvcc knows: sm_100 needs 12.8."""
+def architectures(nvcc: str, wanted: list[str]) -> list[str]:
+    """Those of `wanted` that this nvcc knows: sm_100 needs 12.8."""
     command = [nvcc, "--list-gpu-arch"]
     known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [arch for arch in ARCHITECTURES if arch.rstrip("a").replace("sm", "compute") in known]
+    return [arch for arch in wanted if arch.rstrip("a").replace("sm", "compute") in known]
 
 
-def compile_all(nvcc: str, sources: list[Path], document: Path | None) -> int:
-    """Compile all sources for all architectures, print a table and put it into `document`; returns
-    the number of failures.
+def compile_all(nvcc: str, sources: list[Path], wanted: list[str], document: Path | None) -> int:
+    """Compile all sources for the wanted architectures, print a table and put it into `document`;
+    returns the number of failures.
     """
     OUT.mkdir(parents=True, exist_ok=True)
-    jobs = [(source, arch) for source in sources for arch in architectures(nvcc)]
+    jobs = [(source, arch) for source in sources for arch in architectures(nvcc, wanted)]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         results = list(pool.map(lambda job: compile_source(nvcc, *job), jobs))
     failures = 0
@@ -213,7 +213,11 @@ def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="document that gets the table")
-    document: Path | None = parser.parse_args().write
+    parser.add_argument(
+        "--arch", action="append", choices=ARCHITECTURES, help="repeatable; default: all of them"
+    )
+    options = parser.parse_args()
+    document: Path | None = options.write
     start = time.monotonic()
     nvcc = find_nvcc()
     if nvcc is None:
@@ -227,9 +231,10 @@ def main() -> int:
     if not sources:
         print("expected CUDA sources in csrc/cuda/*.cu, found none")
         return 1
-    failures = compile_all(nvcc, sources, document)
+    wanted = options.arch or list(ARCHITECTURES)
+    failures = compile_all(nvcc, sources, wanted, document)
     print(
-        f"{len(sources)} CUDA sources x {len(architectures(nvcc))} architectures, "
+        f"{len(sources)} CUDA sources x {len(architectures(nvcc, wanted))} architectures, "
         f"{failures} failures, {time.monotonic() - start:.0f} s"
     )
     return 1 if failures else 0

@@ -1,10 +1,10 @@
 """TF32 fragments of mma.sync against an independent description, and what the emulator finds of
 ldmatrix and mma.sync used wrongly.
 
-The emulator computes by layouts that are data (include/cuda/mma_layouts.h), copied from CuTe; the
-numbers below were read from the PTX ISA manual, "Matrix Fragments for mma.m16n8k8", whose formulas
-for .tf32 are written out here: row and column by lane and value. Where the package nvidia-cutlass
-is installed, the data are also compared with its headers.
+The emulator computes by layouts that are data (include/cuda/mma_layouts.h), taken from CuTe. The
+formulas below, row and column by lane and value, are those of the PTX ISA manual's "Matrix
+Fragments for mma.m16n8k8" as the author remembers them. Where the package nvidia-cutlass is
+installed, the data are compared with its headers: that is the independent source.
 """
 
 from __future__ import annotations
