@@ -35,12 +35,12 @@ def test_results_do_not_depend_on_the_order_of_warps(name: str, kernel: str) -> 
     assert torch.equal(compute(problem, kernel, seed=1), compute(problem, kernel, seed=2))
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("kernel", ["block_product", "block_dgrad"])
 def test_tiles_beyond_the_grid_are_done_in_turns(kernel: str) -> None:
     with small_grids():
         check(next(c for c in CASES if c.id == "b16-parts"), torch.bfloat16, kernel)
-=======
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_infinities_do_not_leak_out_of_partial_blocks(dtype: torch.dtype) -> None:
     # 0 * inf would be NaN in the rows that a partial block does not have.
@@ -49,7 +49,6 @@ def test_infinities_do_not_leak_out_of_partial_blocks(dtype: torch.dtype) -> Non
     there = problem.t["pattern"].compress(torch.ones(problem.t["pattern"].shape))
     assert bool((there == 0).any())
     assert not bool(compute(problem, "block_wgrad")[there == 0].any())
->>>>>>> f15a1f7024bc9b6e3a6580affecf78afb96dca91
 
 
 def test_a_long_sum_is_cut_and_the_table_has_such_cases() -> None:
