@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sparse_kernels import SparseMomentum, sparsify
 from sparse_kernels.nn.distribution import LayerSize, erk_densities
 from sparse_kernels.training import METHODS, SparseMomentumConfig, method
 from sparse_kernels.training.apply_change import STORAGE_HYSTERESIS
+from sparse_kernels.training.limits import shared
 
 STEPS, EVERY = 40, 4
 
@@ -98,16 +100,54 @@ def test_gradual_pruning_follows_the_cubic_to_the_very_end() -> None:
     assert STORAGE_HYSTERESIS * 0.5 > 0.1  # so that they had to come from dense storage
 
 
-def test_gradual_pruning_with_regrowth_ends_at_its_density() -> None:
+@pytest.mark.parametrize("redistribution", ["none", "momentum", "nonzero"])
+@pytest.mark.parametrize("rule", ["magnitude", "global_magnitude"])
+def test_gradual_pruning_with_regrowth_ends_at_its_density(rule, redistribution) -> None:
     """GraNet: gradual pruning, and a share pruned and regrown beside it."""
-    for rule in ("magnitude", "global_magnitude"):
-        model, masks, _, _, _ = trained(
-            "gmp", final_density=0.2, prune_rate=0.3, growth="gradient", prune=rule
-        )
-        wanted = sum(round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in sparse(model))
-        # Pruned globally, layers end at other densities, and at the sum to a block per layer.
-        assert abs(stored(model) - wanted) <= (0 if rule == "magnitude" else 60)
-        assert masks.history[-1].removed > 0
+    model, masks, _, counts, _ = trained(
+        "gmp", final_density=0.2, prune_rate=0.3, growth="gradient", prune=rule,
+        redistribution=redistribution,
+    )  # fmt: skip
+    wanted = [round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in sparse(model)]
+    assert stored(model) == sum(wanted)
+    totals = [sum(c) for c in counts]
+    assert totals == sorted(totals, reverse=True)
+    alone = rule == "magnitude" and redistribution == "none"
+    assert (list(counts[-1]) == wanted) is alone  # else layers end at densities of their own
+    assert masks.history[-1].removed > 0
+
+
+def test_gradual_pruning_of_sparse_momentum_ends_at_its_density() -> None:
+    model = trained("sparse-momentum", final_density=0.2)[0]
+    wanted = sum(round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in sparse(model))
+    assert stored(model) == wanted
+
+
+def test_gradual_pruning_leaves_frozen_layers_out_of_the_sum() -> None:
+    torch.manual_seed(0)
+    model = make_model(density=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"total_steps": STEPS, "update_every": EVERY, "final_density": 0.2}
+    masks = SparseMomentum(model, optimizer, **options)
+    still, *others = sparse(model)
+    still.values.requires_grad_(False)
+    train(model, optimizer, masks, STEPS)
+    assert still.density == 1.0
+    wanted = sum(round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in others)
+    assert sum(x.pattern.nnzb for x in others) == wanted
+
+
+def test_what_is_lost_for_good_is_shared_exactly() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        over = [draw.randrange(-20, 30) for _ in range(draw.randrange(1, 6))]
+        positive = [max(0, o) for o in over]
+        counts = shared(sum(over), over)
+        assert sum(counts) == max(0, sum(over))
+        for count, most in zip(counts, positive, strict=True):
+            exact = most * max(0, sum(over)) / max(1, sum(positive))
+            assert count <= most and abs(count - exact) < 1
+    assert shared(3, [2, 2, 2, -3]) == [1, 1, 1, 0] and shared(4, [3, 3, -2]) == [2, 2, 0]
 
 
 def test_gradual_pruning_goes_on_from_a_checkpoint() -> None:
