@@ -68,7 +68,7 @@ METHODS: dict[str, Method] = {
     ),
     "fan-in": Method(
         "after SRigL, Lasby et al. 2023, arXiv 2305.02299, without its ablation of neurons",
-        {**_RIGL, "prune": "fan_in", "growth": "fan_in", "signal": "gradient"},
+        {**_RIGL, "growth": "fan_in", "signal": "gradient"},
         distribution="uniform",
         update_every=100,
     ),
