@@ -138,6 +138,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
               help="What goes: magnitude, set, global_magnitude, fan_in, groups:M.")  # fmt: skip
 @click.option("--growth", default="momentum", show_default=True,
               help="What comes: momentum, gradient, random, neuron, fan_in, groups:M.")  # fmt: skip
+@click.option("--spare-dense/--no-spare-dense", default=True, show_default="the method's",
+              help="Prune nearly dense layers of importance at a lower rate.")  # fmt: skip
 @click.option("--final-prune-rate", type=float, default=0.005, show_default=True)
 @click.option("--update-until", type=float, default=1.0, show_default=True,
               help="Share of the training after which masks stay.")  # fmt: skip

@@ -16,6 +16,7 @@ from sparse_kernels.nn.distribution import LayerSize, erk_densities
 from sparse_kernels.training import METHODS, SparseMomentumConfig, method
 from sparse_kernels.training.apply_change import STORAGE_HYSTERESIS
 from sparse_kernels.training.limits import shared
+from sparse_kernels.workbench.config import TrainConfig, method_settings
 
 STEPS, EVERY = 40, 4
 
@@ -77,6 +78,27 @@ def test_set_prunes_a_constant_share_by_sign() -> None:
     _, masks, _, _, _ = trained("set")
     assert {record.prune_rate for record in masks.history} == {0.3}
     assert masks.config.prune == "set" and masks.config.effective_signal == "random"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_sparse_momentum_spares_nearly_dense_layers(name) -> None:
+    """Its official code does; the rate of the others holds in every layer."""
+    model = make_model(density=0.9, sizes=(12, 20, 16, 4))
+    with torch.no_grad():
+        for i, layer in enumerate(sparse(model)):
+            layer.values.mul_(10.0**-i)  # unequal layers, by weights and by gradients
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {**method(name).options, "prune_rate": 0.5, "update_until": 1.0}
+    masks = SparseMomentum(model, optimizer, total_steps=STEPS, update_every=EVERY, **options)
+    before = [layer.pattern.nnzb for layer in sparse(model)]
+    train(model, optimizer, masks, EVERY)
+    rate = masks.history[0].prune_rate
+    full = sum(math.ceil(rate * n) for n in before)
+    spares = name in ("sparse-momentum", "momentum-neuron", "snfs")
+    assert (masks.history[0].removed < full) is spares
+    assert spares or masks.history[0].removed == full
+    command = TrainConfig(**method_settings(name)).command()
+    assert ("--no-spare-dense" in command) is not spares
 
 
 def test_dsr_prunes_globally_and_regrows_by_what_layers_hold() -> None:

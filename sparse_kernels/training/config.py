@@ -45,6 +45,7 @@ class SparseMomentumConfig:
     final_density: float | None = None
     cost_weight: float = 0.0
     cost_budget: float | str | None = None
+    spare_dense: bool = True
 
     def __post_init__(self) -> None:
         UpdateSchedule(self.total_steps, self.update_every)
@@ -122,6 +123,7 @@ class SparseMomentumConfig:
             prune=_look_up("prune", self.prune, PRUNE_RULES),
             growth=grow_random if random else growth,
             redistribution=_look_up("redistribution", self.redistribution, REDISTRIBUTION_RULES),
+            spare_dense=self.spare_dense,
         )
 
 
