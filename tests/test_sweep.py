@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from sparse_kernels import cli
 from sparse_kernels.workbench import sweep, sweep_report
+from sparse_kernels.workbench.config import TrainConfig
 from sparse_kernels.workbench.errors import WorkbenchError
 
 FAST = ("--data", "mnist-sample", "--max-steps", "2", "--batch-size", "500")
@@ -177,6 +178,19 @@ def test_variants_are_runs_of_their_own() -> None:
     for text in ("prune-rate", "=3", "prune-rate="):
         with pytest.raises(WorkbenchError, match="--vary: expected text such as"):
             sweep.parse_variants([text], [])
+
+
+def test_names_of_variants_are_names_that_train_takes() -> None:
+    variants = sweep.parse_variants([], ["prune=groups:4 growth=groups:4", ""])
+    rules, plain = sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], (), variants)
+    assert rules.name == "lenet-300-100-snfs-d0.05-s0-prune=groups_4-growth=groups_4"
+    assert plain.name == "lenet-300-100-snfs-d0.05-s0"
+    words = rules.words(Path("x"))
+    assert words[words.index("--prune") + 1] == "groups:4"
+    TrainConfig(name=words[words.index("--name") + 1]).check()
+    alike = sweep.parse_variants(["data-dir=a/b,a:b"], [])
+    with pytest.raises(WorkbenchError, match="would both be called .*a_b"):
+        sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], (), alike)
 
 
 def test_sensitivity_is_of_options_varied_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,7 +56,8 @@ class Task:
     def name(self) -> str:
         """Of its directory, and the key of its line."""
         changed = "".join(f"-{option}={value}" for option, value in self.variant)
-        return f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
+        whole = f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
+        return re.sub(r"[^\w.,+=-]", "_", whole)  # what `train --name` takes
 
     def words(self, out: Path) -> list[str]:
         """Arguments of `sparse-kernels`."""
@@ -81,7 +83,8 @@ def tasks(
 ) -> list[Task]:
     """All combinations, seeds outermost: after each seed the table is whole, only wider of error.
 
-    Raises WorkbenchError for an unknown net or method and for a density out of range.
+    Raises WorkbenchError for an unknown net or method, for a density out of range, and for variants
+    that would share a directory.
     """
     for net in nets:
         spec(net)
@@ -91,7 +94,15 @@ def tasks(
     if any(not 0 < density <= 1 for density in densities):
         raise WorkbenchError(f"--density: expected numbers above 0, at most 1, got {densities}")
     chosen = itertools.product(seeds, nets, densities, methods, variants)
-    return [Task(net, name, d, s, tuple(options), change) for s, net, d, name, change in chosen]
+    found = [Task(net, name, d, s, tuple(options), change) for s, net, d, name, change in chosen]
+    by_name: dict[str, Task] = {}
+    for task in found:
+        if by_name.setdefault(task.name, task) != task:
+            raise WorkbenchError(
+                f"--variant: {task.variant} and {by_name[task.name].variant} would both be called "
+                f"{task.name!r}; make two sweeps, each with its own --out"
+            )
+    return found
 
 
 def parse_variants(vary: Sequence[str], variants: Sequence[str]) -> list[Variant]:
