@@ -206,6 +206,13 @@ def test_erdos_renyi_counts_channels_alone() -> None:
     assert round(0.3 * (16 * 8 * 9 + 32 * 64)) == model[0].nnz + model[2].nnz
 
 
+def test_growth_by_neuron_needs_a_signal() -> None:
+    with pytest.raises(ValueError, match="growth='neuron' ranks rows by a dense signal"):
+        SparseMomentumConfig(total_steps=4, update_every=1, growth="neuron", signal="random")
+    for growth in ("fan_in", "groups:4"):  # draw at random instead
+        SparseMomentumConfig(total_steps=4, update_every=1, growth=growth, signal="random")
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown method 'rigel'; expected one of sparse-mom"):
         method("rigel")

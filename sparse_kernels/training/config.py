@@ -71,6 +71,12 @@ class SparseMomentumConfig:
                 "sample; choose 'exact', 'window' or 'gradient'"
             )
 
+        if self.signal == "random" and self.growth == "neuron":
+            raise ValueError(
+                "growth='neuron' ranks rows by a dense signal, but signal='random' has none; "
+                "choose signal='exact', 'window' or 'gradient'"
+            )
+
     def _check_costs(self) -> None:
         if not 0.0 <= self.cost_weight < float("inf"):
             raise ValueError(f"cost_weight must be finite and >= 0, got {self.cost_weight!r}")
