@@ -243,10 +243,10 @@ def _configure(context: click.Context, preset: str | None, options: dict[str, An
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False))
-@click.option("--against", default="sparse-momentum", show_default=True,
+@click.option("--against", default=None, show_default="sparse-momentum",
               help="Of a sweep: what its methods and variants are compared with.")  # fmt: skip
 @one_line_errors
-def report(run: str, against: str) -> None:
+def report(run: str, against: str | None) -> None:
     """Render table and figure of runs/<name>, or of a sweep's directory, again from its results."""
     from .workbench import report as reports
     from .workbench import sweep, sweep_report

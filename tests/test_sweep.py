@@ -180,6 +180,18 @@ def test_variants_are_runs_of_their_own() -> None:
             sweep.parse_variants([text], [])
 
 
+def test_a_label_that_no_run_has_is_refused(tmp_path: Path) -> None:
+    rows = [row("set", 0, 0.9), {**row("rigl", 0, 0.9), "variant": "prune-rate=0.5"}]
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    told = CliRunner().invoke(cli.main, ["report", str(tmp_path), "--against", "rigl"])
+    assert told.exit_code == 1
+    assert "expected one of rigl prune-rate=0.5, set, got 'rigl'" in told.stderr
+    assert CliRunner().invoke(cli.main, ["report", str(tmp_path)]).exit_code == 0
+    assert (
+        CliRunner().invoke(cli.main, ["report", str(tmp_path), "--against", "set"]).exit_code == 0
+    )
+
+
 def test_names_of_variants_are_names_that_train_takes() -> None:
     variants = sweep.parse_variants([], ["prune=groups:4 growth=groups:4", ""])
     rules, plain = sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], (), variants)
