@@ -64,8 +64,13 @@ def sweep_command(
     failures = sweep.run(Path(out), wanted, jobs, click.echo)
     if len(failures) < len(wanted):
         show(*sweep_report.write(Path(out)))
+    done = {row["name"] for row in sweep.read(Path(out))} if len(failures) < len(wanted) else set()
+    stopped = sum(task.name not in done for task in wanted) - len(failures)
     if failures:
         click.echo(f"{len(failures)} runs failed; the same command tries them again", err=True)
+    if stopped:
+        click.echo(f"{stopped} runs were stopped; the same command goes on with them", err=True)
+    if failures or stopped:
         context.exit(1)
 
 

@@ -138,6 +138,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
               help="What goes: magnitude, set, global_magnitude, fan_in, groups:M.")  # fmt: skip
 @click.option("--growth", default="momentum", show_default=True,
               help="What comes: momentum, gradient, random, neuron, fan_in, groups:M.")  # fmt: skip
+@click.option("--spare-dense/--no-spare-dense", default=True, show_default="the method's",
+              help="Prune nearly dense layers of importance at a lower rate.")  # fmt: skip
 @click.option("--final-prune-rate", type=float, default=0.005, show_default=True)
 @click.option("--update-until", type=float, default=1.0, show_default=True,
               help="Share of the training after which masks stay.")  # fmt: skip
@@ -241,10 +243,10 @@ def _configure(context: click.Context, preset: str | None, options: dict[str, An
 
 @main.command()
 @click.argument("run", type=click.Path(file_okay=False))
-@click.option("--against", default="sparse-momentum", show_default=True,
+@click.option("--against", default=None, show_default="sparse-momentum",
               help="Of a sweep: what its methods and variants are compared with.")  # fmt: skip
 @one_line_errors
-def report(run: str, against: str) -> None:
+def report(run: str, against: str | None) -> None:
     """Render table and figure of runs/<name>, or of a sweep's directory, again from its results."""
     from .workbench import report as reports
     from .workbench import sweep, sweep_report

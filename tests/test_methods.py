@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from sparse_kernels import SparseMomentum, sparsify
 from sparse_kernels.nn.distribution import LayerSize, erk_densities
 from sparse_kernels.training import METHODS, SparseMomentumConfig, method
 from sparse_kernels.training.apply_change import STORAGE_HYSTERESIS
+from sparse_kernels.training.limits import shared
+from sparse_kernels.workbench.config import TrainConfig, method_settings
 
 STEPS, EVERY = 40, 4
 
@@ -77,6 +80,27 @@ def test_set_prunes_a_constant_share_by_sign() -> None:
     assert masks.config.prune == "set" and masks.config.effective_signal == "random"
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_only_sparse_momentum_spares_nearly_dense_layers(name) -> None:
+    """Its official code does; the rate of the others holds in every layer."""
+    model = make_model(density=0.9, sizes=(12, 20, 16, 4))
+    with torch.no_grad():
+        for i, layer in enumerate(sparse(model)):
+            layer.values.mul_(10.0**-i)  # unequal layers, by weights and by gradients
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {**method(name).options, "prune_rate": 0.5, "update_until": 1.0}
+    masks = SparseMomentum(model, optimizer, total_steps=STEPS, update_every=EVERY, **options)
+    before = [layer.pattern.nnzb for layer in sparse(model)]
+    train(model, optimizer, masks, EVERY)
+    rate = masks.history[0].prune_rate
+    full = sum(math.ceil(rate * n) for n in before)
+    spares = name in ("sparse-momentum", "momentum-neuron", "snfs")
+    assert (masks.history[0].removed < full) is spares
+    assert spares or masks.history[0].removed == full
+    command = TrainConfig(**method_settings(name)).command()
+    assert ("--no-spare-dense" in command) is not spares
+
+
 def test_dsr_prunes_globally_and_regrows_by_what_layers_hold() -> None:
     _, masks, _, counts, _ = trained("dsr")
     assert len(set(counts)) > 1
@@ -98,16 +122,54 @@ def test_gradual_pruning_follows_the_cubic_to_the_very_end() -> None:
     assert STORAGE_HYSTERESIS * 0.5 > 0.1  # so that they had to come from dense storage
 
 
-def test_gradual_pruning_with_regrowth_ends_at_its_density() -> None:
+@pytest.mark.parametrize("redistribution", ["none", "momentum", "nonzero"])
+@pytest.mark.parametrize("rule", ["magnitude", "global_magnitude"])
+def test_gradual_pruning_with_regrowth_ends_at_its_density(rule, redistribution) -> None:
     """GraNet: gradual pruning, and a share pruned and regrown beside it."""
-    for rule in ("magnitude", "global_magnitude"):
-        model, masks, _, _, _ = trained(
-            "gmp", final_density=0.2, prune_rate=0.3, growth="gradient", prune=rule
-        )
-        wanted = sum(round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in sparse(model))
-        # Pruned globally, layers end at other densities, and at the sum to a block per layer.
-        assert abs(stored(model) - wanted) <= (0 if rule == "magnitude" else 60)
-        assert masks.history[-1].removed > 0
+    model, masks, _, counts, _ = trained(
+        "gmp", final_density=0.2, prune_rate=0.3, growth="gradient", prune=rule,
+        redistribution=redistribution,
+    )  # fmt: skip
+    wanted = [round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in sparse(model)]
+    assert stored(model) == sum(wanted)
+    totals = [sum(c) for c in counts]
+    assert totals == sorted(totals, reverse=True)
+    alone = rule == "magnitude" and redistribution == "none"
+    assert (list(counts[-1]) == wanted) is alone  # else layers end at densities of their own
+    assert masks.history[-1].removed > 0
+
+
+def test_gradual_pruning_of_sparse_momentum_ends_at_its_density() -> None:
+    model = trained("sparse-momentum", final_density=0.2)[0]
+    wanted = sum(round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in sparse(model))
+    assert stored(model) == wanted
+
+
+def test_gradual_pruning_leaves_frozen_layers_out_of_the_sum() -> None:
+    torch.manual_seed(0)
+    model = make_model(density=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"total_steps": STEPS, "update_every": EVERY, "final_density": 0.2}
+    masks = SparseMomentum(model, optimizer, **options)
+    still, *others = sparse(model)
+    still.values.requires_grad_(False)
+    train(model, optimizer, masks, STEPS)
+    assert still.density == 1.0
+    wanted = sum(round(0.2 * x.matrix_shape[0] * x.matrix_shape[1]) for x in others)
+    assert sum(x.pattern.nnzb for x in others) == wanted
+
+
+def test_what_is_lost_for_good_is_shared_exactly() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        over = [draw.randrange(-20, 30) for _ in range(draw.randrange(1, 6))]
+        positive = [max(0, o) for o in over]
+        counts = shared(sum(over), over)
+        assert sum(counts) == max(0, sum(over))
+        for count, most in zip(counts, positive, strict=True):
+            exact = most * max(0, sum(over)) / max(1, sum(positive))
+            assert count <= most and abs(count - exact) < 1
+    assert shared(3, [2, 2, 2, -3]) == [1, 1, 1, 0] and shared(4, [3, 3, -2]) == [2, 2, 0]
 
 
 def test_gradual_pruning_goes_on_from_a_checkpoint() -> None:
@@ -142,6 +204,13 @@ def test_erdos_renyi_counts_channels_alone() -> None:
     for layer, density in zip((model[0], model[2]), erk_densities(sizes, 0.3), strict=True):
         assert layer.density == pytest.approx(density, abs=1 / 1000)
     assert round(0.3 * (16 * 8 * 9 + 32 * 64)) == model[0].nnz + model[2].nnz
+
+
+def test_growth_by_neuron_needs_a_signal() -> None:
+    with pytest.raises(ValueError, match="growth='neuron' ranks rows by a dense signal"):
+        SparseMomentumConfig(total_steps=4, update_every=1, growth="neuron", signal="random")
+    for growth in ("fan_in", "groups:4"):  # draw at random instead
+        SparseMomentumConfig(total_steps=4, update_every=1, growth=growth, signal="random")
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_training import make_model, sparse, stored, train
 
-from sparse_kernels.training import SparseMomentum, rules
+from sparse_kernels.training import SparseMomentum, method, rules
 from sparse_kernels.training.blocks import BlockGrid
 from sparse_kernels.training.layers import sparse_layers
 from sparse_kernels.training.rules import Candidates, LayerState
@@ -165,6 +165,35 @@ def test_training_keeps_the_groups_level(rule, signal) -> None:
     assert len(patterns) == 5 and any(
         not torch.equal(a, b) for a, b in zip(patterns[0], patterns[-1], strict=True)
     )
+
+
+def test_the_method_fan_in_prunes_by_layer_and_fills_the_rows_again() -> None:
+    """SRigL: the smallest weights of the layer go, and each row regrows what it lost."""
+    torch.manual_seed(0)
+    model = make_model(density=0.25, sizes=(12, 16, 8, 4))
+    arrange(list(sparse_layers(model)), "fan_in", torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=16, update_every=3, **method("fan-in").options
+    )
+    spread, updates = [], []
+
+    def rows(layer) -> torch.Tensor:
+        return layer.pattern.keys() // layer.matrix_shape[1]
+
+    def check(record) -> None:
+        updates.append(record.removed)
+        for layer, before in zip(sparse(model), old, strict=True):
+            assert torch.bincount(rows(layer)).unique().tolist() == [layer.matrix_shape[1] // 4]
+            left = ~torch.isin(before, layer.pattern.keys())
+            lost = torch.bincount(before[left] // layer.matrix_shape[1])
+            spread.append(int(lost.max() - lost.min()) if lost.numel() else 0)
+            old[sparse(model).index(layer)] = layer.pattern.keys().clone()
+
+    old = [layer.pattern.keys().clone() for layer in sparse(model)]
+    masks.on_update = check
+    train(model, optimizer, masks, 16)
+    assert len(updates) == 3 and all(updates) and max(spread) > 1  # of one row more than of others
 
 
 @pytest.mark.parametrize("block", [(1, 1), (2, 3)])

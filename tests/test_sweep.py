@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import statistics
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from click.testing import CliRunner
 
 from sparse_kernels import cli
 from sparse_kernels.workbench import sweep, sweep_report
+from sparse_kernels.workbench.config import TrainConfig
 from sparse_kernels.workbench.errors import WorkbenchError
 
 FAST = ("--data", "mnist-sample", "--max-steps", "2", "--batch-size", "500")
@@ -71,6 +76,65 @@ def test_a_run_that_fails_is_told_and_leaves_no_line(tmp_path: Path) -> None:
         sweep.read(tmp_path)
 
 
+_SLEEPER = """
+import json, pathlib, signal, sys, time
+words = dict(zip(sys.argv, sys.argv[1:]))
+out = pathlib.Path(words["--out"]) / words["--name"]
+out.mkdir(parents=True)
+def end(signum, frame):
+    if words["--seeds"] != "0":
+        sys.exit(143)
+    run = dict.fromkeys(KEPT, 0.5) | {"contender": "sparse"}
+    found = {"runs": [run], "command": "c", "machine": {}}
+    (out / "results.json").write_text(json.dumps(found))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+(out / "started").touch()
+time.sleep(60)
+""".replace("KEPT", repr(sweep._KEPT))
+
+
+@pytest.mark.parametrize(
+    ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_starts_no_other_run_and_keeps_what_ended(
+    signum, raised, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sweep, "_PROGRAM", _SLEEPER)
+    wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0, 1, 2, 3])
+    folders = [tmp_path / "runs" / task.name for task in wanted]
+
+    def interrupt() -> None:
+        while not all((folder / "started").exists() for folder in folders[:2]):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signum)
+
+    said: list[str] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(raised):
+            sweep.run(tmp_path, wanted, 2, said.append)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [folder.exists() for folder in folders] == [True, True, False, False]
+    assert [r["name"] for r in sweep.read(tmp_path)] == [wanted[0].name]
+    assert sum(text.startswith(f"{wanted[1].name}: stopped") for text in said) == 1
+    assert not any(text.startswith("failed") for text in said)
+
+
+def test_a_run_stopped_from_outside_has_not_failed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sweep, "_PROGRAM", "raise SystemExit(130)")
+    said: list[str] = []
+    wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0])
+    assert sweep.run(tmp_path, wanted, 1, said.append) == []
+    assert said[-1].startswith(f"{wanted[0].name}: stopped")
+    (tmp_path / "sweep.jsonl").write_text(json.dumps({**row("set", 0, 0.9)}) + "\n")
+    told = CliRunner().invoke(cli.main, ["sweep", "--method", "static", "--out", str(tmp_path)])
+    assert told.exit_code == 1 and "1 runs were stopped; the same command goes on" in told.stderr
+
+
 def test_means_errors_and_paired_tests() -> None:
     stats = pytest.importorskip("scipy.stats", reason="the paired test is scipy's")
     ours, theirs = [0.95, 0.96, 0.97], [0.90, 0.93, 0.93]
@@ -114,6 +178,31 @@ def test_variants_are_runs_of_their_own() -> None:
     for text in ("prune-rate", "=3", "prune-rate="):
         with pytest.raises(WorkbenchError, match="--vary: expected text such as"):
             sweep.parse_variants([text], [])
+
+
+def test_a_label_that_no_run_has_is_refused(tmp_path: Path) -> None:
+    rows = [row("set", 0, 0.9), {**row("rigl", 0, 0.9), "variant": "prune-rate=0.5"}]
+    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    told = CliRunner().invoke(cli.main, ["report", str(tmp_path), "--against", "rigl"])
+    assert told.exit_code == 1
+    assert "expected one of rigl prune-rate=0.5, set, got 'rigl'" in told.stderr
+    assert CliRunner().invoke(cli.main, ["report", str(tmp_path)]).exit_code == 0
+    assert (
+        CliRunner().invoke(cli.main, ["report", str(tmp_path), "--against", "set"]).exit_code == 0
+    )
+
+
+def test_names_of_variants_are_names_that_train_takes() -> None:
+    variants = sweep.parse_variants([], ["prune=groups:4 growth=groups:4", ""])
+    rules, plain = sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], (), variants)
+    assert rules.name == "lenet-300-100-snfs-d0.05-s0-prune=groups_4-growth=groups_4"
+    assert plain.name == "lenet-300-100-snfs-d0.05-s0"
+    words = rules.words(Path("x"))
+    assert words[words.index("--prune") + 1] == "groups:4"
+    TrainConfig(name=words[words.index("--name") + 1]).check()
+    alike = sweep.parse_variants(["data-dir=a/b,a:b"], [])
+    with pytest.raises(WorkbenchError, match="would both be called .*a_b"):
+        sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], (), alike)
 
 
 def test_sensitivity_is_of_options_varied_alone(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class SparseMomentumConfig:
     final_density: float | None = None
     cost_weight: float = 0.0
     cost_budget: float | str | None = None
+    spare_dense: bool = True
 
     def __post_init__(self) -> None:
         UpdateSchedule(self.total_steps, self.update_every)
@@ -68,6 +69,12 @@ class SparseMomentumConfig:
             raise ValueError(
                 f"growth={self.growth!r} compares whole rows, of which signal='sampled' knows a "
                 "sample; choose 'exact', 'window' or 'gradient'"
+            )
+
+        if self.signal == "random" and self.growth == "neuron":
+            raise ValueError(
+                "growth='neuron' ranks rows by a dense signal, but signal='random' has none; "
+                "choose signal='exact', 'window' or 'gradient'"
             )
 
     def _check_costs(self) -> None:
@@ -122,6 +129,7 @@ class SparseMomentumConfig:
             prune=_look_up("prune", self.prune, PRUNE_RULES),
             growth=grow_random if random else growth,
             redistribution=_look_up("redistribution", self.redistribution, REDISTRIBUTION_RULES),
+            spare_dense=self.spare_dense,
         )
 
 

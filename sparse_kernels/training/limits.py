@@ -40,18 +40,36 @@ class Limits:
         if self.config.final_density is None and not self.per_block:
             return self.rules
         start = self._now() | (history[0].nnz_before if history else {})
-        shrink = {s.name: self._shrink(s, start[s.name], step) for s in self.signals}
-        return replace(self.rules, shrink=shrink, costs=self._costs(start))
+        return replace(self.rules, shrink=self._shrink(start, step), costs=self._costs(start))
 
-    def _shrink(self, signal: LayerSignal, start: int, step: int) -> int:
-        """Blocks to lose for good: the density falls from its start by a cubic, as in Zhu & Gupta
-        2017 (arXiv 1710.01878).
+    def _shrink(self, start: Mapping[str, int], step: int) -> dict[str, int]:
+        """Blocks to lose for good, by layer; the layers of one block shape end at their sum.
+
+        Redistribution and pruning over all layers take a layer off its own curve. What one is
+        below it, others may be above: only the excess of the sum goes, from layers above theirs.
         """
-        if self.config.final_density is None:
-            return 0
-        final = min(start, max(1, round(self.config.final_density * self.blocks[signal.name])))
+        density = self.config.final_density
+        if density is None:
+            return {}
+        shrink: dict[str, int] = {}
+        moving = [s for s in self.signals if not s.frozen]
+        for block in {s.layer.block: None for s in moving}:
+            members = [s for s in moving if s.layer.block == block]
+            over = [
+                s.layer.pattern.nnzb
+                - self._wanted(density, self.blocks[s.name], start[s.name], step)
+                for s in members
+            ]
+            shrink.update(zip((s.name for s in members), shared(sum(over), over), strict=True))
+        return shrink
+
+    def _wanted(self, density: float, blocks: int, start: int, step: int) -> int:
+        """Blocks of a layer whose density falls from its start by a cubic, as in Zhu & Gupta 2017
+        (arXiv 1710.01878).
+        """
+        final = min(start, max(1, round(density * blocks)))
         rest = (1.0 - self.config.density_progress(step)) ** 3
-        return max(0, signal.layer.pattern.nnzb - (final + round(rest * (start - final))))
+        return final + round(rest * (start - final))
 
     def _now(self) -> dict[str, int]:
         return {s.name: s.layer.pattern.nnzb for s in self.signals}
@@ -102,3 +120,20 @@ class Limits:
                 f"{self.config.cost_budget}; start sparser, raise the budget, or pass "
                 "cost_budget='start' to hold what the pattern costs now"
             )
+
+
+def shared(total: int, over: Sequence[int]) -> list[int]:
+    """`total` <= the sum of the positive entries of `over`, in whole parts proportional to them.
+
+    No part exceeds its entry; fractions go to the largest remainder, ties to the first. A total
+    below 0 is 0.
+    """
+    weights = [max(0, o) for o in over]
+    whole, total = sum(weights), max(0, total)
+    if not total:
+        return [0] * len(weights)
+    counts = [w * total // whole for w in weights]
+    order = sorted(range(len(weights)), key=lambda i: (-(weights[i] * total % whole), i))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

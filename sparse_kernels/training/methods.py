@@ -26,9 +26,11 @@ class Method:
     start_density: float | None = None  # of `sparsify`; None: the density that training ends with
 
 
-_ALONE = {"redistribution": "none"}
+_ALONE: dict[str, Any] = {"redistribution": "none"}
+# Only sparse momentum's code prunes nearly dense layers at a lower rate.
+_PLAIN = {**_ALONE, "spare_dense": False}
 _RIGL = {
-    **_ALONE,
+    **_PLAIN,
     "growth": "gradient",
     "prune_rate": 0.3,
     "final_prune_rate": 0.0,
@@ -42,40 +44,45 @@ METHODS: dict[str, Method] = {
     ),
     "static": Method(
         "a random mask that stays",
-        {**_ALONE, "growth": "random", "prune_rate": 0.0, "final_prune_rate": 0.0},
+        {**_PLAIN, "growth": "random", "prune_rate": 0.0, "final_prune_rate": 0.0},
     ),
     "set": Method(
         "Mocanu et al. 2018, arXiv 1707.04780",
-        {**_ALONE, "prune": "set", "growth": "random", "prune_rate": 0.3, "decay": "constant"},
+        {**_PLAIN, "prune": "set", "growth": "random", "prune_rate": 0.3, "decay": "constant"},
         distribution="er",
     ),
     "dsr": Method(
         "after Mostafa & Wang 2019, arXiv 1902.05967",
-        {"prune": "global_magnitude", "growth": "random", "redistribution": "nonzero"},
+        {
+            "prune": "global_magnitude",
+            "growth": "random",
+            "redistribution": "nonzero",
+            "spare_dense": False,
+        },
     ),
     "rigl": Method("Evci et al. 2020, arXiv 1911.11134", _RIGL, "erk", 100),
     "set-itop": Method(
         "Liu et al. 2021, arXiv 2102.02887, and its official code",
-        {**_ALONE, "growth": "random"},  # its code: a rate of 0.5, cosine to 0.005
+        {**_PLAIN, "growth": "random"},  # its code: a rate of 0.5, cosine to 0.005
         distribution="erk",
         update_every=1500,
     ),
     "rigl-itop": Method(
         "Liu et al. 2021, arXiv 2102.02887, and its official code",
-        {**_ALONE, "growth": "gradient"},
+        {**_PLAIN, "growth": "gradient"},
         distribution="erk",
         update_every=4000,
     ),
     "fan-in": Method(
         "after SRigL, Lasby et al. 2023, arXiv 2305.02299, without its ablation of neurons",
-        {**_RIGL, "prune": "fan_in", "growth": "fan_in", "signal": "gradient"},
+        {**_RIGL, "growth": "fan_in", "signal": "gradient"},
         distribution="uniform",
         update_every=100,
     ),
     "gmp": Method(
         "Zhu & Gupta 2017, arXiv 1710.01878",
         {
-            **_ALONE,
+            **_PLAIN,
             "growth": "random",
             "prune_rate": 0.0,
             "final_prune_rate": 0.0,

@@ -118,18 +118,22 @@ def normalise(importance: Tensor | Sequence[float], nnz: Sequence[int]) -> list[
 
 
 def prune_counts(
-    nnz: Sequence[int], blocks: Sequence[int], shares: Sequence[float], prune_rate: float
+    nnz: Sequence[int],
+    blocks: Sequence[int],
+    shares: Sequence[float],
+    prune_rate: float,
+    spare_dense: bool = True,
 ) -> list[int]:
     """Blocks that each layer loses: ceil(p * nnz).
 
-    A layer with sparsity under 0.2 and a share above 1/layers is dense and still wanted: it prunes
-    only min(sparsity, p). nnz, blocks: stored and all blocks per layer; shares: as from
-    `normalise`.
+    spare_dense: a layer with sparsity under 0.2 and a share above 1/layers is dense and still
+    wanted: it prunes only min(sparsity, p). nnz, blocks: stored and all blocks per layer; shares:
+    as from `normalise`.
     """
     counts = []
     for stored, total, share in zip(nnz, blocks, shares, strict=True):
         sparsity = 1.0 - stored / total
-        wanted = sparsity < NEARLY_DENSE and share > 1.0 / len(nnz)
+        wanted = spare_dense and sparsity < NEARLY_DENSE and share > 1.0 / len(nnz)
         rate = min(sparsity, prune_rate) if wanted else prune_rate
         counts.append(min(stored, math.ceil(rate * stored)))
     return counts

@@ -74,10 +74,13 @@ class SparseMomentum:
             below 0.8 of it; 1 keeps every layer compressed, None goes by each layer's own
             `dense_above`, which `tune` measures (0.5 before).
         update_until: share of total_steps after which masks stay (RigL: 0.75); rates decay to it.
-        final_density: gradual pruning: by a cubic, every layer shrinks to it until the last update.
+        final_density: gradual pruning: by a cubic, the layers shrink to it until the last update;
+            with redistribution or pruning over all layers, their sum (per block shape).
         cost: by layer, what a weight costs (training.flops_per_weight); cost_weight: the power of
             it that importance is divided by; cost_budget: share of the dense layers' cost that is
             never exceeded, "start": that of the first pattern. Without redistribution unused.
+        spare_dense: a layer of sparsity under 0.2 and importance above the mean is pruned by at
+            most its sparsity, as in the official code; False: every layer by the prune rate.
         generator: for random growth; None makes one on the CPU with seed 0.
         grad_scale: factor from the loss gradient to the gradient that the optimizer uses; None
             finds loss scaling and clipping by norm from values.grad.
@@ -128,6 +131,7 @@ class SparseMomentum:
         cost: Mapping[str, float] | None = None,
         cost_weight: float = 0.0,
         cost_budget: float | str | None = None,
+        spare_dense: bool = True,
         generator: torch.Generator | None = None,
         grad_scale: float | None = None,
         on_update: Callable[[UpdateRecord], None] | None = None,
@@ -149,6 +153,7 @@ class SparseMomentum:
             final_density=final_density,
             cost_weight=cost_weight,
             cost_budget=cost_budget,
+            spare_dense=spare_dense,
         )
         check_optimizer(optimizer)
         self.optimizer = optimizer

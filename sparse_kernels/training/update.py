@@ -29,6 +29,7 @@ class RuleSet:
 
     shrink: blocks, by layer, that are lost for good (gradual pruning); layers not named lose none.
     costs: what weights cost and may cost; None: nothing.
+    spare_dense: nearly dense layers of importance lose less (rules.prune_counts).
     """
 
     prune: PruneRule
@@ -36,6 +37,7 @@ class RuleSet:
     redistribution: RedistributionRule | None
     shrink: Mapping[str, int] = field(default_factory=dict)
     costs: Costs | None = None
+    spare_dense: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def lose(
 ) -> list[int]:
     """Blocks that each layer is asked to lose: by the prune rate, and what is not to come back."""
     nnz, blocks = [s.nnz for s in states], [s.blocks for s in states]
-    counts = rules.prune_counts(nnz, blocks, shares, prune_rate)
+    counts = rules.prune_counts(nnz, blocks, shares, prune_rate, rule_set.spare_dense)
     gone = [rule_set.shrink.get(state.name, 0) for state in states]
     return [min(n, k + g) for n, k, g in zip(nnz, counts, gone, strict=True)]
 
@@ -179,7 +181,7 @@ def _prune_and_share(
     states: Sequence[LayerState], rule_set: RuleSet, prune_rate: float, slack: Fraction | None
 ) -> tuple[Sequence[Tensor], list[int], Fraction | None]:
     """Pruned blocks and regrowth per layer, for layers of one block shape; the budget's rest."""
-    # Without redistribution the importance still limits the prune rate of nearly dense layers.
+    # Without redistribution the importance may still limit the prune rate of nearly dense layers.
     importance = (rule_set.redistribution or rules.importance_momentum)(states)
     shares = rules.normalise(importance, [s.nnz for s in states])
     pruned = rule_set.prune(states, lose(states, shares, rule_set, prune_rate))

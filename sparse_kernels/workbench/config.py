@@ -71,6 +71,7 @@ class TrainConfig:
     start_density: float | None = None  # gradual pruning from it to `density`
     cost_weight: float = 0.0  # power of a weight's FLOPs that importance is divided by
     flops_budget: str | None = None  # share of the dense FLOPs, or "start"; None: free
+    spare_dense: bool = True  # nearly dense layers of importance are pruned at a lower rate
     holdout: float = 0.1
     augment: bool = False
     threads: int | None = None  # None: torch's own choice
@@ -162,6 +163,7 @@ class TrainConfig:
             "window_tolerance": self.window_tolerance,
             "sample_share": self.sample_share,
             "update_until": self.update_until,
+            "spare_dense": self.spare_dense,
             "final_density": None if self.start_density is None else self.density,
         }
 
@@ -189,8 +191,8 @@ class TrainConfig:
             option = "--" + field.name.replace("_", "-")
             if field.name == "seeds":
                 words += ["--seeds", ",".join(str(seed) for seed in value)]
-            elif field.name == "augment":
-                words.append("--augment" if value else "--no-augment")
+            elif field.name in ("augment", "spare_dense"):
+                words.append(option if value else option.replace("--", "--no-", 1))
             elif value is True:
                 words.append(option)
             elif value is not None and value is not False:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -62,3 +63,26 @@ class StopSignals:
             if self.signum is not None:
                 raise StopRequested
             yield item
+
+
+@contextmanager
+def ending_by_exception() -> Iterator[None]:
+    """SIGTERM, and SIGHUP where there is one, raise SystemExit(128 + signal) as Ctrl-C raises.
+
+    So that what a process has started can be ended with it. Outside of the main thread, and for
+    signals that have another handler than the default, nothing changes.
+    """
+    before: dict[int, Any] = {}
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(signum) is signal.SIG_DFL:
+                before[signum] = signal.signal(signum, end)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

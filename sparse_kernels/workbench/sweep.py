@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 from ..training import METHODS
 from .errors import WorkbenchError
 from .models import spec
+from .stopping import ending_by_exception
 
 LINES = "sweep.jsonl"
 # Without the working directory: in a checkout, the sources there are not the package in use.
@@ -29,6 +33,8 @@ _PROGRAM = (
 )
 Variant = tuple[tuple[str, str], ...]
 """Options of `train` and their values; () is the method as it is."""
+_STOPPED = "stopped"
+_STOPS = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 _KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "flops_density")
 
 
@@ -50,7 +56,8 @@ class Task:
     def name(self) -> str:
         """Of its directory, and the key of its line."""
         changed = "".join(f"-{option}={value}" for option, value in self.variant)
-        return f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
+        whole = f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
+        return re.sub(r"[^\w.,+=-]", "_", whole)  # what `train --name` takes
 
     def words(self, out: Path) -> list[str]:
         """Arguments of `sparse-kernels`."""
@@ -60,6 +67,10 @@ class Task:
         named = [word for key, value in fixed.items() for word in (f"--{key}", value)]
         changed = [word for option, value in self.variant for word in (f"--{option}", value)]
         return ["train", *self.options, *changed, *named, "--resume"]
+
+
+_Outcome = tuple[Task, dict[str, Any] | None, str]
+"""A run, its line, and why there is none."""
 
 
 def tasks(
@@ -72,7 +83,8 @@ def tasks(
 ) -> list[Task]:
     """All combinations, seeds outermost: after each seed the table is whole, only wider of error.
 
-    Raises WorkbenchError for an unknown net or method and for a density out of range.
+    Raises WorkbenchError for an unknown net or method, for a density out of range, and for variants
+    that would share a directory.
     """
     for net in nets:
         spec(net)
@@ -82,7 +94,15 @@ def tasks(
     if any(not 0 < density <= 1 for density in densities):
         raise WorkbenchError(f"--density: expected numbers above 0, at most 1, got {densities}")
     chosen = itertools.product(seeds, nets, densities, methods, variants)
-    return [Task(net, name, d, s, tuple(options), change) for s, net, d, name, change in chosen]
+    found = [Task(net, name, d, s, tuple(options), change) for s, net, d, name, change in chosen]
+    by_name: dict[str, Task] = {}
+    for task in found:
+        if by_name.setdefault(task.name, task) != task:
+            raise WorkbenchError(
+                f"--variant: {task.variant} and {by_name[task.name].variant} would both be called "
+                f"{task.name!r}; make two sweeps, each with its own --out"
+            )
+    return found
 
 
 def parse_variants(vary: Sequence[str], variants: Sequence[str]) -> list[Variant]:
@@ -137,6 +157,8 @@ def run(
 ) -> list[str]:
     """Make what is not done, `jobs` at a time; returns why runs failed, one text per run.
 
+    A run that a signal stopped has not failed. Ctrl-C and SIGTERM start no further run, stop those
+    under way, each with a checkpoint, and are raised again once these have ended.
     Raises WorkbenchError if the folder holds a run of the same name with other options.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,34 +175,102 @@ def run(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     left = [task for task in wanted if task.name not in done]
     say(f"{len(wanted) - len(left)} of {len(wanted)} runs are done")
-    failures = []
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
-        for future in as_completed([pool.submit(_train, folder / "runs", t) for t in left]):
-            task, row, failure = future.result()
-            if row is None:
+    return _train_all(path, left, jobs, say)
+
+
+def _train_all(
+    path: Path, left: Sequence[Task], jobs: int, say: Callable[[str], None]
+) -> list[str]:
+    """Train and write lines as they come; after Ctrl-C or SIGTERM those that still ended."""
+    failures: list[str] = []
+
+    def note(future: Future[_Outcome]) -> None:
+        task, row, failure = future.result()
+        if row is None:
+            stopped = failure.startswith(_STOPPED)
+            if not stopped:
                 failures.append(f"{task.name}: {failure}")
-                say(f"failed: {failures[-1]}")
-                continue
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            say(f"{task.name}: test {100 * row['test_accuracy']:.2f} %, {row['seconds']:.1f} s")
+            say(f"{task.name}: {failure}" if stopped else f"failed: {failures[-1]}")
+            return
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        say(f"{task.name}: test {100 * row['test_accuracy']:.2f} %, {row['seconds']:.1f} s")
+
+    children = _Children()
+    pool = ThreadPoolExecutor(max(1, jobs))
+    waiting = {pool.submit(_train, path.parent / "runs", t, children) for t in left}
+    try:
+        with ending_by_exception():
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    waiting.discard(future)
+                    note(future)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        children.terminate()
+        for future in as_completed([f for f in waiting if not f.cancelled()]):
+            note(future)
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        children.kill()  # a second Ctrl-C does not wait for them
     return failures
 
 
-def _train(out: Path, task: Task) -> tuple[Task, dict[str, Any] | None, str]:
+class _Children:
+    """The processes under way. After `terminate` none is started."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._ended = (
+            threading.Lock(),
+            set[subprocess.Popen[str]](),
+            False,
+        )
+
+    def run(self, words: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
+        """Exit code, and the last line that the process said."""
+        with self._lock:
+            if self._ended:
+                return -signal.SIGTERM, ""
+            # A session of its own: Ctrl-C reaches a child once, from here. It lets a first signal
+            # write a checkpoint and a second one end it.
+            child = subprocess.Popen(
+                words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+            self._running.add(child)
+        try:
+            out, error = child.communicate()
+        finally:
+            with self._lock:
+                self._running.discard(child)
+        return child.returncode, ((error.strip() or out.strip()).splitlines() or ["no output"])[-1]
+
+    def terminate(self) -> None:
+        self._end(subprocess.Popen.terminate)
+
+    def kill(self) -> None:
+        self._end(subprocess.Popen.kill)
+
+    def _end(self, how: Callable[[subprocess.Popen[str]], None]) -> None:
+        with self._lock:
+            self._ended = True
+            for child in self._running:
+                how(child)
+
+
+def _train(out: Path, task: Task, children: _Children) -> _Outcome:
     """One run in a process of its own; its line, or the last line of what it said."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in paths if part)
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, *task.words(out)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    code, said = children.run([sys.executable, "-c", _PROGRAM, *task.words(out)], environment)
+    if code in _STOPS:
+        return task, None, f"{_STOPPED}; the same command goes on with it"
     results = out / task.name / "results.json"
-    if done.returncode or not results.is_file():
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"]
-        return task, None, f"exit code {done.returncode}: {said[-1]}"
+    if code or not results.is_file():
+        return task, None, f"exit code {code}: {said}"
     found = json.loads(results.read_text(encoding="utf-8"))
     sparse = next(entry for entry in found["runs"] if entry["contender"] == "sparse")
     row = {"name": task.name, "net": task.net, "method": task.method, "density_asked": task.density,

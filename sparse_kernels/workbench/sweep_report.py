@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import figures, machine, sweep
+from .errors import WorkbenchError
 
 Row = dict[str, Any]
 _FIGURES = (
@@ -79,13 +80,18 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return text
 
 
-def write(folder: Path, against: str = "sparse-momentum") -> tuple[str, list[Path], str | None]:
+def write(folder: Path, against: str | None = None) -> tuple[str, list[Path], str | None]:
     """Table as Markdown, figures as PNG, and one HTML page that holds both and needs no network.
 
+    against: a label; None: sparse-momentum, and no differences where no run has it.
     Returns the table, the files written, and why figures are missing (None: they are there).
+    Raises WorkbenchError for a label that no run has.
     """
     rows = sweep.read(folder)
-    lines = table(rows, against)
+    labels = sorted({label_of(row) for row in rows})
+    if against is not None and against not in labels:
+        raise WorkbenchError(f"--against: expected one of {', '.join(labels)}, got {against!r}")
+    lines = table(rows, against or "sparse-momentum")
     markdown = "\n".join(
         ["| " + " | ".join(lines[0]) + " |", "|" + "---|" * len(lines[0])]
         + ["| " + " | ".join(line) + " |" for line in lines[1:]]
