@@ -23,6 +23,7 @@ from sparse_kernels.training import (
     load_checkpoint,
     save_checkpoint,
 )
+from sparse_kernels.training.checkpoint_files import checkpoint_folders
 from sparse_kernels.training.data_parallel import attachment
 from sparse_kernels.training.process_group import Group
 from sparse_kernels.workbench.config import TrainConfig
@@ -113,6 +114,41 @@ def test_checkpoint_of_two_ranks(tmp_path: Path) -> None:
         from sparse_kernels.training import generators
 
         generators.of_rank({}, [{}], 0, 4)
+
+
+class Given(Job):
+    """SparseMomentum is given the model itself and so learns of DDP in the first forward pass."""
+
+    def __init__(self, rank: int, **settings: Any) -> None:
+        super().__init__(rank, **settings)
+        self.masks.close()
+        chosen = {"total_steps": 20, "update_every": 4, **settings}
+        self.masks = SparseMomentum(self.ddp.module, self.optimizer, **chosen)
+
+
+def resumed_before_ddp_is_known(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    whole = Job(rank)
+    whole.train(2)
+    save_checkpoint(folder / "c", 2, whole.ddp, whole.optimizer, whole.masks)
+    expected = torch.rand(3)
+    late = Given(rank + 3)
+    load_checkpoint(folder / "c", late.ddp.module, late.optimizer, late.masks)
+    drawn = torch.rand(3)
+    torch.manual_seed(rank)
+    early = Given(rank)
+    torch.manual_seed(rank)
+    save_checkpoint(folder / "e", 0, early.ddp.module, early.optimizer, early.masks)
+    first = torch.rand(3)
+    load_checkpoint(folder / "e", early.ddp.module, early.optimizer, early.masks)
+    return {"right": (expected, first), "drawn": (drawn, torch.rand(3))}
+
+
+def test_each_rank_has_its_own_generators_before_the_first_forward(tmp_path: Path) -> None:
+    ranks = run_ranks(2, tmp_path, HERE, "resumed_before_ddp_is_known")
+    for found in ranks:
+        assert all(map(torch.equal, found["drawn"], found["right"]))
+    assert not any(map(torch.equal, ranks[0]["drawn"], ranks[1]["drawn"]))
+    assert len(checkpoint_folders(tmp_path / "e")) == 1  # rank 0 alone writes
 
 
 # ---- refusals ----------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def save_checkpoint(
             scheduler, a GradScaler or the model of an average.
         extra: plain data and tensors of your own, such as the place in the data.
 
-    Several ranks: where `model` is a DistributedDataParallel, or `masks` drive one, call it on
+    Several ranks: where `model` is a DistributedDataParallel, or `masks` are given, call it on
     every rank.  Rank 0 writes; stored are also the generators of the other ranks and the average
     of the growth signals, with which every rank goes on.
 
@@ -76,7 +76,7 @@ def save_checkpoint(
     entry that is no plain data, ValueError for a bad step, keep or name, OSError if the disk does
     not take it; older checkpoints then stay.
     """
-    job = data_parallel.attachment_of(model, masks)
+    job = data_parallel.job_of(model, masks)
     if masks is not None:
         masks.synchronize()
     state = training_state.pack(data_parallel.unwrapped(model), optimizer, masks)
@@ -108,7 +108,7 @@ def load_checkpoint(
     ranks (see save_checkpoint), which all read the same files, each rank its own.
     Raises CheckpointError: nothing there, broken, of a newer format, or not of this model.
     """
-    job = data_parallel.attachment_of(model, masks)
+    job = data_parallel.job_of(model, masks)
     model = data_parallel.unwrapped(model)
     found, rejected = _open(Path(path))
     for reason in rejected:

@@ -99,6 +99,18 @@ def attachment_of(model: nn.Module, masks: Any = None) -> Attachment | None:
     return None if masks is None else masks.attachment
 
 
+def job_of(model: nn.Module, masks: Any = None) -> Group | None:
+    """The ranks that a checkpoint of `model` and `masks` is of; None for a single process.
+
+    SparseMomentum that was given the model inside of a DistributedDataParallel knows of it from the
+    first forward pass on; until then all processes of the job count.
+    """
+    job = attachment_of(model, masks)
+    if job is None and masks is not None and several_ranks():
+        return Group(torch.distributed.group.WORLD)
+    return job
+
+
 class Attachment(Group):
     """The sparse layers of one DistributedDataParallel and the accumulators that it has hooked."""
 
