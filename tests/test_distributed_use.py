@@ -20,8 +20,10 @@ from sparse_kernels.training import (
     Candidates,
     CheckpointError,
     attach,
+    flops_per_weight,
     load_checkpoint,
     save_checkpoint,
+    time_per_weight,
 )
 from sparse_kernels.training.checkpoint_files import checkpoint_folders
 from sparse_kernels.training.data_parallel import attachment
@@ -116,6 +118,7 @@ def test_checkpoint_of_two_ranks(tmp_path: Path) -> None:
         generators.of_rank({}, [{}], 0, 4)
 
 
+<<<<<<< HEAD
 class Given(Job):
     """SparseMomentum is given the model itself and so learns of DDP in the first forward pass."""
 
@@ -149,6 +152,26 @@ def test_each_rank_has_its_own_generators_before_the_first_forward(tmp_path: Pat
         assert all(map(torch.equal, found["drawn"], found["right"]))
     assert not any(map(torch.equal, ranks[0]["drawn"], ranks[1]["drawn"]))
     assert len(checkpoint_folders(tmp_path / "e")) == 1  # rank 0 alone writes
+=======
+# ---- costs ----------------------------------------------------------------------------------
+
+
+def costs_of_wrapped(rank: int, world: int, folder: Path) -> list[list[str]]:
+    ddp = DistributedDataParallel(make_model())
+    example = torch.randn(4, 12, dtype=torch.float64)
+    counted, timed = flops_per_weight(ddp, example), time_per_weight(ddp, example, repeats=2)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+    SparseMomentum(
+        ddp, optimizer, total_steps=4, update_every=2, cost=counted, cost_budget="start"
+    ).close()
+    assert counted == flops_per_weight(ddp.module, example)
+    return [list(counted), list(timed)]
+
+
+def test_costs_of_a_wrapped_model_name_its_layers(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, tmp_path, HERE, "costs_of_wrapped")
+    assert found == [["0", "2", "4"]] * 2
+>>>>>>> ef90c230fc1d0862741feba663cdd1130d733124
 
 
 # ---- refusals ----------------------------------------------------------------------------------

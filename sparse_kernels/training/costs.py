@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparse_kernels.nn.base import SparseLayer
 
+from .data_parallel import unwrapped
 from .layers import sparse_layers
 
 
@@ -25,8 +26,10 @@ def flops_per_weight(model: nn.Module, example: Any) -> dict[str, float]:
     A weight of a convolution is used once per output pixel, one of a linear layer once per row of
     its input. The backward passes cost the same again twice, which changes no ratio.
     example: input of `model`, a batch of any size. A layer that is called twice counts twice.
+    Names and forward pass are of the model itself where it is a DistributedDataParallel.
     Raises ValueError for a layer that the pass does not reach.
     """
+    model = unwrapped(model)
     uses: dict[str, float] = {}
 
     def note(name: str, layer: SparseLayer, inputs: Any, output: Tensor) -> None:
@@ -42,9 +45,11 @@ def time_per_weight(model: nn.Module, example: Any, repeats: int = 5) -> dict[st
 
     A time per weight at the density of now; a layer has fixed costs too, so that it falls where
     the layer gets denser. Measured on this machine: two runs differ a little, and so do the masks
-    that follow; take `flops_per_weight` where runs must be equal.
+    that follow; take `flops_per_weight` where runs must be equal. Of a DistributedDataParallel as
+    there, on each rank by itself.
     Raises ValueError for a layer that the pass does not reach, or one without a weight.
     """
+    model = unwrapped(model)
     inputs: dict[str, list[tuple[SparseLayer, Tensor]]] = {}
 
     def note(name: str, layer: SparseLayer, arguments: Any, output: Tensor) -> None:
