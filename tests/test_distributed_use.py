@@ -118,7 +118,6 @@ def test_checkpoint_of_two_ranks(tmp_path: Path) -> None:
         generators.of_rank({}, [{}], 0, 4)
 
 
-<<<<<<< HEAD
 class Given(Job):
     """SparseMomentum is given the model itself and so learns of DDP in the first forward pass."""
 
@@ -152,7 +151,8 @@ def test_each_rank_has_its_own_generators_before_the_first_forward(tmp_path: Pat
         assert all(map(torch.equal, found["drawn"], found["right"]))
     assert not any(map(torch.equal, ranks[0]["drawn"], ranks[1]["drawn"]))
     assert len(checkpoint_folders(tmp_path / "e")) == 1  # rank 0 alone writes
-=======
+
+
 # ---- costs ----------------------------------------------------------------------------------
 
 
@@ -171,7 +171,6 @@ def costs_of_wrapped(rank: int, world: int, folder: Path) -> list[list[str]]:
 def test_costs_of_a_wrapped_model_name_its_layers(tmp_path: Path) -> None:
     (found,) = run_ranks(1, tmp_path, HERE, "costs_of_wrapped")
     assert found == [["0", "2", "4"]] * 2
->>>>>>> ef90c230fc1d0862741feba663cdd1130d733124
 
 
 # ---- refusals ----------------------------------------------------------------------------------
