@@ -151,6 +151,35 @@ def test_each_rank_has_its_own_generators_before_the_first_forward(tmp_path: Pat
     assert len(checkpoint_folders(tmp_path / "e")) == 1  # rank 0 alone writes
 
 
+def resumed_in_a_window(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    settings = {"signal": "sampled", "sample_share": 0.3, "window_tolerance": 0.4}
+    whole = Job(rank, **settings)
+    whole.train(6)  # the window of update 8 holds nine steps
+    save_checkpoint(folder / "c", 6, whole.ddp, whole.optimizer, whole.masks)
+    whole.train(6)
+    late = Given(rank + 3, **settings)
+    load_checkpoint(folder / "c", late.ddp.module, late.optimizer, late.masks)
+    gathered = [signal.gathered for signal in late.masks._signals]
+    late.train(6)
+    other = Given(rank, **settings)
+    other.masks.close()
+    drawing = {"generator": torch.Generator().manual_seed(rank), "total_steps": 20}
+    other.masks = SparseMomentum(
+        other.ddp.module, other.optimizer, update_every=4, **drawing, **settings
+    )
+    for signal in other.masks._signals:
+        signal.gathered = rank
+    refused = error_of(lambda: other.train(1))
+    return {"runs": [whole.weights(), late.weights()], "gathered": gathered, "refused": refused}
+
+
+def test_a_sample_gathered_before_the_first_forward_is_kept(tmp_path: Path) -> None:
+    for found in run_ranks(2, tmp_path, HERE, "resumed_in_a_window"):
+        assert all(n > 0 for n in found["gathered"])
+        assert all(map(torch.equal, *found["runs"]))
+        assert "layer '1.0': rank 0 has drawn another sample" in found["refused"]
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 
