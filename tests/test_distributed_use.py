@@ -199,6 +199,10 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
     x = torch.randn(4, 12, dtype=torch.float64)
     found["own group"] = error_of(lambda: grouped(x))
 
+    changed = DistributedDataParallel(make_model(), process_group=own)
+    sparse(changed)[1].to_storage_("dense-masked")
+    found["own group, changed before"] = error_of(lambda: attach(changed))
+
     part = nn.ModuleList([DistributedDataParallel(make_model()), make_model()])
     optimizer = torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(part, optimizer, total_steps=8, update_every=4)
@@ -219,6 +223,7 @@ def test_refusals_say_why(tmp_path: Path) -> None:
         assert "DistributedDataParallel(model)" in found["not wrapped"]
         assert "layer '2'" in found["other masks"] and "rank 1" in found["other masks"]
         assert "process group of its own" in found["own group"]
+        assert "cannot be built anew in place" in found["own group, changed before"]
         assert "'1.0'" in found["outside"]
         assert "FullyShardedDataParallel" in found["fully_shard"]
         assert "range of the slots" in found["fully_shard"]
