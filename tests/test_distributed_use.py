@@ -180,6 +180,26 @@ def test_a_sample_gathered_before_the_first_forward_is_kept(tmp_path: Path) -> N
         assert "layer '1.0': rank 0 has drawn another sample" in found["refused"]
 
 
+def loaded_where_one_rank_cannot(rank: int, world: int, folder: Path) -> list[str]:
+    job = Job(0)
+    parts = (job.ddp, job.optimizer, job.masks)
+    save_checkpoint(folder / "c", 0, *parts)
+    missing = folder / ("c" if rank == 0 else "nothing")
+    other = torch.optim.Adam(job.ddp.parameters()) if rank == 1 else job.optimizer
+    return [
+        error_of(lambda: load_checkpoint(missing, *parts)),
+        error_of(lambda: load_checkpoint(folder / "c", job.ddp, other, job.masks)),
+    ]
+
+
+def test_a_rank_without_a_good_checkpoint_is_named_on_all(tmp_path: Path) -> None:
+    for errors in run_ranks(2, tmp_path, HERE, "loaded_where_one_rank_cannot"):
+        print(errors)
+        for error in errors:
+            assert error.startswith("CheckpointError: ") and "rank 1 of this job: " in error
+        assert "nothing" in errors[0] and "param group" in errors[1]
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 
