@@ -207,8 +207,8 @@ class Attachment(Group):
             if layer.values.requires_grad and f"{name}.values".lstrip(".") not in ignored
         ]
         for values in trained:
-            get_gradient_edge(values).node.metadata[_HELD] = True
-        found = [get_gradient_edge(v).node.metadata.pop(_HELD, False) for v in trained]
+            _notes(values)[_HELD] = True
+        found = [_notes(v).pop(_HELD, False) for v in trained]
         return not all(found)
 
     def _obstacles(self, ddp: Any) -> list[str]:
@@ -235,6 +235,12 @@ class Attachment(Group):
                     "DistributedDataParallel after sparsify and after loading a checkpoint, and "
                     "do both alike on every rank"
                 )
+
+
+def _notes(values: Tensor) -> dict[str, Any]:
+    """A dict that lives as long as the accumulator of `values`."""
+    found: Any = get_gradient_edge(values).node.metadata  # typed as a method, is a property
+    return cast(dict[str, Any], found)
 
 
 def _digest(layer: SparseLayer) -> str:
