@@ -153,6 +153,55 @@ def test_each_rank_has_its_own_generators_before_the_first_forward(tmp_path: Pat
     assert len(checkpoint_folders(tmp_path / "e")) == 1  # rank 0 alone writes
 
 
+def resumed_in_a_window(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    settings = {"signal": "sampled", "sample_share": 0.3, "window_tolerance": 0.4}
+    whole = Job(rank, **settings)
+    whole.train(6)  # the window of update 8 holds nine steps
+    save_checkpoint(folder / "c", 6, whole.ddp, whole.optimizer, whole.masks)
+    whole.train(6)
+    late = Given(rank + 3, **settings)
+    load_checkpoint(folder / "c", late.ddp.module, late.optimizer, late.masks)
+    gathered = [signal.gathered for signal in late.masks._signals]
+    late.train(6)
+    other = Given(rank, **settings)
+    other.masks.close()
+    drawing = {"generator": torch.Generator().manual_seed(rank), "total_steps": 20}
+    other.masks = SparseMomentum(
+        other.ddp.module, other.optimizer, update_every=4, **drawing, **settings
+    )
+    for signal in other.masks._signals:
+        signal.gathered = rank
+    refused = error_of(lambda: other.train(1))
+    return {"runs": [whole.weights(), late.weights()], "gathered": gathered, "refused": refused}
+
+
+def test_a_sample_gathered_before_the_first_forward_is_kept(tmp_path: Path) -> None:
+    for found in run_ranks(2, tmp_path, HERE, "resumed_in_a_window"):
+        assert all(n > 0 for n in found["gathered"])
+        assert all(map(torch.equal, *found["runs"]))
+        assert "layer '1.0': rank 0 has drawn another sample" in found["refused"]
+
+
+def loaded_where_one_rank_cannot(rank: int, world: int, folder: Path) -> list[str]:
+    job = Job(0)
+    parts = (job.ddp, job.optimizer, job.masks)
+    save_checkpoint(folder / "c", 0, *parts)
+    missing = folder / ("c" if rank == 0 else "nothing")
+    other = torch.optim.Adam(job.ddp.parameters()) if rank == 1 else job.optimizer
+    return [
+        error_of(lambda: load_checkpoint(missing, *parts)),
+        error_of(lambda: load_checkpoint(folder / "c", job.ddp, other, job.masks)),
+    ]
+
+
+def test_a_rank_without_a_good_checkpoint_is_named_on_all(tmp_path: Path) -> None:
+    for errors in run_ranks(2, tmp_path, HERE, "loaded_where_one_rank_cannot"):
+        print(errors)
+        for error in errors:
+            assert error.startswith("CheckpointError: ") and "rank 1 of this job: " in error
+        assert "nothing" in errors[0] and "param group" in errors[1]
+
+
 # ---- costs ----------------------------------------------------------------------------------
 
 
@@ -192,6 +241,10 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
     x = torch.randn(4, 12, dtype=torch.float64)
     found["own group"] = error_of(lambda: grouped(x))
 
+    changed = DistributedDataParallel(make_model(), process_group=own)
+    sparse(changed)[1].to_storage_("dense-masked")
+    found["own group, changed before"] = error_of(lambda: attach(changed))
+
     part = nn.ModuleList([DistributedDataParallel(make_model()), make_model()])
     optimizer = torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(part, optimizer, total_steps=8, update_every=4)
@@ -212,6 +265,7 @@ def test_refusals_say_why(tmp_path: Path) -> None:
         assert "DistributedDataParallel(model)" in found["not wrapped"]
         assert "layer '2'" in found["other masks"] and "rank 1" in found["other masks"]
         assert "process group of its own" in found["own group"]
+        assert "cannot be built anew in place" in found["own group, changed before"]
         assert "'1.0'" in found["outside"]
         assert "FullyShardedDataParallel" in found["fully_shard"]
         assert "range of the slots" in found["fully_shard"]

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,10 +28,13 @@ from sparse_kernels.nn._checkpoint import CheckpointError
 
 from . import checkpoint_files, data_parallel, generators, training_state
 from .checkpoint_files import CheckpointFiles, checkpoint_folders
+from .process_group import Group
 from .sparse_momentum import SparseMomentum
 
 __all__ = ["Checkpoint", "CheckpointError", "latest_checkpoint", "load_checkpoint",
            "save_checkpoint"]  # fmt: skip
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def load_checkpoint(
     """
     job = data_parallel.job_of(model, masks)
     model = data_parallel.unwrapped(model)
-    found, rejected = _open(Path(path))
+    found, rejected = _everywhere(job, lambda: _open(Path(path)))
     for reason in rejected:
         warnings.warn(f"passed over a newer checkpoint: {reason}", RuntimeWarning, stacklevel=2)
     state = found.state
@@ -118,7 +121,7 @@ def load_checkpoint(
     try:
         if job is not None:
             _check_same(job.gathered(found.path.name))
-        training_state.check(state, model, optimizer, masks)
+        _everywhere(job, lambda: training_state.check(state, model, optimizer, masks))
         if global_generators:
             drawn = generators.of_rank(
                 state.get("generators"), state.get("rank_generators"), rank, world
@@ -163,6 +166,11 @@ def _open(path: Path) -> tuple[CheckpointFiles, list[str]]:
         raise CheckpointError(f"{path}: no good checkpoint among {len(rejected)}: "
                               f"{'; '.join(rejected)}")  # fmt: skip
     return found, rejected
+
+
+def _everywhere(job: Group | None, action: Callable[[], _Result]) -> _Result:
+    """A rank that raises before a collective would leave the others waiting in it."""
+    return action() if job is None else job.everywhere(action, CheckpointError)
 
 
 def _check_same(names: list[str]) -> None:

@@ -28,6 +28,7 @@ from .process_group import Group
 logger = logging.getLogger(__name__)
 
 _INDICES = ("crow_indices", "col_indices", "t_crow", "t_row", "t_perm", "mask")
+_HELD = "sparse_kernels: held"
 _attached: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 
 
@@ -126,10 +127,12 @@ class Attachment(Group):
         ignored = {f"{name}.{b}".lstrip(".") for name, _ in self.layers() for b in _INDICES}
         ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) | ignored
         ddp._assign_modules_buffers()  # it looks at its list before it makes it anew
-        self._hooked = self._accumulators()
+        # Values may have got other memory since the model was wrapped (a checkpoint).
         if not self._obstacles(ddp):
-            # Values may have got other memory since the model was wrapped (a checkpoint).
             self._rebuild_reducer(ddp)
+        elif any(self.gathered(self._stale())):
+            self._refuse_rebuild(ddp)
+        self._hooked = self._accumulators()
         ddp.register_forward_pre_hook(lambda module, inputs: self._before_forward())
 
     @property
@@ -164,16 +167,7 @@ class Attachment(Group):
         Raises RuntimeError where that cannot be done in place, with what to do instead.
         """
         ddp = self.ddp
-        obstacles = self._obstacles(ddp)
-        if obstacles:
-            raise RuntimeError(
-                "sparse values have new memory, and the gradient reducer of this "
-                "DistributedDataParallel still points to the old; it cannot be built anew in place "
-                f"with {' and '.join(obstacles)}. Wrap the model again when "
-                "UpdateRecord.reallocated or storage_changes is not empty, or exclude that: "
-                "training.reserve(model, optimizer, room=math.inf) before wrapping, and "
-                "dense_above=1"
-            )
+        self._refuse_rebuild(ddp)
         self.check_equal()
         self._rebuild_reducer(ddp)
         self.rebuilt += 1
@@ -188,6 +182,34 @@ class Attachment(Group):
         for hook, state in hooks:
             ddp.register_comm_hook(state, hook)
         self._hooked = self._accumulators()
+
+    def _refuse_rebuild(self, ddp: Any) -> None:
+        obstacles = self._obstacles(ddp)
+        if obstacles:
+            raise RuntimeError(
+                "sparse values have new memory, and the gradient reducer of this "
+                "DistributedDataParallel still points to the old; it cannot be built anew in place "
+                f"with {' and '.join(obstacles)}. Wrap the model again when "
+                "UpdateRecord.reallocated or storage_changes is not empty, or exclude that: "
+                "training.reserve(model, optimizer, room=math.inf) before wrapping, and "
+                "dense_above=1"
+            )
+
+    def _stale(self) -> bool:
+        """Whether a layer's `values` have an accumulator that the reducer does not hold.
+
+        Nothing else keeps one between two steps: what is noted on it is gone with it.
+        """
+        ignored = self.ddp.parameters_to_ignore
+        trained = [
+            layer.values
+            for name, layer in self.layers()
+            if layer.values.requires_grad and f"{name}.values".lstrip(".") not in ignored
+        ]
+        for values in trained:
+            _notes(values)[_HELD] = True
+        found = [_notes(v).pop(_HELD, False) for v in trained]
+        return not all(found)
 
     def _obstacles(self, ddp: Any) -> list[str]:
         """Why the reducer cannot be built anew in place."""
@@ -213,6 +235,12 @@ class Attachment(Group):
                     "DistributedDataParallel after sparsify and after loading a checkpoint, and "
                     "do both alike on every rank"
                 )
+
+
+def _notes(values: Tensor) -> dict[str, Any]:
+    """A dict that lives as long as the accumulator of `values`."""
+    found: Any = get_gradient_edge(values).node.metadata  # typed as a method, is a property
+    return cast(dict[str, Any], found)
 
 
 def _digest(layer: SparseLayer) -> str:

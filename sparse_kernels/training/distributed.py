@@ -93,7 +93,10 @@ class Ranks:
         ]
         torch.distributed.broadcast_object_list(state, group=attachment.group, group_src=0)
         self._generator.set_state(state[0])
-        for signal, drawn in zip(self._signals, state[1], strict=True):
+        attachment.everywhere(lambda: self._take_drawn(state[1]))
+
+    def _take_drawn(self, samples: Sequence[Any]) -> None:
+        for signal, drawn in zip(self._signals, samples, strict=True):
             signal.take_drawn(drawn)
 
     # ---- every step ----------------------------------------------------------------------------

@@ -24,6 +24,28 @@ class Group:
         torch.distributed.all_gather_object(found, mine, group=self.group)
         return found
 
+    def everywhere(
+        self, action: Callable[[], _Result], kind: type[Exception] = RuntimeError
+    ) -> _Result:
+        """What `action` returns on this rank; every rank does it, and one's error is everybody's.
+
+        Raises `kind` on all ranks, naming the first that failed, with its text.
+        """
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as problem:  # the others wait for an answer, whatever happened
+            failure = problem
+        told = None
+        if failure is not None:
+            told = str(failure) if isinstance(failure, kind) else repr(failure)
+        for rank, text in enumerate(self.gathered(told)):
+            if text is not None:
+                raise kind(f"rank {rank} of this job: {text}") from failure
+        found: _Result = result
+        return found
+
     def on_rank_0(self, action: Callable[[], _Result]) -> _Result:
         """What `action` returns on rank 0, which alone does it; its error is everybody's.
 

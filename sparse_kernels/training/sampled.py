@@ -95,11 +95,21 @@ class SampledSignal(LayerSignal):
         return self.places.cpu(), self.free_at.cpu()
 
     def take_drawn(self, drawn: tuple[Tensor, Tensor] | None) -> None:
-        if drawn is None or self.places is None:
+        if drawn is None or self.places is None or self.free_at is None:
             return
-        self.disarm()
         device = self.layer.values.device
-        self.places, self.free_at = (part.to(device) for part in drawn)
+        places, free_at = (part.to(device) for part in drawn)
+        if torch.equal(places, self.places) and torch.equal(free_at, self.free_at):
+            return  # of one checkpoint: what was gathered there goes on
+        if self.gathered:
+            raise RuntimeError(
+                f"layer {self.name!r}: rank 0 has drawn another sample for this window than this "
+                f"rank, which has gathered {self.gathered} steps of its own; expected the same on "
+                "all ranks: load one checkpoint on every rank, and train no step before the model "
+                "is wrapped in DistributedDataParallel"
+            )
+        self.disarm()
+        self.places, self.free_at = places, free_at
         self._watch()
 
     def _blocks_of(self, dense: Tensor) -> Tensor:

@@ -152,7 +152,10 @@ class LayerSignal:
         return None
 
     def take_drawn(self, drawn: Any) -> None:
-        """Go on with what another rank has drawn; before the window's first step."""
+        """Go on with what rank 0 has drawn, at the window's first step or after a checkpoint.
+
+        Raises RuntimeError if this rank has gathered something else by then.
+        """
 
     def clear(self) -> None:
         """Drop what was gathered."""
