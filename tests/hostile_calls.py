@@ -129,7 +129,8 @@ class Layers(RuleBasedStateMachine):
         try:
             expected = self.dense(theirs)
         except REFUSALS:
-            self.refused(lambda: self.layer(given))
+            if 0 not in given.shape:  # of an image without pixels, padding alone makes an output
+                self.refused(lambda: self.layer(given))
             return
         COUNT["calls"] += 1
         for _ in range(1 + twice):

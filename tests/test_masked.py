@@ -311,3 +311,19 @@ def test_compiled_layers_equal_eager_ones(order, image_format) -> None:
             results.append((y, leaf.grad, layer.values.grad, layer.bias.grad))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, check_stride=False)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_single_image_with_a_free_batch_stride(batched: bool) -> None:
+    """torch 2.13 reads that stride in float64 with groups, and is wrong (found by hostile_calls)."""
+    options = {"groups": 2, "padding": 1, "density": 0.9, "dtype": torch.float64}
+    layer = SparseConv2d(4, 2, (1, 2), **options).to_storage_("dense-masked")
+    x = torch.randn(1, 2, 4, dtype=torch.float64).permute(2, 0, 1)  # strides (1, 8, 4)
+    plain = x.contiguous()
+    if batched:
+        x, plain = x.unsqueeze(0), plain.unsqueeze(0)
+    grad = torch.randn_like(layer(plain)).contiguous()
+    found = torch.autograd.grad(layer(x), layer.values, grad)[0]
+    dense = layer.to_dense()
+    right = torch.autograd.grad(dense(plain), dense.weight, grad)[0]
+    torch.testing.assert_close(found, layer.weight_to_matrix(right) * layer.mask)

@@ -71,6 +71,7 @@ def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor | None:
         and x.is_contiguous(memory_format=FORMATS[image_format])
         and g.pad_top == g.pad_bottom
         and g.pad_left == g.pad_right
+        and (g.groups == 1 or x.shape[0] > 1)  # see ops.masked_conv2d on single images
         and "bias" in parameters
     ):
         return None

@@ -126,6 +126,17 @@ def _arguments(g: Conv2dGeometry) -> tuple[list[int], list[int], list[int], int]
     return [g.stride_h, g.stride_w], [g.pad_top, g.pad_left], [g.dilation_h, g.dilation_w], g.groups
 
 
+def _with_batch_stride(images: Tensor) -> Tensor:
+    """A single image whose batch stride is its size, the same memory.
+
+    The stride of a dimension of size 1 is free, but torch 2.13 reads it in float64 convolutions
+    with groups and a channels_last weight, and then forms a wrong gradient of the weight.
+    """
+    if images.shape[0] != 1 or images.stride(0) == images.numel():
+        return images
+    return images.as_strided(images.shape, (images.numel(), *images.stride()[1:]))
+
+
 def masked_conv2d(
     x: Tensor,
     dense: Tensor,
@@ -161,6 +172,8 @@ def masked_conv2d(
         x = functional.pad(x, (g.pad_left, g.pad_right, g.pad_top, g.pad_bottom))
         g = g._replace(pad_top=0, pad_left=0, pad_bottom=0, pad_right=0)
     images = x if x.dim() == 4 else x.unsqueeze(0)
+    if g.groups > 1:
+        images = _with_batch_stride(images)
     weight = transformed_weight(dense, mask, probe)
     if weight is None:
         y = MaskedConv2dFunction.apply(images, dense, mask, bias, probe, tuple(g), image_format)

@@ -58,7 +58,7 @@ FAULTS = [
     ("reverse", "barrier_dropped", "no barrier in between|before anything was written"),
     ("reverse", "shared_past_end", "shared memory: 4 bytes at byte 256, of 256 that there are"),
     ("reverse", "global_past_end", "read of 4 bytes at byte 768 of x, which has 768"),
-    ("reverse", "global_before", "read of 4 bytes at .*, which no allocation holds|past"),
+    ("reverse", "global_before", "read of 4 bytes at .*, which (no allocation holds|has )|past"),
     ("reverse", "write_to_input", "write of 4 bytes at byte .* of x, which is an input"),
     ("reverse", "misaligned", "misaligned access"),
     ("reverse_copied", "wait_dropped", "under way|returns while"),
