@@ -315,7 +315,7 @@ def test_compiled_layers_equal_eager_ones(order, image_format) -> None:
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_single_image_with_a_free_batch_stride(batched: bool) -> None:
-    """torch 2.13 reads that stride in float64 with groups, and is wrong (found by hostile_calls)."""
+    """torch 2.13 reads that stride in float64 with groups, and is wrong (see hostile_calls)."""
     options = {"groups": 2, "padding": 1, "density": 0.9, "dtype": torch.float64}
     layer = SparseConv2d(4, 2, (1, 2), **options).to_storage_("dense-masked")
     x = torch.randn(1, 2, 4, dtype=torch.float64).permute(2, 0, 1)  # strides (1, 8, 4)
