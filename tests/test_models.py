@@ -9,8 +9,9 @@ from torch import nn
 from sparse_kernels import layout
 from sparse_kernels.nn import sparsify
 from sparse_kernels.workbench import models
+from sparse_kernels.workbench.bench import nets
 from sparse_kernels.workbench.errors import WorkbenchError
-from sparse_kernels.workbench.models import wrn
+from sparse_kernels.workbench.models import resnet, wrn
 
 _VGG_FEATURES = 9 * (
     3 * 64 + 64 * 64 + 64 * 128 + 128**2 + 128 * 256 + 2 * 256**2 + 256 * 512 + 5 * 512**2
@@ -27,10 +28,20 @@ def _wrn(depth: int, widen: int) -> int:
     return total + channels * 10
 
 
+def _resnet50() -> int:
+    total, channels = 3 * 64 * 49, 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        out = 4 * width
+        total += channels * width + channels * out  # of the first block: first 1x1 and shortcut
+        total += (blocks - 1) * out * width + blocks * (9 * width * width + width * out)
+        channels = out
+    return total + channels * 1000
+
+
 # Parameters as the papers state them, in millions: norms and biases included.
 PUBLISHED = {
     "wrn-16-8": 11.0, "wrn-22-8": 17.2, "wrn-28-2": 1.5, "wrn-16-10": 17.1,
-    "vgg16-d": 15.2, "vgg16-like": 15.0, "alexnet-s": 5.1, "alexnet-b": 8.5,
+    "vgg16-d": 15.2, "vgg16-like": 15.0, "alexnet-s": 5.1, "alexnet-b": 8.5, "resnet-50": 25.6,
 }  # fmt: skip
 
 # Weights of the linear and convolutional layers, counted by hand from the paper's definitions.
@@ -47,6 +58,7 @@ WEIGHTS = {
     "wrn-22-8": _wrn(22, 8),
     "wrn-28-2": _wrn(28, 2),
     "wrn-16-10": _wrn(16, 10),
+    "resnet-50": _resnet50(),
 }
 
 
@@ -56,10 +68,10 @@ def test_weights_and_output(name: str) -> None:
     spec = models.spec(name)
     layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert sum(layer.weight.numel() for layer in layers) == WEIGHTS[name]
-    biased = [m for m in layers if isinstance(m, nn.Linear) or not name.startswith("wrn")]
+    biased = [m for m in layers if isinstance(m, nn.Linear) or not name.startswith(("wrn", "resnet"))]
     assert all((layer.bias is not None) == (layer in biased) for layer in layers)
     out = net(torch.randn(2, *spec.input_shape))
-    assert out.shape == (2, 10)
+    assert out.shape == (2, 1000 if spec.kind == "imagenet" else 10)
     out.square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 
@@ -98,6 +110,33 @@ def test_wide_resnets_are_fused_and_keep_the_layout() -> None:
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     # The images on the way in, the expanded gradient of the sum: nothing in between.
     assert layout.conversions() <= 3
+
+
+def test_a_bottleneck_is_that_of_the_paper() -> None:
+    torch.manual_seed(0)
+    block = resnet.Bottleneck(8, 4, 2).train()
+    x = torch.randn(4, 8, 6, 6)
+    conv1, norm1, _, conv2, norm2, _, conv3, norm3 = block.body
+    assert (conv1.stride, conv2.stride, conv3.stride) == ((1, 1), (2, 2), (1, 1))
+    y = torch.relu(norm2(conv2(torch.relu(norm1(conv1(x))))))
+    shortcut, norm = block.shortcut
+    expected = torch.relu(norm3(conv3(y)) + norm(shortcut(x)))
+    torch.testing.assert_close(block(x), expected)
+    same = resnet.Bottleneck(16, 4, 1)
+    assert same.shortcut is None
+    torch.nn.init.zeros_(same.body[-1].weight)
+    torch.testing.assert_close(same(x.repeat(1, 2, 1, 1)), torch.relu(x.repeat(1, 2, 1, 1)))
+
+
+@pytest.mark.slow
+def test_resnet50_sparse_equals_its_masked_dense_form() -> None:
+    net = models.build("resnet-50", num_classes=10)
+    report = sparsify(net, density=0.2, generator=torch.Generator().manual_seed(0))
+    assert len([row for row in report.rows if row.action == "fused"]) == 33
+    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    # Every layer on the input and gradient that it meets in the net, then the net as a whole.
+    errors = nets.check_net(net, (images, torch.arange(4)))
+    assert errors["logits"] < 1e-3
 
 
 def test_wrong_depths_are_named() -> None:

@@ -90,6 +90,12 @@ def load(
     """
     if name == "mnist-sample":
         return _load_sample()
+    if name == "imagenet":
+        raise DataError(
+            "imagenet: this workbench keeps its data in memory and reads no JPEG files; train "
+            "sparse_kernels.workbench.models.build('resnet-50') in a loop with your own loader "
+            "(docs/training.md shows one)"
+        )
     if name not in _STATISTICS:
         raise DataError(f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}")
     root = fetch.cache_root(cache_dir)

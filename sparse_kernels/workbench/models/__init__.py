@@ -17,6 +17,7 @@ from ..errors import WorkbenchError
 from .alexnet import alexnet_b, alexnet_s
 from .lenet import lenet5_caffe, lenet_300_100
 from .mlp import wide_mlp
+from .resnet import resnet50
 from .vgg import vgg16_c, vgg16_d, vgg16_like
 from .wrn import wide_resnet
 
@@ -28,6 +29,7 @@ __all__ = [
     "build",
     "lenet5_caffe",
     "lenet_300_100",
+    "resnet50",
     "spec",
     "vgg16_c",
     "vgg16_d",
@@ -46,7 +48,7 @@ class NetSpec:
 
     name: str
     build: Callable[..., nn.Module]
-    kind: str  # "mnist" (1 x 28 x 28) or "cifar10" (3 x 32 x 32)
+    kind: str  # "mnist" (1 x 28 x 28), "cifar10" (3 x 32 x 32) or "imagenet" (3 x 224 x 224)
     input_shape: tuple[int, int, int]
     default_data: str
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,12 @@ _CIFAR = {"kind": "cifar10", "input_shape": (3, 32, 32), "default_data": "cifar1
 
 # Settings: the official scripts (batch 100, 100 epochs, decay every 25,000 steps) for MNIST, the
 # paper's runs (250 epochs, batch 128, decay every 30,000 steps) for CIFAR-10.
+# For ImageNet: rate 0.1 per 256 images, times 0.1 every 30 epochs of 5,005 steps, prune rate 0.2.
+_IMAGENET = {"kind": "imagenet", "input_shape": (3, 224, 224), "default_data": "imagenet"}
+_IMAGENET_DEFAULTS = {
+    "epochs": 90, "batch_size": 256, "lr_decay_every": 30 * 5005, "weight_decay": 1e-4,
+    "prune_rate": 0.2, "augment": True,
+}  # fmt: skip
 _CIFAR_DEFAULTS = {"epochs": 250, "batch_size": 128, "lr_decay_every": 30_000, "augment": True}
 NETS: dict[str, NetSpec] = {
     s.name: s
@@ -78,6 +86,7 @@ NETS: dict[str, NetSpec] = {
                 ("wrn-16-10", partial(wide_resnet, 16, 10)),
             )
         ),
+        NetSpec("resnet-50", resnet50, defaults=_IMAGENET_DEFAULTS, **_IMAGENET),  # type: ignore[arg-type]
     )
 }
 
