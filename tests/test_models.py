@@ -68,7 +68,9 @@ def test_weights_and_output(name: str) -> None:
     spec = models.spec(name)
     layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert sum(layer.weight.numel() for layer in layers) == WEIGHTS[name]
-    biased = [m for m in layers if isinstance(m, nn.Linear) or not name.startswith(("wrn", "resnet"))]
+    biased = [
+        m for m in layers if isinstance(m, nn.Linear) or not name.startswith(("wrn", "resnet"))
+    ]
     assert all((layer.bias is not None) == (layer in biased) for layer in layers)
     out = net(torch.randn(2, *spec.input_shape))
     assert out.shape == (2, 1000 if spec.kind == "imagenet" else 10)
