@@ -148,6 +148,31 @@ def test_the_table_says_what_the_results_say(finished: tuple[Path, dict[str, Any
     )
 
 
+def test_the_table_tells_when_the_dense_accuracy_is_reached(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    results = json.loads((finished[0] / "results.json").read_text())
+    accuracies = {"sparse": (0.90, 0.96, 0.97), "dense": (0.80, 0.93, 0.95)}
+    for run in results["runs"]:
+        factor = 1.0 if run["contender"] == "sparse" else 4.0
+        for i, (epoch, accuracy) in enumerate(
+            zip(run["epochs"], accuracies[run["contender"]], strict=True)
+        ):
+            epoch |= {"validation_accuracy": accuracy, "seconds": factor * (i + 1)}
+
+    def row() -> str:
+        title = "| time to the dense net's accuracy"
+        return next(x for x in report.table(results).splitlines() if x.startswith(title))
+
+    assert row().endswith("| 2.0 s +- 0.0 s | 12.0 s +- 0.0 s | 6.00x |")
+    results["runs"][0]["epochs"][1]["validation_accuracy"] = 0.5
+    results["runs"][0]["epochs"][2]["validation_accuracy"] = 0.5
+    assert row().endswith("| 2.0 s (1 of 2 never) | 12.0 s +- 0.0 s |  |")
+    for run in results["runs"][::2]:
+        run["epochs"][1]["validation_accuracy"] = run["epochs"][2]["validation_accuracy"] = 0.5
+    assert row().endswith("| not reached | 12.0 s +- 0.0 s |  |")
+
+
 def test_the_table_tells_executed_flops_where_they_differ(
     finished: tuple[Path, dict[str, Any]],
 ) -> None:

@@ -56,7 +56,7 @@ def save_figure(figure: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def _curve(run: dict[str, Any]) -> tuple[list[float], list[float], str]:
+def curve(run: dict[str, Any]) -> tuple[list[float], list[float], str]:
     """Seconds, accuracy in % and of what: held-out data if there is any, else the test set."""
     held_out = run["epochs"][0]["validation_accuracy"] is not None
     key = "validation_accuracy" if held_out else "test_accuracy"
@@ -80,7 +80,7 @@ def _draw_accuracy(axes: Any, results: dict[str, Any]) -> None:
     kind = "test"
     for run in results["runs"]:
         name = run["contender"]
-        seconds, accuracy, kind = _curve(run)
+        seconds, accuracy, kind = curve(run)
         every += accuracy
         label = _label(name, results["runs"]) if name not in labelled else None
         labelled.add(name)
