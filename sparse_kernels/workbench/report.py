@@ -152,7 +152,7 @@ def _time_to_dense(sparse: list[dict[str, Any]], dense: list[dict[str, Any]]) ->
 
 
 def _first_time(run: dict[str, Any], accuracy: float) -> float | None:
-    """Training seconds of a run at the first epoch that is as accurate (in %); None: it never is."""
+    """Training seconds of a run at the first epoch so accurate (in %); None: there is none."""
     seconds, reached, _ = figures.curve(run)
     return next((s for s, a in zip(seconds, reached, strict=True) if a >= accuracy), None)
 
