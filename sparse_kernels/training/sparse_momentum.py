@@ -36,6 +36,7 @@ from .rules import GrowthRule, LayerState, PruneRule, RedistributionRule
 from .sampled import Sampling
 from .schedule import Decay
 from .signals import LayerSignal
+from .unfinished import Unfinished
 from .update import LayerChange, UpdateRecord, plan_update
 from .windows import Windows
 
@@ -172,6 +173,7 @@ class SparseMomentum:
         self._stepped, self._skipped = False, 0
         self._logged: tuple[str, ...] = ()
         self._warned = False
+        self._unfinished = Unfinished()
         self._limits = self._ranks.limits(self.config, cost)
         self._attach(optimizer)
 
@@ -217,14 +219,16 @@ class SparseMomentum:
             out by itself.
         Returns the record of the update, or None.
         Raises FloatingPointError (naming layer and step) for non-finite weights, momentum or
-        signal at an update, RuntimeError if the optimizer has not stepped in the last 100 calls or
-        after close(). Warns once if an update needs gradients and a layer had none.
+        signal at an update, RuntimeError if the optimizer has not stepped in the last 100 calls,
+        after close(), or after an update that was interrupted. Warns once if an update needs
+        gradients and a layer had none.
         """
         if not self._release.alive:
             raise RuntimeError(
                 "step() of a closed SparseMomentum: expected one that still drives the model; "
                 "leave the call out, or make a new SparseMomentum"
             )
+        self._unfinished.check()
         skipped = not self._stepped if skipped is None else skipped
         self._stepped = False
         if skipped:
@@ -232,7 +236,8 @@ class SparseMomentum:
             return None
         self._skipped = 0
         self.steps += 1
-        record = self._update() if self.schedule.is_update(self.steps) else None
+        with self._unfinished.update(self.steps):
+            record = self._update() if self.schedule.is_update(self.steps) else None
         if record is not None or self._windows.due(self.steps + 1):
             self._arm()
         if record is not None and self.on_update is not None:
@@ -310,6 +315,7 @@ class SparseMomentum:
         nnz_before = {s.name: s.nnz for s in states}
         del states  # views of the old values
         above = self.config.dense_above
+        self._unfinished.changes()
         done = apply_changes(signals, changes, self.optimizer, above, self.schedule, self.steps)
         device.count_elements(s.layer.pattern for s in signals)
         self.updates += 1
@@ -344,6 +350,7 @@ class SparseMomentum:
     def state_dict(self) -> dict[str, Any]:
         """Counters, history, hyper-parameters, costs, random state and signal buffers; masks and
         momentum are the model's and optimizer's. On several ranks call `synchronize` first."""
+        self._unfinished.check()
         self._ranks.check_reduced()
         return {
             "steps": self.steps,
@@ -382,4 +389,5 @@ class SparseMomentum:
         self.history = records(state["history"])
         self.generator.set_state(state["generator"])
         self._stepped, self._skipped = False, 0
+        self._unfinished.forget()
         self._arm()
