@@ -43,6 +43,15 @@ def nan_filled() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For layers of a few weights: threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """A generator of its own, seeded, so that a test's draws do not depend on what torch draws."""
     return torch.Generator().manual_seed(20)

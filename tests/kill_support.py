@@ -45,6 +45,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "random, augmented": {"signal": "random", "augment": True, "checkpoint_every": 1},
     "gradient, beside dense": {"signal": "gradient", "compare": "dense",
                                "dense_baseline": "contiguous", "max_steps": 14},
+    "FLOPs budget": {"flops_budget": "start", "cost_weight": 0.5, "max_steps": 15},
     "two seeds": {"seeds": (3, 4), "max_steps": 11},
     "LeNet-5": {"net": "lenet-5-caffe", "batch_size": 50, "max_steps": 13},
 }  # fmt: skip

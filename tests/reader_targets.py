@@ -15,13 +15,14 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from sparse_kernels.nn import SparseLinear
 from sparse_kernels.plan_cache import PlanCache, _warned
-from sparse_kernels.training import checkpoint, checkpoint_files
+from sparse_kernels.training import SparseMomentum, checkpoint, checkpoint_files
 from sparse_kernels.workbench import formats
 from sparse_kernels.workbench.config import TrainConfig, parse_block
 from sparse_kernels.workbench.errors import DataError, WorkbenchError
@@ -114,6 +115,36 @@ def state_json(data: bytes) -> None:
     _read_checkpoint(_checkpoint_folder({**_WHOLE, checkpoint_files.STATE: data}))
 
 
+def training_state(data: bytes) -> None:
+    """The state.json of a training: optimizer, masks' counters, history, costs and start."""
+    parts = _training()
+    state = {key: parts[2].state_dict()[key] for key in ("steps", "costs", "start")}
+    folder = _checkpoint_folder({**_TRAINED, checkpoint_files.STATE: data})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SparseMomentum goes on with other", RuntimeWarning)
+        warnings.filterwarnings("ignore", "the checkpoint was written before", RuntimeWarning)
+        try:
+            checkpoint.load_checkpoint(folder, *parts, global_generators=False)
+        except checkpoint.CheckpointError:
+            after = parts[2].state_dict()
+            assert all(after[key] == state[key] for key in state), "a refusal changed the masks"
+            return
+    held = parts[2].state_dict()
+    assert 0 < held["costs"][""] < float("inf") and held["steps"] >= 0
+    parts[2]._limits.at(held["steps"] + 1)  # what an update reads of it
+
+
+def _training() -> tuple[SparseLinear, torch.optim.Optimizer, SparseMomentum]:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    settings: dict[str, Any] = {"cost": {"": 2.0}, "cost_weight": 1.0, "cost_budget": "start"}
+    return (
+        model,
+        optimizer,
+        SparseMomentum(model, optimizer, total_steps=9, update_every=2, **settings),
+    )
+
+
 def tensors(data: bytes) -> None:
     """A checkpoint's tensors with right checksums: hostile indices, shapes and headers."""
     _read_checkpoint(_checkpoint_folder({**_WHOLE, "model.safetensors": data}))
@@ -158,6 +189,19 @@ def _whole_checkpoint() -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
 
 
+def _whole_training() -> dict[str, bytes]:
+    """After three steps and an update."""
+    model, optimizer, masks = _training()
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.full((2, 5), float(step))).square().sum().backward()
+        optimizer.step()
+        masks.step()
+    with tempfile.TemporaryDirectory() as home:
+        folder = checkpoint.save_checkpoint(home, 3, model, optimizer, masks)
+        return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
+
+
 def _tar(data: bytes) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
@@ -168,6 +212,7 @@ def _tar(data: bytes) -> bytes:
 
 
 _WHOLE = _whole_checkpoint()
+_TRAINED = _whole_training()
 _RECORD = bytes([3]) + bytes(3072)
 _PLAN = {
     "format": 1,
@@ -188,6 +233,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "manifest": (manifest, [checkpoint_files._manifest(7, _WHOLE)]),
     "manifest-rehashed": (manifest_rehashed, [checkpoint_files._manifest(7, _WHOLE)]),
     "state-json": (state_json, [_WHOLE[checkpoint_files.STATE]]),
+    "training-state": (training_state, [_TRAINED[checkpoint_files.STATE]]),
     "tensors": (tensors, [_WHOLE["model.safetensors"]]),
     "plan-cache": (plan_cache, [json.dumps(_PLAN).encode()]),
     "configuration": (configuration, [json.dumps(TrainConfig().as_dict()).encode()]),

@@ -15,14 +15,7 @@ from sparse_kernels import SparseMomentum, sparsify
 from sparse_kernels.training import flops_per_weight, rules, time_per_weight
 from sparse_kernels.training.budget import redistribute_within, total_cost, weighed
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers of a few weights: threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drawn(trial: int):

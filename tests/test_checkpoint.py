@@ -93,6 +93,27 @@ def test_schedulers_generators_plan_and_own_data_come_back(tmp_path) -> None:
     assert sparse(fresh[0])[2].image_format == "contiguous"
 
 
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_generators_of_cuda_devices_come_back(devices, tmp_path, monkeypatch) -> None:
+    """Two devices when it was written; of other machines those devices that both have."""
+    held = [torch.full((16,), i, dtype=torch.uint8) for i in (3, 4)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: held)
+    model = make_model()
+    save_checkpoint(tmp_path, 1, model)
+    found: dict[int, torch.Tensor] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device: found.update({device: state})
+    )
+    load_checkpoint(tmp_path, model, global_generators=False)
+    assert found == {}
+    load_checkpoint(tmp_path, model)
+    assert sorted(found) == list(range(min(devices, 2)))
+    assert all(torch.equal(state, held[i]) for i, state in found.items())
+
+
 def test_trees_keep_layout_and_alias_nothing() -> None:
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     base = torch.randn(6)
@@ -278,6 +299,8 @@ HOSTILE: dict[str, tuple[str, Callable[[Any], Any], str]] = {
                   "generator"),
     "plan": ("plan", lambda p: p["0"].update(dense_above=float("nan")), "dense_above"),
     "torch's generator": ("generators", lambda g: g.update(torch=torch.zeros(9).byte()), "random"),
+    "CUDA's generator": ("generators", lambda g: g.update(cuda=[torch.zeros(16)]), "uint8"),
+    "CUDA's generators": ("generators", lambda g: g.update(cuda=5), "random"),
     "numpy's generator": ("generators", lambda g: g["numpy"].update(keys=[1]), "random"),
     "python's generator": ("generators", lambda g: g.update(python=(3, (1,), None)), "random"),
     "no optimizer": ("optimizer", lambda o: "none", "holds no optimizer"),

@@ -21,13 +21,7 @@ from sparse_kernels.workbench.config import TrainConfig, method_settings
 STEPS, EVERY = 40, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers of a few weights: threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(name: str, **more):

@@ -18,7 +18,7 @@ from small_training import make_model
 
 from sparse_kernels import cli
 from sparse_kernels.nn import SparseLayer
-from sparse_kernels.training import checkpoint_files, finite, save_checkpoint
+from sparse_kernels.training import apply_change, checkpoint_files, finite, save_checkpoint
 from sparse_kernels.workbench import contenders
 from sparse_kernels.workbench.stopping import StopSignals
 
@@ -102,6 +102,28 @@ def test_a_signal_stops_within_a_step_and_says_how_to_go_on(
     assert f"(step {step})" in resumed.stdout and same(tmp_path / "r", whole)
     assert len((tmp_path / "r" / "log-sparse-seed0.csv").read_text().splitlines()) == 3
     assert (tmp_path / "r" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_of_a_mask_update_waits_for_its_end(
+    signum, whole, tmp_path, monkeypatch
+) -> None:
+    """Between two layers: the update and the step end, then comes the checkpoint."""
+    rewrite, calls = apply_change.rewrite, [0]
+
+    def struck(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            os.kill(os.getpid(), signum)
+        return rewrite(*arguments, **options)
+
+    with handler_of(signal.SIGINT, signal.default_int_handler), monkeypatch.context() as patch:
+        patch.setattr(apply_change, "rewrite", struck)
+        stopped = invoke(tmp_path)
+    assert stopped.exit_code == 128 + signum and "stopped at step 3" in stopped.stderr
+    resumed = invoke(tmp_path, "--resume")
+    assert resumed.exit_code == 0 and "(step 3)" in resumed.stdout
+    assert same(tmp_path / "r", whole)
 
 
 def test_a_signal_that_the_shell_ignores_stays_ignored() -> None:

@@ -13,14 +13,7 @@ from torch import nn
 from sparse_kernels.nn.linear import SparseLinear
 from sparse_kernels.training import SparseMomentum, rewrite
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers of a few weights: threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- optimizers --------------------------------------------------------------------------------

@@ -20,14 +20,7 @@ from sparse_kernels.training.structured import (
     grow_neurons,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers of a few weights: threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drawn(trial: int):

@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 CORPUS = ROOT / "build" / "fuzz"
-NAMES = ("idx", "cifar", "manifest", "manifest-rehashed", "state-json", "tensors", "plan-cache",
-         "configuration")  # fmt: skip
+NAMES = ("idx", "cifar", "manifest", "manifest-rehashed", "state-json", "training-state",
+         "tensors", "plan-cache", "configuration")  # fmt: skip
 
 
 def guided(name: str, seconds: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import logging
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,23 +10,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels.nn import _checkpoint, _probe, _refusals
+from sparse_kernels.nn import _checkpoint, _probe, _refusals, _storage
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
-from sparse_kernels.nn._parameter import replace_data
+from sparse_kernels.nn._storage import COMPRESSED, DENSE_MASKED
 from sparse_kernels.nn._weight_view import read_only
 from sparse_kernels.pattern import SparsityPattern
 
-logger = logging.getLogger(__name__)
-
-COMPRESSED = "compressed"
-DENSE_MASKED = "dense-masked"
 #: Above this density `sparsify` and mask updates keep a layer as a dense matrix and a mask.
 DENSE_MASKED_ABOVE = 0.5
 
 _NOT_COPIED = ("_pattern", "_pattern_source", "_mask_hooks", "probe", "probe_pattern")
 _INDEX_NAMES = ("crow_indices", "col_indices", "t_crow", "t_row", "t_perm")
 _Self = TypeVar("_Self", bound="SparseLayer")
-_Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
 
 
 class SparseLayer(nn.Module, abc.ABC):
@@ -134,17 +128,9 @@ class SparseLayer(nn.Module, abc.ABC):
         drawn = torch.empty(like.shape, dtype=like.dtype, device=place)
         return drawn.uniform_(-bound, bound, generator=generator).to(like.device)
 
-    @torch.no_grad()
     def _zero_outside(self) -> None:
         """Zero what does not exist: the tail, entries outside of the matrix, masked entries."""
-        if self.storage == DENSE_MASKED:
-            self.values.mul_(self.mask)
-            return
-        pattern = self.pattern
-        self.values[pattern.nnzb :] = 0
-        inside = pattern.inside_mask()
-        if inside is not None:
-            self.values[: pattern.nnzb].mul_(inside)
+        _storage.zero_outside(self)
 
     # ---------------------------------------------------------------- pattern and storage
 
@@ -227,30 +213,8 @@ class SparseLayer(nn.Module, abc.ABC):
         Raises:
             PatternError: keys out of order or out of range.
         """
-        pattern = self.pattern
-        if self.storage == DENSE_MASKED:
-            parts = (self.row_parts, self.col_parts)
-            places = max(1, keys.numel())
-            new = SparsityPattern(
-                self.matrix_shape, self.block, *parts, capacity=places, device=keys.device
-            )
-            new.rewrite_(keys, check)
-            self.mask.copy_(new.mask())
-            self._remember(new)
-            return
-        before = pattern.capacity
-        if pattern.rewrite_(keys, check):
-            self._register_pattern(pattern)
-            self.capacity_growths += 1
-            logger.info(
-                "%s %s outgrew its capacity of %d blocks, now %d: buffers were reallocated",
-                type(self).__name__,
-                self.matrix_shape,
-                before,
-                pattern.capacity,
-            )
+        _storage.rewrite_pattern(self, keys, check)
 
-    @torch.no_grad()
     def to_storage_(self: _Self, storage: str) -> _Self:
         """Convert values, gradient and buffers to "compressed" or "dense-masked"; returns self.
 
@@ -260,20 +224,7 @@ class SparseLayer(nn.Module, abc.ABC):
         Raises:
             ValueError: an unknown name.
         """
-        if storage not in (COMPRESSED, DENSE_MASKED):
-            raise ValueError(f"storage must be {COMPRESSED!r} or {DENSE_MASKED!r}, got {storage!r}")
-        if storage == self.storage:
-            return self
-        pattern = self.pattern
-        convert = pattern.expand if storage == DENSE_MASKED else pattern.compress
-        gradient, self.values.grad = self.values.grad, None
-        replace_data(self.values, convert(self.values.data))
-        if gradient is not None:
-            self.values.grad = convert(gradient)
-        if storage == DENSE_MASKED:
-            self._register_mask(pattern.mask(), pattern)
-        else:
-            self._register_pattern(pattern)
+        _storage.convert(self, storage)
         return self
 
     def make_probe(self, pattern: SparsityPattern | None = None) -> Tensor:
@@ -335,26 +286,6 @@ class SparseLayer(nn.Module, abc.ABC):
         """As nn.Module's; "weight..." is refused with a ValueError."""
         _refusals.check_register(name)
         super().register_parameter(name, param)
-
-    def _take_dense(
-        self, module: nn.Linear | nn.Conv2d, pattern: SparsityPattern, matrix: Tensor
-    ) -> None:
-        """Fill a layer built on the meta device from ``module``, whose weight is ``matrix``."""
-        self._register_pattern(pattern.clone())
-        with torch.no_grad():
-            self.values = nn.Parameter(pattern.compress(matrix), module.weight.requires_grad)
-            if module.bias is not None:
-                self.bias = nn.Parameter(module.bias.detach().clone(), module.bias.requires_grad)
-        self.train(module.training)
-
-    def _fill_dense(self, module: _Dense) -> _Dense:
-        """Fill a dense module built on the meta device with this layer's weight and bias."""
-        with torch.no_grad():
-            weight = self.matrix_to_weight(self.dense_matrix()).contiguous()
-            module.weight = nn.Parameter(weight, self.values.requires_grad)
-            if self.bias is not None:
-                module.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
-        return module.train(self.training)
 
     # ---------------------------------------------------------------- copies, moves, checkpoints
 

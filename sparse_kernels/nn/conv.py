@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sparse_kernels import ops
 from sparse_kernels.geometry import Conv2dGeometry
-from sparse_kernels.nn import _masked, _probe
+from sparse_kernels.nn import _dense, _masked, _probe
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
@@ -191,7 +191,7 @@ class SparseConv2d(SparseLayer):
             self.padding_mode,
             "meta",
         )
-        return self._fill_dense(module)
+        return _dense.filled(module, self)
 
     @classmethod
     def from_dense(
@@ -234,7 +234,7 @@ class SparseConv2d(SparseLayer):
             weight.dtype,
             pattern=made,
         )
-        layer._take_dense(module, made, matrix)
+        _dense.take(layer, module, made, matrix)
         return layer
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import ops
-from sparse_kernels.nn import _masked, _probe
+from sparse_kernels.nn import _dense, _masked, _probe
 from sparse_kernels.nn._initial import check_size
 from sparse_kernels.nn._operands import check_operand, operands
 from sparse_kernels.nn._select import Keep, choose_pattern
@@ -97,7 +97,7 @@ class SparseLinear(SparseLayer):
     def to_dense(self) -> nn.Linear:
         """An independent ``nn.Linear`` with the same weights, bias, mode, device and dtype."""
         module = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
-        return self._fill_dense(module)
+        return _dense.filled(module, self)
 
     @classmethod
     def from_dense(
@@ -130,7 +130,7 @@ class SparseLinear(SparseLayer):
         layer = cls(
             module.in_features, module.out_features, bias, "meta", weight.dtype, pattern=made
         )
-        layer._take_dense(module, made, weight)
+        _dense.take(layer, module, made, weight)
         return layer
 
     def extra_repr(self) -> str:

@@ -46,7 +46,7 @@ def time_per_weight(model: nn.Module, example: Any, repeats: int = 5) -> dict[st
     A time per weight at the density of now; a layer has fixed costs too, so that it falls where
     the layer gets denser. Measured on this machine: two runs differ a little, and so do the masks
     that follow; take `flops_per_weight` where runs must be equal. Of a DistributedDataParallel as
-    there, on each rank by itself.
+    there; each rank measures, and SparseMomentum takes what rank 0 has found.
     Raises ValueError for a layer that the pass does not reach, or one without a weight.
     """
     model = unwrapped(model)

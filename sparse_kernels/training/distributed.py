@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import data_parallel
+from .config import SparseMomentumConfig
 from .data_parallel import Attachment
 from .gradient_scale import gather, scales_of
+from .limits import Limits
 from .rewrite import added_mask
 from .rules import LayerState
 from .signals import LayerSignal
@@ -36,8 +38,9 @@ SKETCH = 256
 """Sums per layer that stand for its gradient when ranks compare."""
 
 
-class Ranks:
-    """The other processes, as a SparseMomentum sees them; without any, everything is local.
+class RankAgreement:
+    """What the ranks of a job have in common for a SparseMomentum: generator, costs, growth
+    signals, masks; for a single process everything is local.
 
     model: as given to SparseMomentum.  A DistributedDataParallel is attached at once; a model that
     is wrapped elsewhere, when its first forward pass under DDP shows it.
@@ -51,6 +54,7 @@ class Ranks:
         self._signs = torch.empty(0)
         self.attachment: Attachment | None = None
         self.gathered = False  # since the last reduction
+        self._limits: Limits | None = None
         self._watch: Any = None
         if data_parallel.is_ddp(model):
             self._join(model)
@@ -61,6 +65,18 @@ class Ranks:
     def several(self) -> bool:
         """Whether there are other ranks."""
         return self.attachment is not None and self.attachment.world > 1
+
+    def limits(self, config: SparseMomentumConfig, cost: Mapping[str, float] | None) -> Limits:
+        """Limits of which every rank has the same costs: rank 0's, since they may be measured.
+
+        Where DistributedDataParallel is not known yet, they become so when it is joined. Raises
+        ValueError as Limits does; on the other ranks RuntimeError if rank 0's cannot be sent.
+        """
+        if self.attachment is not None:
+            own = cost
+            cost = self.attachment.on_rank_0(lambda: None if own is None else _numbers(own))
+        self._limits = Limits(config, self._signals, cost)
+        return self._limits
 
     def remove(self) -> None:
         """Take the hook off that looks for a DistributedDataParallel."""
@@ -90,10 +106,13 @@ class Ranks:
         state: list[Any] = [
             self._generator.get_state(),
             [signal.drawn() for signal in self._signals],
+            {} if self._limits is None else self._limits.costs,
         ]
         torch.distributed.broadcast_object_list(state, group=attachment.group, group_src=0)
         self._generator.set_state(state[0])
         attachment.everywhere(lambda: self._take_drawn(state[1]))
+        if self._limits is not None:
+            self._limits.take_costs(state[2])
 
     def _take_drawn(self, samples: Sequence[Any]) -> None:
         for signal, drawn in zip(self._signals, samples, strict=True):
@@ -219,7 +238,11 @@ def _waits(signal: LayerSignal) -> bool:
     return layer.probe is not None and layer.values.grad is not None and not signal.frozen
 
 
-def _weak_look(ranks: Ranks) -> Any:
+def _numbers(cost: Mapping[str, float]) -> dict[str, float]:
+    return {str(name): float(number) for name, number in cost.items()}
+
+
+def _weak_look(ranks: RankAgreement) -> Any:
     """`ranks._look` as a forward pre-hook that does not keep it alive."""
     reference = weakref.ref(ranks)
 

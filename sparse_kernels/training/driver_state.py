@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import SparseMomentumConfig
+from .limits import Limits
 from .signals import LayerSignal
 from .update import UpdateRecord
 
@@ -41,7 +42,10 @@ def warn_of_changes(state: dict[str, Any], config: SparseMomentumConfig) -> None
 
 
 def check_state(
-    state: dict[str, Any], signals: Sequence[LayerSignal], generator: torch.Generator
+    state: dict[str, Any],
+    signals: Sequence[LayerSignal],
+    limits: Limits,
+    generator: torch.Generator,
 ) -> None:
     """Raise ValueError, naming the entry, if `state` is none that these signals can go on from."""
     try:
@@ -54,6 +58,7 @@ def check_state(
             counters += [entry["gathered"], entry.get("since_update", 0)]
             signal.check_state(entry)
         records(state["history"])
+        limits.check_state(state)
         _check_generator(state["generator"], generator)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import device, limits, update_on_device
+from . import device, update_on_device
 from .apply_change import apply_changes
 from .config import SparseMomentumConfig
 from .data_parallel import Attachment, driven_model
-from .distributed import Ranks
+from .distributed import RankAgreement
 from .driver_state import check_state, described, records, warn_of_changes
 from .layers import make_signals
 from .optimizers import check_optimizer, closure_of, found_overflow
@@ -36,6 +36,7 @@ from .rules import GrowthRule, LayerState, PruneRule, RedistributionRule
 from .sampled import Sampling
 from .schedule import Decay
 from .signals import LayerSignal
+from .unfinished import Unfinished
 from .update import LayerChange, UpdateRecord, plan_update
 from .windows import Windows
 
@@ -78,7 +79,8 @@ class SparseMomentum:
             with redistribution or pruning over all layers, their sum (per block shape).
         cost: by layer, what a weight costs (training.flops_per_weight); cost_weight: the power of
             it that importance is divided by; cost_budget: share of the dense layers' cost that is
-            never exceeded, "start": that of the first pattern. Without redistribution unused.
+            never exceeded, "start": that of the first pattern. Without redistribution unused. All
+            ranks of a job use rank 0's costs, a resumed training its checkpoint's.
         spare_dense: a layer of sparsity under 0.2 and importance above the mean is pruned by at
             most its sparsity, as in the official code; False: every layer by the prune rate.
         generator: for random growth; None makes one on the CPU with seed 0.
@@ -167,11 +169,12 @@ class SparseMomentum:
         kind, tolerance = self.config.effective_signal, window_tolerance
         self._signals, self._fixed = make_signals(driven_model(model), optimizer, kind, tolerance)
         check_free(self._signals)
-        self._ranks = Ranks(model, self._signals, self.generator)
+        self._ranks = RankAgreement(model, self._signals, self.generator)
         self._stepped, self._skipped = False, 0
         self._logged: tuple[str, ...] = ()
         self._warned = False
-        self._limits = limits.Limits(self.config, self._signals, cost)
+        self._unfinished = Unfinished()
+        self._limits = self._ranks.limits(self.config, cost)
         self._attach(optimizer)
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -216,14 +219,16 @@ class SparseMomentum:
             out by itself.
         Returns the record of the update, or None.
         Raises FloatingPointError (naming layer and step) for non-finite weights, momentum or
-        signal at an update, RuntimeError if the optimizer has not stepped in the last 100 calls or
-        after close(). Warns once if an update needs gradients and a layer had none.
+        signal at an update, RuntimeError if the optimizer has not stepped in the last 100 calls,
+        after close(), or after an update that was interrupted. Warns once if an update needs
+        gradients and a layer had none.
         """
         if not self._release.alive:
             raise RuntimeError(
                 "step() of a closed SparseMomentum: expected one that still drives the model; "
                 "leave the call out, or make a new SparseMomentum"
             )
+        self._unfinished.check()
         skipped = not self._stepped if skipped is None else skipped
         self._stepped = False
         if skipped:
@@ -231,7 +236,8 @@ class SparseMomentum:
             return None
         self._skipped = 0
         self.steps += 1
-        record = self._update() if self.schedule.is_update(self.steps) else None
+        with self._unfinished.update(self.steps):
+            record = self._update() if self.schedule.is_update(self.steps) else None
         if record is not None or self._windows.due(self.steps + 1):
             self._arm()
         if record is not None and self.on_update is not None:
@@ -298,7 +304,7 @@ class SparseMomentum:
 
     def _update(self) -> UpdateRecord:
         start = time.perf_counter()
-        self._rules = self._limits.at(self.steps, self.history)
+        self._rules = self._limits.at(self.steps)
         self._log_frozen()
         signals = [s for s in self._signals if not s.frozen]
         self._warn_starved(signals)
@@ -309,6 +315,7 @@ class SparseMomentum:
         nnz_before = {s.name: s.nnz for s in states}
         del states  # views of the old values
         above = self.config.dense_above
+        self._unfinished.changes()
         done = apply_changes(signals, changes, self.optimizer, above, self.schedule, self.steps)
         device.count_elements(s.layer.pattern for s in signals)
         self.updates += 1
@@ -341,8 +348,9 @@ class SparseMomentum:
     # ---- checkpoint ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, history, hyper-parameters, random state and signal buffers; masks and momentum
-        are the model's and optimizer's. On several ranks call `synchronize` first."""
+        """Counters, history, hyper-parameters, costs, random state and signal buffers; masks and
+        momentum are the model's and optimizer's. On several ranks call `synchronize` first."""
+        self._unfinished.check()
         self._ranks.check_reduced()
         return {
             "steps": self.steps,
@@ -351,6 +359,7 @@ class SparseMomentum:
             "config": described(self.config),
             "generator": self.generator.get_state(),
             "signals": {s.name: s.state_dict() for s in self._signals},
+            **self._limits.state_dict(),
         }
 
     def synchronize(self) -> None:
@@ -359,21 +368,26 @@ class SparseMomentum:
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise ValueError if `state` cannot be loaded; nothing is changed."""
-        check_state(state, self._signals, self.generator)
+        check_state(state, self._signals, self._limits, self.generator)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; load model and optimizer first.
 
         Raises ValueError, before anything is changed, if the checkpoint's layers are not this
         model's or an entry is broken. Warns (RuntimeWarning) if hyper-parameters differ: the new
-        ones are used from here on.
+        ones are used from here on. Costs of weights, which may be measured, are the checkpoint's
+        where it has any; if others were given here, that is logged.
         """
         self.check_state_dict(state)
         warn_of_changes(state, self.config)
+        warning = self._limits.load_state(state)
+        if warning is not None:
+            warnings.warn(warning, RuntimeWarning, stacklevel=2)
         for signal in self._signals:
             signal.load_state_dict(state["signals"][signal.name])
         self.steps, self.updates = state["steps"], state["updates"]
         self.history = records(state["history"])
         self.generator.set_state(state["generator"])
         self._stepped, self._skipped = False, 0
+        self._unfinished.forget()
         self._arm()
