@@ -118,6 +118,32 @@ def build(variant: str = "checked", csrc: Path = ROOT / "csrc", out: Path | None
     return module
 
 
+def build_planted(csrc: Path, unit: str, out: Path) -> Path:
+    """The checked variant with one source, csrc/cuda/`unit`, compiled from another folder; the
+    other objects are those of the last build(). Returns the extension module's path.
+
+    The new object is linked first: of functions that several objects have, its copies count.
+    Raises RuntimeError with the compiler's output.
+    """
+    clean = OUT / "checked"
+    others = [clean / name for name in (clean / "objects").read_text().splitlines()]
+    kept = [path for path in others if path.stem.rpartition("-")[0] != Path(unit).stem]
+    if len(kept) != len(others) - 1:
+        raise RuntimeError(
+            f"expected one object of {unit} in {clean}, found {len(others) - len(kept)}"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    source, target = csrc / "cuda" / unit, out / "planted.o"
+    command = [*_command(source, True, "checked", csrc, clean), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    module = out / (module_name("checked") + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    link = [_compiler(), "-shared", "-Wl,-Bsymbolic", str(target), *map(str, kept)]
+    subprocess.run([*link, "-o", str(module)], check=True)
+    return module
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:] or VARIANTS:
         print(build(name))

@@ -141,6 +141,9 @@ void CheckGlobal(const char* address, size_t bytes, Kind kind) {
   if (at + bytes > found->bytes)
     Fault("%s of %zu bytes at byte %zu of %s, which has %zu", verb, bytes, at, found->name.c_str(),
           found->bytes);
+  if (found->device >= 0 && found->device != executing_device)
+    Fault("%s of %zu bytes of %s, memory of device %d, on device %d", verb, bytes,
+          found->name.c_str(), found->device, executing_device);
   if (kind != Kind::kRead && !found->writable)
     Fault("write of %zu bytes at byte %zu of %s, which is an input", bytes, at,
           found->name.c_str());
@@ -158,9 +161,15 @@ void Finish(const Copy& copy) {
 
 }  // namespace
 
-void RegisterMemory(const void* begin, size_t bytes, bool writable, const std::string& name) {
+void RegisterMemory(const void* begin, size_t bytes, bool writable, const std::string& name,
+                    int device) {
   const char* first = static_cast<const char*>(begin);
-  allocations[first] = {first, bytes, writable, name};
+  allocations[first] = {first, bytes, writable, name, device};
+  last_hit = nullptr;
+}
+
+void UnregisterMemory(const void* begin) {
+  allocations.erase(static_cast<const char*>(begin));
   last_hit = nullptr;
 }
 
