@@ -67,17 +67,39 @@ def _command(source: Path, watched: bool, variant: str, csrc: Path, config: Path
     return [*command, "-x", "c++", "-c", str(source)]
 
 
-def _digest(command: list[str]) -> str:
-    """Of all that the compiler reads: the preprocessed source, and the options."""
+def _headers(csrc: Path) -> bytes:
+    """Of every header of ours that a source may include."""
+    digest = hashlib.sha256(sys.version.encode())
+    for folder in (csrc, HERE):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".cuh", ".h"):
+                digest.update(str(path).encode() + path.read_bytes())
+    return digest.digest()
+
+
+def _digest(source: Path, command: list[str], headers: bytes, out: Path) -> str:
+    """Of all that the compiler reads: the preprocessed source, and the options.
+
+    Remembered by the files as they are, since the preprocessor takes a second for each source.
+    """
+    key = hashlib.sha256(headers + source.read_bytes() + repr(command).encode()).hexdigest()
+    known = out / "digests" / key
+    if known.exists():
+        return known.read_text()
     done = subprocess.run([*command, "-E", "-P"], capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} -E\n{done.stderr.decode()}")
     options = " ".join(word for word in command if not word.startswith("/"))
-    return hashlib.sha256(done.stdout + options.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(done.stdout + options.encode()).hexdigest()[:16]
+    known.parent.mkdir(exist_ok=True)
+    partial = known.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(digest)
+    partial.replace(known)
+    return digest
 
 
-def _compile(source: Path, command: list[str], out: Path) -> Path:
-    target = out / f"{source.stem}-{_digest(command)}.o"
+def _compile(source: Path, command: list[str], headers: bytes, out: Path) -> Path:
+    target = out / f"{source.stem}-{_digest(source, command, headers, out)}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.tmp")
         line = [*command, "-o", str(partial)]
@@ -103,8 +125,9 @@ def build(variant: str = "checked", csrc: Path = ROOT / "csrc", out: Path | None
     if not config.exists():
         config.write_text('#pragma once\n#define SK_CUDA 1\n#define SK_CUDA_WHY ""\n')
     jobs = [(source, _command(source, kind, variant, csrc, out)) for source, kind in _sources(csrc)]
+    headers = _headers(csrc)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, out), jobs))
+        objects = list(pool.map(lambda job: _compile(*job, headers, out), jobs))
     module = out / (module_name(variant) + str(sysconfig.get_config_var("EXT_SUFFIX")))
     stamp = out / "objects"
     names = "\n".join(path.name for path in objects)

@@ -170,7 +170,8 @@ using emulation::Kind;
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (emulation::Refused("synchronize"))
     return emulation::Remember(cudaErrorStreamCaptureUnsupported);
-  const auto found = emulation::queues.find({emulation::CurrentDevice(), stream});
+  const int device = stream == nullptr ? emulation::CurrentDevice() : stream->device;
+  const auto found = emulation::queues.find({device, stream});
   return found == emulation::queues.end() ? cudaSuccess : emulation::Drain(&found->second);
 }
 
