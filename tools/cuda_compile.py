@@ -32,7 +32,7 @@ LIMITS = {
     "sm_90a": (65536, 2048, 32, 228 << 10, 1 << 10),
     "sm_100": (65536, 2048, 32, 228 << 10, 1 << 10),
 }
-CUB = "_ZN3cub"  # mangled names of the kernels that CUB's templates bring
+CUB = "_ZN3cub"  # how the mangled names of the kernels begin that CUB's templates bring
 THREADS = 256  # of most kernels' blocks (kWarp * kWarpsPerBlock in csrc/cuda/product.cuh)
 # The tensor-core kernels: BlockProductKernel<type, block, warps, tiles of 16 points, ...> and
 # BlockWgradKernel<type, block>.
@@ -95,8 +95,8 @@ def find_nvcc() -> str | None:
 
 
 def parse_ptxas(log: str) -> list[Kernel]:
-    """Kernels in the log of `nvcc -Xptxas -v`; device functions that ptxas lists beside them are
-    left out.
+    """Kernels in the log of `nvcc -Xptxas -v`. Device functions that ptxas lists beside a kernel,
+    where it does not inline them, are no kernels, but their spills are the kernel's.
     """
     kernels: list[Kernel] = []
     arch = name = ""
@@ -105,7 +105,10 @@ def parse_ptxas(log: str) -> list[Kernel]:
         if entry := ENTRY.search(line):
             arch, name, spill = entry["arch"], entry["name"], 0
         elif found := SPILL.search(line):
-            spill = int(found["stores"]) + int(found["loads"])
+            spilled = int(found["stores"]) + int(found["loads"])
+            spill += spilled
+            if not name and kernels:  # listed after its kernel
+                kernels[-1] = kernels[-1]._replace(spill_bytes=kernels[-1].spill_bytes + spilled)
         elif name and (used := USED.search(line)):
             shared = int(used["shared"] or 0)
             kernels.append(Kernel(arch, name, int(used["registers"]), shared, spill))
@@ -139,13 +142,37 @@ def demangle(names: list[str]) -> dict[str, str]:
     return forms
 
 
+def cub_rows(kernels: list[Kernel]) -> list[str]:
+    """One line per kind of CUB's kernels: how many, their registers, shared memory and spills.
+
+    By kind, since the names hold the architecture (CUB_300001_SM_800) and its tuning; without
+    occupancy, since the sizes of their blocks are CUB's.
+    """
+    forms = demangle([kernel.name for kernel in kernels])
+    rows: dict[str, dict[str, list[Kernel]]] = {}
+    for kernel in kernels:
+        kind = forms[kernel.name].partition("<")[0].split("::")[-1]
+        rows.setdefault(kind, {}).setdefault(kernel.arch, []).append(kernel)
+    lines = []
+    for kind in sorted(rows):
+        cells = []
+        for arch in ARCHITECTURES:
+            there = rows[kind].get(arch, [])
+            most = max((k.registers for k in there), default=0)
+            shared = max((k.shared_bytes for k in there), default=0)
+            spilled = sum(k.spill_bytes for k in there)
+            text = f"{len(there)} of up to {most} r, {shared} B" if there else ""
+            cells.append(text + (f", SPILLS {spilled} B" if spilled else ""))
+        lines.append(f"| CUB's {kind} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def table(kernels: list[Kernel]) -> str:
     """One line per kernel: registers, shared memory, occupancy and spills per architecture."""
     rows: dict[str, dict[str, Kernel]] = {}
     for kernel in kernels:
-        if kernel.name.startswith(CUB):  # blocks of its own sizes; spills count all the same
-            continue
-        rows.setdefault(kernel.name, {})[kernel.arch] = kernel
+        if not kernel.name.startswith(CUB):
+            rows.setdefault(kernel.name, {})[kernel.arch] = kernel
     forms = demangle(list(rows))
     lines = [
         "| kernel | " + " | ".join(ARCHITECTURES) + " |",
@@ -161,6 +188,7 @@ def table(kernels: list[Kernel]) -> str:
             text = "" if k is None else f"{k.registers} r, {shared} B, {k.occupancy:.0%}"
             cells.append(text + (f", SPILLS {k.spill_bytes} B" if k and k.spill_bytes else ""))
         lines.append(f"| {forms[name]} | " + " | ".join(cells) + " |")
+    lines += cub_rows([kernel for kernel in kernels if kernel.name.startswith(CUB)])
     return "\n".join(lines) + "\n"
 
 

@@ -67,17 +67,39 @@ def _command(source: Path, watched: bool, variant: str, csrc: Path, config: Path
     return [*command, "-x", "c++", "-c", str(source)]
 
 
-def _digest(command: list[str]) -> str:
-    """Of all that the compiler reads: the preprocessed source, and the options."""
+def _headers(csrc: Path) -> bytes:
+    """Of every header of ours that a source may include."""
+    digest = hashlib.sha256(sys.version.encode())
+    for folder in (csrc, HERE):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".cuh", ".h"):
+                digest.update(str(path).encode() + path.read_bytes())
+    return digest.digest()
+
+
+def _digest(source: Path, command: list[str], headers: bytes, out: Path) -> str:
+    """Of all that the compiler reads: the preprocessed source, and the options.
+
+    Remembered by the files as they are, since the preprocessor takes a second for each source.
+    """
+    key = hashlib.sha256(headers + source.read_bytes() + repr(command).encode()).hexdigest()
+    known = out / "digests" / key
+    if known.exists():
+        return known.read_text()
     done = subprocess.run([*command, "-E", "-P"], capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} -E\n{done.stderr.decode()}")
     options = " ".join(word for word in command if not word.startswith("/"))
-    return hashlib.sha256(done.stdout + options.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(done.stdout + options.encode()).hexdigest()[:16]
+    known.parent.mkdir(exist_ok=True)
+    partial = known.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(digest)
+    partial.replace(known)
+    return digest
 
 
-def _compile(source: Path, command: list[str], out: Path) -> Path:
-    target = out / f"{source.stem}-{_digest(command)}.o"
+def _compile(source: Path, command: list[str], headers: bytes, out: Path) -> Path:
+    target = out / f"{source.stem}-{_digest(source, command, headers, out)}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.tmp")
         line = [*command, "-o", str(partial)]
@@ -103,8 +125,9 @@ def build(variant: str = "checked", csrc: Path = ROOT / "csrc", out: Path | None
     if not config.exists():
         config.write_text('#pragma once\n#define SK_CUDA 1\n#define SK_CUDA_WHY ""\n')
     jobs = [(source, _command(source, kind, variant, csrc, out)) for source, kind in _sources(csrc)]
+    headers = _headers(csrc)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, out), jobs))
+        objects = list(pool.map(lambda job: _compile(*job, headers, out), jobs))
     module = out / (module_name(variant) + str(sysconfig.get_config_var("EXT_SUFFIX")))
     stamp = out / "objects"
     names = "\n".join(path.name for path in objects)
@@ -115,6 +138,32 @@ def build(variant: str = "checked", csrc: Path = ROOT / "csrc", out: Path | None
         subprocess.run([*link, "-o", str(partial)], check=True)
         partial.replace(module)
         stamp.write_text(names)
+    return module
+
+
+def build_planted(csrc: Path, unit: str, out: Path) -> Path:
+    """The checked variant with one source, csrc/cuda/`unit`, compiled from another folder; the
+    other objects are those of the last build(). Returns the extension module's path.
+
+    The new object is linked first: of functions that several objects have, its copies count.
+    Raises RuntimeError with the compiler's output.
+    """
+    clean = OUT / "checked"
+    others = [clean / name for name in (clean / "objects").read_text().splitlines()]
+    kept = [path for path in others if path.stem.rpartition("-")[0] != Path(unit).stem]
+    if len(kept) != len(others) - 1:
+        raise RuntimeError(
+            f"expected one object of {unit} in {clean}, found {len(others) - len(kept)}"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    source, target = csrc / "cuda" / unit, out / "planted.o"
+    command = [*_command(source, True, "checked", csrc, clean), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    module = out / (module_name("checked") + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    link = [_compiler(), "-shared", "-Wl,-Bsymbolic", str(target), *map(str, kept)]
+    subprocess.run([*link, "-o", str(module)], check=True)
     return module
 
 

@@ -1,8 +1,8 @@
 """The emulated module and how tests hand it tensors.
 
 `SPARSE_KERNELS_EMULATION=asan` loads the sanitized variant (with LD_PRELOAD, see test_asan.py),
-`SPARSE_KERNELS_EMULATION_CSRC` other kernel sources, `SPARSE_KERNELS_EMULATION_GRID` smaller grids
-(planted_faults.py).
+`SPARSE_KERNELS_EMULATION_MODULE` a module that was built elsewhere, `SPARSE_KERNELS_EMULATION_GRID`
+smaller grids (planting.py).
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ import emulation_build
 import torch
 
 _loaded: dict[str, ModuleType] = {}
+_stand_in: Any = None  # what load() returns instead, for recordings.py
+_there: dict[str, torch.Tensor] = {}  # what `registered` has registered
 # Rows of thread blocks in a grid, as CUDA has it: what is beyond them, a block does in turns.
 GRID = int(os.environ.get("SPARSE_KERNELS_EMULATION_GRID", "65535"))
 SEED = int(os.environ.get("SPARSE_KERNELS_EMULATION_SEED", "0"))
 
 
-def load() -> ModuleType:
+def load() -> Any:
     """The emulated module, built if its sources changed."""
+    return _stand_in or _module()
+
+
+def _module() -> ModuleType:
     variant = os.environ.get("SPARSE_KERNELS_EMULATION", "checked")
     if variant not in _loaded:
-        csrc = os.environ.get("SPARSE_KERNELS_EMULATION_CSRC")
-        path = (
-            emulation_build.build(variant, Path(csrc), Path(csrc).parent / "out")
-            if csrc
-            else emulation_build.build(variant)
-        )
+        planted = os.environ.get("SPARSE_KERNELS_EMULATION_MODULE")
+        path = Path(planted) if planted else emulation_build.build(variant)
         name = emulation_build.module_name(variant)
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         spec = importlib.util.spec_from_file_location(name, path, loader=loader)
@@ -47,7 +49,7 @@ def load() -> ModuleType:
 
 
 @contextmanager
-def registered(seed: int = SEED, **tensors: torch.Tensor | None) -> Iterator[ModuleType]:
+def registered(seed: int = SEED, **tensors: torch.Tensor | None) -> Iterator[Any]:
     """Inside, kernels may touch these tensors only, and write only to those named out_...
 
     Under a seed of its own: the order of blocks, warps and lanes follows from it.
@@ -55,17 +57,50 @@ def registered(seed: int = SEED, **tensors: torch.Tensor | None) -> Iterator[Mod
     emulated = load()
     emulated.forget_memory()
     emulated.set_seed(seed)
-    for name, tensor in tensors.items():
-        if tensor is None or tensor.numel() == 0:
-            continue
-        span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        emulated.register_memory(
-            tensor.data_ptr(), span * tensor.element_size(), name.startswith("out_"), name
-        )
+    add_memory(**tensors)
     try:
         yield emulated
     finally:
         emulated.forget_memory()
+        _there.clear()
+
+
+def add_memory(device: int = -1, **tensors: torch.Tensor | None) -> None:
+    """Register more tensors, as memory of one device (-1: of any), until memory is forgotten."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.numel() == 0:
+            continue
+        span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        size = span * tensor.element_size()
+        load().register_memory(tensor.data_ptr(), size, name.startswith("out_"), name, device)
+        _there[name] = tensor
+
+
+@contextmanager
+def standing_in(module: Any) -> Iterator[None]:
+    """Inside, load() returns `module`."""
+    global _stand_in
+    _stand_in = module
+    try:
+        yield
+    finally:
+        _stand_in = None
+
+
+@contextmanager
+def queued(seed: int = SEED) -> Iterator[Any]:
+    """Inside, work waits in the queue of its stream until something synchronizes; which stream
+    goes on then is drawn by `seed`.
+    """
+    module = load()
+    module.set_seed(seed)
+    module.set_queueing(True)
+    try:
+        yield module
+        module.synchronize()
+    finally:
+        module.drop_work()
+        module.set_queueing(False)
 
 
 @contextmanager

@@ -4,16 +4,12 @@ layout, and one call of each kernel through the project's own bindings.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
+import problems
 import torch
-from cases import ConvCase, LinearCase, _conv, make_conv, make_linear, relative_error, tolerance
+from cases import ConvCase, LinearCase, _conv, tolerance
 from emulator import address, nan_like, registered
+from problems import DTYPES, Case, Problem, compare
 
-from sparse_kernels.backends import reference
-
-Case = LinearCase | ConvCase
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = ("block_product", "block_dgrad", "block_wgrad")
 TF32_EPS = 2.0**-10
 
@@ -75,50 +71,18 @@ def is_small(case: Case) -> bool:
     return case.id.partition("-")[2] in SMALL_KINDS
 
 
-class Problem(NamedTuple):
-    """Tensors of a case in one dtype (values too), geometry as the bindings take it."""
-
-    case: Case
-    dtype: torch.dtype
-    t: dict[str, Any]
-    geometry: list[int]
-
-
 def make(case: Case, dtype: torch.dtype) -> Problem:
-    generator = torch.Generator().manual_seed(len(case.id) + case.batch)
-    if isinstance(case, LinearCase):
-        t = make_linear(case, torch.float32, generator)
-        geometry = [case.out_features, case.in_features, case.batch]
-    else:
-        t = make_conv(case, torch.float32, generator)
-        out_h, out_w = case.geometry.output_size(case.height, case.width)
-        geometry = [case.batch, case.height, case.width, out_h, out_w, *case.geometry]
-    if case.relu:  # away from the kink: a rounded sum may fall on either side of it
-        t["bias"] = torch.full((t["matrix"].shape[0],), 4.0)
-        t["bias"][::2] = -4.0
-    for name in ("x", "grad", "values"):
-        t[name] = t[name].to(dtype)
-    return Problem(case, dtype, t, geometry)
+    """As problems.make, with values in the dtype of the activations."""
+    p = problems.make(case, dtype)
+    p.t["values"] = p.t["values"].to(dtype)
+    if case.relu:  # sums are longer here
+        p.t["bias"] = 8 * p.t["bias"]
+    return p
 
 
 def expected(p: Problem, kernel: str) -> torch.Tensor:
     """The float64 reference's answer."""
-    t, case = p.t, p.case
-    x, grad, values = (t[name].double() for name in ("x", "grad", "values"))
-    bias = None if t["bias"] is None else t["bias"].double()
-    indices, linear = t["indices"], isinstance(case, LinearCase)
-    if kernel == "block_product":
-        if linear:
-            return reference.linear(x, values, *indices, bias, case.out_features, case.relu)
-        return reference.conv2d(x, values, *indices, bias, case.geometry, case.relu)
-    if kernel == "block_dgrad":
-        if linear:
-            return reference.linear_dgrad(grad, values, *indices, case.in_features)
-        size = (case.height, case.width)
-        return reference.conv2d_dgrad(grad, values, *indices, *size, case.geometry)
-    if linear:
-        return reference.linear_wgrad(grad, x, *indices, *case.block)
-    return reference.conv2d_wgrad(grad, x, *indices, *case.block, case.geometry)
+    return problems.expected(p, kernel.removeprefix("block_"))
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -197,11 +161,4 @@ def check(case: Case, dtype: torch.dtype, kernel: str, seed: int = 0) -> float:
         there = p.t["pattern"].compress(torch.ones(p.t["pattern"].shape))
         there[int(p.t["indices"][0][-1]) :] = 0
         assert not bool(got[there == 0].any()), (case.id, "not zero outside of the pattern")
-    if want.numel() == 0:
-        return 0.0
-    if float(want.norm()) == 0.0:
-        assert torch.equal(got.double(), torch.zeros_like(want)), (case.id, kernel)
-        return 0.0
-    error, limit = relative_error(got, want), bound(p, kernel)
-    assert error <= limit, f"{kernel} {case.id} {dtype}: error {error:.2e}, bound {limit:.2e}"
-    return error
+    return compare(f"{kernel} {case.id} {dtype}", got, want, bound(p, kernel))

@@ -161,6 +161,39 @@ void Run(const std::string& name, Address y, Address x, int blocks, int fault) {
   if (name == "votes") Launch(what, Votes, shape, reinterpret_cast<int*>(y), in, fault);
 }
 
+// A launcher that puts y = x reversed twice, by way of `between`, on `stream`; `how` it goes wrong.
+void RunPlaced(const std::string& how, Address y, Address between, Address x, int device,
+               Address stream) {
+  const auto what = [&how] { return "selftest placed, " + how; };
+  const DeviceGuard guard(how == "device ignored" ? 0 : device, what);
+  void* place = reinterpret_cast<void*>(stream);
+  if (how == "allocates") {
+    void* memory = nullptr;
+    Check(cudaMalloc(&memory, 256), "cudaMalloc", what);
+    Check(cudaFree(memory), "cudaFree", what);
+  }
+  const LaunchShape shape = {dim3(1), dim3(64), 64 * sizeof(float), place};
+  LaunchShape second = shape;
+  if (how == "default stream") second.stream = nullptr;
+  Launch(what, Reverse, shape, reinterpret_cast<float*>(between), reinterpret_cast<const float*>(x),
+         0);
+  if (how == "waits")
+    Check(cudaStreamSynchronize(static_cast<cudaStream_t>(place)), "cudaStreamSynchronize", what);
+  Launch(what, Reverse, second, reinterpret_cast<float*>(y),
+         reinterpret_cast<const float*>(between), 0);
+}
+
+// Of the driver's own: zeros into y, then a copy of x to its second half.
+void RunMoves(Address y, Address x, size_t bytes, Address stream) {
+  const auto what = [] { return std::string("selftest moves"); };
+  auto* to = reinterpret_cast<char*>(y);
+  auto* place = reinterpret_cast<cudaStream_t>(stream);
+  Check(cudaMemsetAsync(to, 0, bytes, place), "cudaMemsetAsync", what);
+  Check(cudaMemcpyAsync(to + bytes / 2, reinterpret_cast<const void*>(x), bytes / 2,
+                        cudaMemcpyDefault, place),
+        "cudaMemcpyAsync", what);
+}
+
 template <typename T>
 void RunMma(Address d, Address a, Address b, Address at_a, Address at_b, Address at_d) {
   Launch([] { return std::string("selftest mma"); }, Mma<T>, {dim3(1), dim3(32), 0, nullptr},
@@ -179,6 +212,8 @@ void RunMatrices(Address y, Address x, bool transposed) {
 
 void bind_selftest(py::module_& m) {
   m.def("run", &Run);
+  m.def("run_placed", &RunPlaced);
+  m.def("run_moves", &RunMoves);
   m.def("run_mma_half", &RunMma<__half>);
   m.def("run_mma_bfloat16", &RunMma<__nv_bfloat16>);
   m.def("run_matrices", &RunMatrices);

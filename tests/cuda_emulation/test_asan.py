@@ -16,9 +16,12 @@ HERE = Path(__file__).resolve().parent
 FILES = (
     "test_emulator.py",
     "test_fragments.py",
+    "test_mma_fragments.py",
+    "test_streams.py",
     "test_kernels.py",
     "test_dense.py",
     "test_launchers.py",
+    "test_mma_kernels.py",
     "test_pattern_change.py",
 )
 
@@ -43,6 +46,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    command += ["--capture=sys"]  # a report ends the process: it must not wait in pytest's files
     done = subprocess.run(
         [*command, *(str(HERE / name) for name in FILES)],
         capture_output=True,

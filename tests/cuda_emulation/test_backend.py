@@ -8,20 +8,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from backend_support import serving_cpu_tensors, step
 from cases import (
     CONV_CASES,
     LINEAR_CASES,
-    ConvCase,
     LinearCase,
     make_conv,
     make_linear,
     relative_error,
 )
-from emulator import load
 from parity import _dense
 from problems import EXTRA, Case
 
-from sparse_kernels import ops, plan
 from sparse_kernels.backends import cuda
 
 IDS = {
@@ -34,18 +32,8 @@ CASES = [c for c in (*LINEAR_CASES, *CONV_CASES, *EXTRA) if c.id in IDS and c.bl
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA backend serves CPU tensors; all memory is theirs to touch (torch allocates it)."""
-    module = load()
-    monkeypatch.setattr(plan, "_cache", {})  # choices made here are not those of other tests
-    monkeypatch.setattr(cuda, "native", lambda: module)
-    monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
-    monkeypatch.setattr(cuda, "supports", lambda op, x, values=None, block=None: None)
-    module.forget_memory()
-    module.set_strict(False)
-    try:
-        with plan.use_backend("cuda"):
-            yield
-    finally:
-        module.set_strict(True)
+    with serving_cpu_tensors(monkeypatch):
+        yield
 
 
 def is_linear(case: Case) -> bool:
@@ -60,15 +48,7 @@ def test_autograd_on_the_backend_matches_float64(case: Case, emulated: None) -> 
         t["bias"] = torch.full((t["matrix"].shape[0],), 0.5)
         t["bias"][::2] = -0.5
     expected_y, expected_dx, expected_dw, *expected_db = _dense(case, t)
-    x, values = t["x"].requires_grad_(), t["values"].requires_grad_()
-    bias = None if t["bias"] is None else t["bias"].requires_grad_()
-    if isinstance(case, ConvCase):
-        y = ops.conv2d(x, values, *t["indices"], bias, geometry=case.geometry, relu=case.relu)
-    else:
-        y = ops.linear(
-            x, values, *t["indices"], bias, out_features=case.out_features, relu=case.relu
-        )
-    y.backward(t["grad"])
+    y, x, values, bias = step(case, t)
     assert relative_error(y, expected_y) < 1e-5
     assert relative_error(x.grad, expected_dx) < 1e-5
     assert relative_error(values.grad, t["pattern"].compress(expected_dw)) < 1e-5

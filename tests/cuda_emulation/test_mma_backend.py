@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ConvCase, LinearCase, make_conv, make_linear, relative_error
-from emulator import load
+from backend_support import serving_cpu_tensors, step
+from cases import LinearCase, make_conv, make_linear, relative_error
 from mma_problems import CASES, Case
 from parity import _dense
 
-from sparse_kernels import ops, plan
 from sparse_kernels.backends import cuda
 
 IDS = {
@@ -40,19 +39,9 @@ def precision(linear: str, conv: str) -> Iterator[None]:
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CUDA backend serves CPU tensors, in TF32; torch allocates, so all memory is theirs."""
-    module = load()
-    monkeypatch.setattr(plan, "_cache", {})  # choices made here are not those of other tests
-    monkeypatch.setattr(cuda, "native", lambda: module)
-    monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
-    monkeypatch.setattr(cuda, "supports", lambda op, x, values=None, block=None: None)
-    module.forget_memory()
-    module.set_strict(False)
-    try:
-        with plan.use_backend("cuda"), precision("tf32", "tf32"):
-            yield
-    finally:
-        module.set_strict(True)
+    """The CUDA backend serves CPU tensors, in TF32."""
+    with serving_cpu_tensors(monkeypatch), precision("tf32", "tf32"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -70,15 +59,7 @@ def test_autograd_on_the_backend_matches_float64(
     expected_y, expected_dx, expected_dw, *expected_db = _dense(
         case, t | {name: t[name].float() for name in ("x", "grad")}
     )
-    x, values = t["x"].requires_grad_(), t["values"].requires_grad_()
-    bias = None if t["bias"] is None else t["bias"].requires_grad_()
-    if isinstance(case, ConvCase):
-        y = ops.conv2d(x, values, *t["indices"], bias, geometry=case.geometry, relu=case.relu)
-    else:
-        y = ops.linear(
-            x, values, *t["indices"], bias, out_features=case.out_features, relu=case.relu
-        )
-    y.backward(t["grad"])
+    y, x, values, bias = step(case, t)
     limit = 2e-3 if dtype == torch.float32 else 1e-2
     layout = torch.channels_last if y.dim() == 4 else torch.contiguous_format
     assert y.is_contiguous(memory_format=layout)  # x.grad takes the strides of x

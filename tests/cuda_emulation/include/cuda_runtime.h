@@ -175,15 +175,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const cudaError_t status = emulation::CheckLaunch(reinterpret_cast<const void*>(kernel), *config);
   if (status != cudaSuccess) return status;
   const std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
-  return emulation::FinishLaunch(
-      emulation::RunGrid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] {
-        const auto call = [kernel](Parameters... p) {
-          emulation::watching = true;
-          kernel(p...);
-          emulation::watching = false;
-        };
-        std::apply(call, parameters);
-      }));
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  const size_t shared = config->dynamicSmemBytes;
+  return emulation::Submit("launch", config->stream, [=] {
+    return emulation::RunGrid(grid, block, shared, [&] {
+      const auto call = [kernel](Parameters... p) {
+        emulation::watching = true;
+        kernel(p...);
+        emulation::watching = false;
+      };
+      std::apply(call, parameters);
+    });
+  });
 }
 
 template <typename Kernel>

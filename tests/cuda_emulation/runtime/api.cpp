@@ -16,16 +16,16 @@ cudaError_t last_error = cudaSuccess;
 std::string text;
 std::map<const void*, int> allowed_shared;
 
-cudaError_t Remember(cudaError_t status) {
-  if (status != cudaSuccess) last_error = status;
-  return status;
-}
-
 }  // namespace
 
 namespace emulation {
 int max_grid_y = 65535;
 bool compiled = true;
+
+cudaError_t Remember(cudaError_t status) {
+  if (status != cudaSuccess) last_error = status;
+  return status;
+}
 }  // namespace emulation
 
 cudaError_t cudaGetDevice(int* device) {
@@ -34,13 +34,13 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= kEmulatedDevices) return Remember(cudaErrorInvalidDevice);
+  if (device < 0 || device >= kEmulatedDevices) return emulation::Remember(cudaErrorInvalidDevice);
   current_device = device;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device < 0 || device >= kEmulatedDevices) return Remember(cudaErrorInvalidDevice);
+  if (device < 0 || device >= kEmulatedDevices) return emulation::Remember(cudaErrorInvalidDevice);
   *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : kSharedOptIn;
   return cudaSuccess;
 }
@@ -49,11 +49,6 @@ cudaError_t cudaGetLastError() {
   const cudaError_t status = last_error;
   last_error = cudaSuccess;
   return status;
-}
-
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
 }
 
 const char* cudaGetErrorString(cudaError_t status) {
@@ -66,15 +61,24 @@ const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaErrorInvalidConfiguration ? "invalid configuration argument"
          : status == cudaErrorInvalidDevice      ? "invalid device ordinal"
          : status == cudaErrorInvalidValue       ? "invalid argument"
-                                                 : "no error";
+         : status == cudaErrorInvalidResourceHandle
+             ? "invalid resource handle (a stream of another device, or none)"
+         : status == cudaErrorStreamCaptureUnsupported
+             ? "operation not permitted when stream is capturing"
+         : status == cudaErrorStreamCaptureImplicit
+             ? "operation would make the legacy stream depend on a capturing blocking stream"
+             : "no error";
 }
 
 const char* cudaGetErrorName(cudaError_t status) {
-  return status == cudaErrorLaunchFailure          ? "cudaErrorLaunchFailure"
-         : status == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
-         : status == cudaErrorInvalidDevice        ? "cudaErrorInvalidDevice"
-         : status == cudaErrorInvalidValue         ? "cudaErrorInvalidValue"
-                                                   : "cudaSuccess";
+  return status == cudaErrorLaunchFailure              ? "cudaErrorLaunchFailure"
+         : status == cudaErrorInvalidConfiguration     ? "cudaErrorInvalidConfiguration"
+         : status == cudaErrorInvalidDevice            ? "cudaErrorInvalidDevice"
+         : status == cudaErrorInvalidValue             ? "cudaErrorInvalidValue"
+         : status == cudaErrorInvalidResourceHandle    ? "cudaErrorInvalidResourceHandle"
+         : status == cudaErrorStreamCaptureUnsupported ? "cudaErrorStreamCaptureUnsupported"
+         : status == cudaErrorStreamCaptureImplicit    ? "cudaErrorStreamCaptureImplicit"
+                                                       : "cudaSuccess";
 }
 
 namespace emulation {

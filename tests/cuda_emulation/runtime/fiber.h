@@ -37,6 +37,11 @@ extern "C" void emulation_switch(void** save, void* load);
 
 // `entry` never returns: it leaves by SwitchFiber.
 inline void PrepareFiber(Fiber& fiber, void (*entry)()) {
+#if defined(__SANITIZE_ADDRESS__)
+  // First of all: a fiber never returns from its frames, so they are poisoned still.
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, fiber.stack_bytes);
+  fiber.fake_stack = nullptr;
+#endif
 #if defined(__x86_64__)
   // What emulation_switch pops: six registers, then the return address; at entry rsp % 16 == 8.
   auto* top = reinterpret_cast<uint64_t*>(fiber.stack + fiber.stack_bytes - 64);
@@ -50,11 +55,6 @@ inline void PrepareFiber(Fiber& fiber, void (*entry)()) {
   fiber.context.uc_stack.ss_size = fiber.stack_bytes;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  // A fiber that was left at a fault has poisoned frames behind it.
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, fiber.stack_bytes);
-  fiber.fake_stack = nullptr;
 #endif
 }
 

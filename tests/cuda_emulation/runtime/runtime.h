@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_runtime_api.h"
 #include "emulation.h"
 #include "fiber.h"
 
@@ -59,9 +60,16 @@ struct Allocation {
   size_t bytes;
   bool writable;
   std::string name;
+  int device;  // -1: of any
 };
-void RegisterMemory(const void* begin, size_t bytes, bool writable, const std::string& name);
+void RegisterMemory(const void* begin, size_t bytes, bool writable, const std::string& name,
+                    int device = -1);
+void UnregisterMemory(const void* begin);
 void ForgetMemory();
 void SetStrict(bool strict);
+
+cudaError_t Remember(cudaError_t status);  // api.cpp: for cudaGetLastError
+cudaError_t FinishLaunch(bool fine);
+extern int executing_device;  // streams.cpp: of the work that runs
 
 }  // namespace emulation

@@ -11,6 +11,7 @@
 #include <set>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cuda_runtime.h"
 
@@ -28,17 +29,18 @@ inline std::set<std::string>& AskedSizes() {
   return asked;
 }
 
-// `problem` names entry point, types and sizes. `work` runs as a kernel of one thread.
+// `problem` names entry point, types and sizes. `work` runs as a kernel of one thread, when the
+// stream comes to it.
 template <typename Work>
 cudaError_t CubCall(const std::string& problem, void* storage, size_t& bytes, size_t wanted,
-                    std::initializer_list<Range> ranges, Work work) {
+                    std::vector<Range> ranges, cudaStream_t stream, Work work) {
   if (storage == nullptr) {
     AskedSizes().insert(problem);
     bytes = wanted;
     return cudaSuccess;
   }
   if (bytes < wanted) return cudaErrorInvalidValue;
-  return FinishLaunch(RunGrid(dim3(1), dim3(1), 0, [&] {
+  const auto run = [=, bytes = bytes] {
     if (AskedSizes().count(problem) == 0)
       Fault("%s: called without asking for the size of its temporary storage", problem.c_str());
     const Range temporary = {"temporary storage", storage, bytes, Kind::kWrite};
@@ -59,7 +61,8 @@ cudaError_t CubCall(const std::string& problem, void* storage, size_t& bytes, si
     std::memset(storage, 0xa5, bytes);
     work();
     std::memset(storage, 0x5a, bytes);
-  }));
+  };
+  return Submit("launch", stream, [=] { return RunGrid(dim3(1), dim3(1), 0, run); });
 }
 
 }  // namespace emulation

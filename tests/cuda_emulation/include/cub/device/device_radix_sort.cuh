@@ -14,7 +14,7 @@ struct DeviceRadixSort {
   template <typename Key, typename Value>
   static cudaError_t SortPairs(void* storage, size_t& bytes, const Key* keys, Key* sorted_keys,
                                const Value* values, Value* sorted_values, int items, int begin_bit,
-                               int end_bit, cudaStream_t = nullptr) {
+                               int end_bit, cudaStream_t stream = nullptr) {
     static_assert(std::is_unsigned_v<Key>, "only unsigned keys are emulated");
     constexpr int kBits = 8 * sizeof(Key);
     if (items < 0 || begin_bit < 0 || end_bit > kBits || begin_bit > end_bit)
@@ -30,7 +30,7 @@ struct DeviceRadixSort {
          {"values", values, count * sizeof(Value), Kind::kRead},
          {"sorted keys", sorted_keys, count * sizeof(Key), Kind::kWrite},
          {"sorted values", sorted_values, count * sizeof(Value), Kind::kWrite}},
-        [&] {
+        stream, [=] {
           const Key high = end_bit == kBits ? ~Key(0) : (Key(1) << end_bit) - 1;
           const Key mask = high >> begin_bit << begin_bit;
           std::vector<int> order(count);
