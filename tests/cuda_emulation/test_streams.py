@@ -178,8 +178,48 @@ def _blocks(name: str, kernel: str, dtype: torch.dtype) -> Callable[[], object]:
     return lambda: mma_problems.check(case, dtype, kernel)
 
 
+class Layers:
+    """Two layers of a pattern change, before and after it."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(5)
+        tall = SparsityPattern.random((24, 36), 0.3, block=(4, 1), generator=draw, capacity=90)
+        plain = SparsityPattern.random((9, 31), 0.4, generator=draw, capacity=130)
+        self.patterns = [tall, plain]
+        self.keys = [p.keys() for p in self.patterns]
+        self.masks = [torch.arange(k.numel()) % 3 == 0 for k in self.keys]
+        pairs = list(zip(self.keys, self.masks, strict=True))
+        self.kept, self.grown = [k[~m] for k, m in pairs], [k[m] for k, m in pairs]
+        sizes = [p.block_rows * p.block_cols for p in self.patterns]
+        self.scores = [torch.rand(size, generator=draw) for size in sizes]
+        self.values = [torch.rand(p.capacity, *p.block, generator=draw) for p in self.patterns]
+        # From the third block on they stay, in reverse order; the first three are new.
+        self.sources = [torch.arange(len(k), dtype=torch.int32).flip(0) - 3 for k in self.keys]
+
+    def moves(self) -> list[change.Move]:
+        return [change.Move(v, v, s, None) for v, s in zip(self.values, self.sources, strict=True)]
+
+    def calls(self) -> Iterator[tuple[dict[str, list[torch.Tensor]], Callable[[], object]]]:
+        """Tensors by name (out_... are written), and the call that may touch them."""
+        yield {"scores": self.scores}, lambda: change.select_mask(self.scores, [50, 100], True)
+        counts = [k.numel() for k in self.kept]
+        yield (
+            {"masks": self.masks, "keys": self.keys, "out_scores": self.scores},
+            lambda: change.keep_blocks(self.masks, self.keys, counts, self.scores),
+        )
+        lists = {"kept": self.kept, "grown": self.grown}
+        yield lists, lambda: change.merge_keys(self.kept, self.grown)
+        index = [array for p in self.patterns for array in p.tensors()]
+        lists = {"keys": self.keys, "out_index": index}
+        yield lists, lambda: change.build_index(self.patterns, self.keys)
+        lists = {"kept": self.kept, "keys": self.keys}
+        yield lists, lambda: change.locate_blocks(self.kept, self.keys)
+        lists = {"out_values": self.values, "sources": self.sources}
+        yield lists, lambda: change.move_blocks(self.moves())
+
+
 def _pattern() -> None:
-    """One call of each launcher of a pattern change, on two layers."""
+    """One call of each launcher of a pattern change; what it allocates is registered too."""
     made: list[torch.Tensor] = []
     empty = torch.empty
 
@@ -189,40 +229,13 @@ def _pattern() -> None:
         add_memory(**{f"out_{name}{len(made)}": made[-1].view(torch.uint8).fill_(0xEE)})
         return made[-1]
 
-    draw = torch.Generator().manual_seed(5)
-    patterns = [SparsityPattern.random((24, 36), 0.3, block=(4, 1), generator=draw, capacity=90)]
-    patterns += [SparsityPattern.random((9, 31), 0.4, generator=draw, capacity=130)]
-    keys = [pattern.keys() for pattern in patterns]
-    masks = [torch.arange(k.numel()) % 3 == 0 for k in keys]
-    kept = [k[~mask] for k, mask in zip(keys, masks, strict=True)]
-    grown = [k[mask] for k, mask in zip(keys, masks, strict=True)]
-    scores = [torch.rand(p.block_rows * p.block_cols, generator=draw) for p in patterns]
-    values = [torch.rand(p.capacity, *p.block, generator=draw) for p in patterns]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(change, "native", load)
         patch.setattr(change, "_place", lambda x: (0, 0))
         patch.setattr(change.torch, "empty", watched)
-        calls: list[tuple[dict[str, Any], Callable[[], object]]] = [
-            ({"scores": scores}, lambda: change.select_mask(scores, [50, 100], True)),
-            (
-                {"masks": masks, "keys": keys, "out_scores": scores},
-                lambda: change.keep_blocks(masks, keys, [k.numel() for k in kept], scores),
-            ),
-            ({"kept": kept, "grown": grown}, lambda: change.merge_keys(kept, grown)),
-            (
-                {"keys": keys, "out_index": [t for p in patterns for t in p.tensors()]},
-                lambda: change.build_index(patterns, keys),
-            ),
-            ({"kept": kept, "keys": keys}, lambda: change.locate_blocks(kept, keys)),
-        ]
-        for lists, call in calls:
+        for lists, call in Layers().calls():
             with registered(**{f"{n}{i}": t for n, ts in lists.items() for i, t in enumerate(ts)}):
                 call()
-        sources = [torch.arange(k.numel(), dtype=torch.int32).flip(0) - 3 for k in keys]
-        moves = [change.Move(v, v, s, None) for v, s in zip(values, sources, strict=True)]
-        lists = {"out_values": values, "sources": sources}
-        with registered(**{f"{n}{i}": t for n, ts in lists.items() for i, t in enumerate(ts)}):
-            change.move_blocks(moves)
 
 
 SOURCES: dict[str, Callable[[], object]] = {
