@@ -17,6 +17,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTEMPTS = 2
+# Variables for gpu_recorder.py: the journal's path, its identity as JSON, the seconds since 1970
+# after which no test begins, a process's share of the tests as "i/n", what precedes names as keys.
+PATH, IDENTITY, DEADLINE, SHARE, PREFIX = (
+    f"GPU_JOURNAL_{name}" for name in ("PATH", "IDENTITY", "DEADLINE", "SHARE", "PREFIX")
+)
 BUILT = ("sparse_kernels", "csrc", "make", "CMakeLists.txt", "setup.py", "pyproject.toml")
 _SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh", ".toml", ".txt", ".cmake", ".mk")
 
@@ -39,6 +44,7 @@ class Entry(NamedTuple):
     key: str
     outcome: str
     row: dict[str, Any]
+    sources: str = ""  # the fingerprint that its identity names
 
 
 class Journal:
@@ -47,9 +53,7 @@ class Journal:
     Several processes may write to one file: a line is one write to a file opened for appending.
     """
 
-    def __init__(
-        self, path: Path, identity: dict[str, Any], ignoring: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], ignoring: Sequence[str] = ()) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
         self.ignoring = ignoring  # of the identity: lines that differ in these count too
         self.entries: dict[str, Entry] = {}
@@ -72,7 +76,7 @@ class Journal:
             if "identity" in found:
                 ours, last = self._is_ours(found["identity"]), found["identity"]
             elif ours:
-                self._take(found)
+                self._take(found, (last or {}).get("sources", ""))
         broken = bool(text) and not text.endswith("\n")  # must not swallow the next line
         if broken or last != self.identity:
             self._write({"identity": self.identity}, "\n" if broken else "")
@@ -81,7 +85,7 @@ class Journal:
         names = (self.identity.keys() | other.keys()) - set(self.ignoring)
         return all(self.identity.get(name) == other.get(name) for name in names)
 
-    def _take(self, found: dict[str, Any]) -> None:
+    def _take(self, found: dict[str, Any], sources: str) -> None:
         """One line of the file."""
         if "begun" in found:
             self.begun[found["begun"]] = self.begun.get(found["begun"], 0) + 1
@@ -91,7 +95,8 @@ class Journal:
         elif "total" in found:
             self.totals[found["prefix"]] = found["total"]
         else:
-            self.entries[found["key"]] = Entry(found["key"], found["outcome"], found["row"])
+            key, outcome = found["key"], found["outcome"]
+            self.entries[key] = Entry(key, outcome, found["row"], sources)
 
     def _write(self, line: dict[str, Any], before: str = "") -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -99,13 +104,11 @@ class Journal:
 
     def begin(self, key: str) -> None:
         """Note that a case is under way."""
-        self.begun[key] = self.begun.get(key, 0) + 1
-        self._write({"begun": key})
+        self._note({"begun": key})
 
     def finish(self, key: str, outcome: str, **row: Any) -> None:
         """Write down a case's result; it is in the file when this returns."""
-        self.entries[key] = Entry(key, outcome, row)
-        self._write({"key": key, "outcome": outcome, "row": row})
+        self._note({"key": key, "outcome": outcome, "row": row})
 
     def settled(self, key: str) -> bool:
         """Whether the case needs no run: it is finished, or given up now as one that breaks."""
@@ -121,13 +124,18 @@ class Journal:
         """Note how many cases there are whose keys begin with ``prefix``."""
         self._note({"prefix": prefix, "total": total})
 
+    def forget(self, key: str) -> None:
+        """Let a case run again, its earlier tries uncounted."""
+        self._note({"forgotten": key})
+
     def forget_failures(self) -> None:
         """Let what failed run again."""
         for key in [e.key for e in self.entries.values() if e.outcome == "failed"]:
-            self._note({"forgotten": key})
+            self.forget(key)
 
     def _note(self, line: dict[str, Any]) -> None:
-        self._take(line)
+        line = json.loads(json.dumps(line))  # as it will be read: tuples become lists
+        self._take(line, self.identity.get("sources", ""))
         self._write(line)
 
     def failures(self, prefix: str = "") -> list[str]:

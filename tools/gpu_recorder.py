@@ -1,6 +1,6 @@
 """A plugin of pytest, ``-p gpu_recorder``: notes every test in a journal, runs none a second time.
 
-tools/gpu_check.py starts it on a GPU machine; the variables below tell it what to do.
+tools/gpu_check.py starts it on a GPU machine; variables of the environment tell it what to do.
 """
 
 from __future__ import annotations
@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_journal import Journal, cuda_works, left, share
-
-# The journal's path, its identity as JSON, the seconds since the epoch after which
-# no test begins, this process's share of the tests as "i/n", and what precedes names as keys.
-PATH, IDENTITY, DEADLINE, SHARE, PREFIX = (
-    f"GPU_JOURNAL_{name}" for name in ("PATH", "IDENTITY", "DEADLINE", "SHARE", "PREFIX")
-)
+from gpu_journal import DEADLINE, IDENTITY, PATH, PREFIX, SHARE, Journal, cuda_works, left, share
 
 
 class Recorder:
@@ -58,24 +52,28 @@ class Recorder:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         failed = [report for report in self.reports if report.failed]
-        skipped = any(report.skipped for report in self.reports)
+        skipped = [report for report in self.reports if report.skipped]
         if failed:
             self.journal.finish(self.prefix + nodeid, "failed", why=_why(failed[0]))
             if not cuda_works():
                 self.session.shouldstop = "CUDA is unusable after the last failure"
         else:
-            self.journal.finish(self.prefix + nodeid, "skipped" if skipped else "passed")
+            outcome = {"why": _why(skipped[0])} if skipped else {}
+            kind = "skipped" if skipped else "passed"
+            self.journal.finish(self.prefix + nodeid, kind, **outcome)
         if time.time() > self.deadline:
             self.session.shouldstop = "time is up"
 
 
 def _why(report: Any) -> str:
+    if isinstance(report.longrepr, tuple):  # of a skipped test: file, line, reason
+        return str(report.longrepr[2])
     crash = getattr(report.longrepr, "reprcrash", None)
     return str(report.longrepr if crash is None else crash.message)[-400:]
 
 
 def pytest_configure(config: Any) -> None:
-    """As ``-p gpu_journal``: what the variables of the environment say."""
+    """Register what the variables of the environment describe."""
     journal = Journal(Path(os.environ[PATH]), json.loads(os.environ[IDENTITY]))
     index, count = map(int, os.environ.get(SHARE, "0/1").split("/"))
     deadline = float(os.environ.get(DEADLINE, "inf"))

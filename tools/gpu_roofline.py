@@ -148,9 +148,7 @@ class Floor(NamedTuple):
     bound: str
 
 
-def shared_memory_floor(
-    layer: Layer, side: int, density: float, itemsize: int, name: str
-) -> Floor:
+def shared_memory_floor(layer: Layer, side: int, density: float, itemsize: int, name: str) -> Floor:
     """Of "forward", "dgrad" or "wgrad" when every activation comes out of shared memory.
 
     Per point and stored block at least one number is read there (in the input gradient V of dY:

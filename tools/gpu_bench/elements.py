@@ -100,7 +100,11 @@ def least_seconds(kind: Kind, itemsize: int, name: str) -> gpu_roofline.Floor:
     """The shared-memory roofline of the pass on a Hopper GPU (gpu_roofline)."""
     shape = kind.shape
     layer = gpu_roofline.Layer(
-        shape.name, kind.batch * shape.positions, shape.rows, shape.columns, max(1, shape.kernel) ** 2
+        shape.name,
+        kind.batch * shape.positions,
+        shape.rows,
+        shape.columns,
+        max(1, shape.kernel) ** 2,
     )
     names = name.split("+")
     parts = [

@@ -33,7 +33,9 @@ DENSITY = 0.05
 def tuned(settings: Settings) -> Iterator[Task]:
     """A row per layer, precision and block: the products, then convolutions of all nets."""
     if settings.small:
-        yield _task(LayerShape("product-64", 64, 64, net="products"), 64, "fp32", (16, 16), settings)
+        yield _task(
+            LayerShape("product-64", 64, 64, net="products"), 64, "fp32", (16, 16), settings
+        )
         return
     products = [LayerShape(f"product-{n}", n, n, net="products") for n in (4096, 2048, 1024, 8192)]
     found = choose(("vgg", "wrn", "resnet"), "core")
@@ -155,5 +157,7 @@ def _tuned_calls(
     else:
         x, grad = (layers.in_layout_of(ours, t) for t in (x, grad))
     module = UnderAutocast(ours, half)
-    layers.check_layer(f"{label} tuned", module, ours, x, TOLERANCE[row["precision"]], row["errors"])
+    layers.check_layer(
+        f"{label} tuned", module, ours, x, TOLERANCE[row["precision"]], row["errors"]
+    )
     return dict(layers.passes(f"sparse {label} tuned", module, x, grad))

@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet(stages: tuple[tuple[int, int], ...], classes: int) -> nn.Sequential:
-    """ResNet-50's layers without its first pooling: images may be small, weights are what counts."""
+    """ResNet-50's layers without its first pooling: images may be small."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, stages[0][0], 7, 2, 3, bias=False), nn.BatchNorm2d(stages[0][0]), nn.ReLU(),
     ]  # fmt: skip
@@ -52,9 +52,7 @@ def resnet(stages: tuple[tuple[int, int], ...], classes: int) -> nn.Sequential:
         for block in range(blocks):
             layers.append(Bottleneck(inputs, width, 2 if block == 0 and index else 1))
             inputs = 4 * width
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)
-    )
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
 def updates(settings: Settings) -> Iterator[Task]:
