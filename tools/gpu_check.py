@@ -15,29 +15,32 @@ Parts, in the order in which they are run, the most telling first:
   bench      tools/gpu_bench: all layers and whole steps inside CUDA graphs
   ops        single operators against dense, launches included
 
-Every part but build stops after --minutes (8): no case begins later. What is done is in journals in
-the state folder (--state, build/gpu-check/state), line by line, so that the same command goes on
-where it stopped or was killed: on the same kind of GPU and with the same sources nothing is run
-twice. --total bounds the whole call. A failed case is noted and the rest goes on; it is tried again
-only with --again, or when sources change. Exit status: 0 all passed, 1 something failed (listed
-last), 3 nothing failed and cases are left.
+Every part but build stops after --minutes: 8, and where all parts are run 2 for smoke and 6 for
+targets. No case begins later. What is done is in journals in the state folder (--state,
+build/gpu-check/state), line by line, so that the same command goes on where it stopped or was
+killed: on the same kind of GPU and with the same sources nothing is run twice. --total bounds the
+whole call. A failed case is noted and the rest goes on; it is tried again only with --again, or
+when sources change. Exit status: 0 all passed, 1 something failed (listed last), 3 nothing failed
+and cases are left.
 
 On a lent machine (the tool `run`: 10 minutes a call, 30 in all, 2 to 3 of them for starting; every
 machine is bare, and what comes back is 8 files of 16 MiB below $OUT). The state folder is $OUT
 itself: bench.jsonl, smoke.jsonl, tests.jsonl, sanitizer.jsonl, report.md, site.tar.gz and log. They
-come back even when a call is killed. Three calls, the same command each time, timeout_s 600:
+come back even when a call is killed. Three calls, the same each time, timeout_s 600:
 
-  carry: ["build/gpu-state"]
+  carry: ["build/gpu-state"]       (first, here: mkdir -p build/gpu-state)
   command: cp build/gpu-state/* $OUT/ 2>/dev/null; set -o pipefail; export PYTHONUNBUFFERED=1;
+           export CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=90a-real;
            python3 tools/gpu_check.py --state $OUT --total 8.5 2>&1 | tee -a $OUT/log
 
-After each call, here: mkdir -p build/gpu-state && cp FILES_AT/* build/gpu-state/ (files_at is in
-the reply), then call again: the journals and the built package travel there and the work goes on. A
-call within 30 s of the last finds its machine warm. Change no source between calls unless a failure
-makes it worth while: rows count for the sources that they were measured with (the old lines stay in
-the journal, and --any-sources lets old rows count). If one part matters more, name it: --part
-tests. The third call's minutes are what `status` still gives: lower --total and timeout_s to fit.
-At the end, here, tables for benchmarks/results:  python -m tools.gpu_bench --report build/gpu-state
+After each call, here: cp --no-preserve=mode FILES_AT/* build/gpu-state/ (files_at is in the reply),
+then call again: the journals and the built package travel there and the work goes on. A call within
+30 s of the last finds its machine warm. Change no source between calls unless a failure makes it
+worth while: rows count for the sources that they were measured with (old lines stay in the journal,
+and --any-sources lets old rows count). A call that names a part, --part tests, runs that alone. For
+the third call `status` says how much is left: lower --total and timeout_s to fit; a case that is
+under way at the deadline gets a minute more, then it is killed and tried once again next time.
+At the end, here, tables for benchmarks/results: python -m tools.gpu_bench --report build/gpu-state
 
 Without nvcc the CUDA part is left out and Triton serves. In the rehearsal Triton, where it is
 installed, is interpreted.
@@ -65,6 +68,8 @@ from gpu_check_build import CheckError, has_nvcc
 REQUIRED = ("torch", "setuptools", "pybind11", "cmake", "ninja", "pytest")
 OPTIONAL = ("triton", "hypothesis", "rich", "matplotlib", "pytest_benchmark")
 PARTS = ("build", "smoke", "targets", "tests", "sanitizer", "bench", "ops")
+# Minutes that a part takes at most where all are run: the first call shall not end in one of them.
+MOST = {"smoke": 2.0, "targets": 6.0}
 LEFT = 3
 
 
@@ -125,14 +130,14 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--total", type=float, default=float("inf"), help="minutes of the call")
     parser.add_argument("--results", type=Path, help="folder for the tables")
     parser.add_argument("--state", type=Path, default=building.WORK / "state")
-    parser.add_argument("--jobs", type=int, help="processes of tests; 4 on a GPU")
+    parser.add_argument("--jobs", type=int, help="processes of tests; 8 on a GPU")
     parser.add_argument("--again", action="store_true", help="let failed cases run again")
     parser.add_argument("--any-sources", action="store_true", help="rows of old sources count")
     options = parser.parse_args(arguments)
     options.state = options.state.resolve()
     options.state.mkdir(parents=True, exist_ok=True)
     if options.jobs is None:
-        options.jobs = 4 if options.device.startswith("cuda") else 1
+        options.jobs = 8 if options.device.startswith("cuda") else 1
     return options
 
 
@@ -145,7 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         describe_machine(options.device)
         for part in [options.part] if options.part else PARTS:
-            deadline = min(time.monotonic() + 60 * options.minutes, start + 60 * options.total)
+            most = options.minutes if options.part else MOST.get(part, options.minutes)
+            minutes = min(options.minutes, most)
+            deadline = min(time.monotonic() + 60 * minutes, start + 60 * options.total)
             outcome = check(part, options, deadline)
             failures += outcome.failures
             left += [] if outcome.complete else [part]
