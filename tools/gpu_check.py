@@ -15,8 +15,8 @@ Parts, in the order in which they are run, the most telling first:
   bench      tools/gpu_bench: all layers and whole steps inside CUDA graphs
   ops        single operators against dense, launches included
 
-Every part but build stops after --minutes: 8, and where all parts are run 2 for smoke and 6 for
-targets. No case begins later. What is done is in journals in the state folder (--state,
+Every part but build stops after --minutes: 8; on a GPU, where all parts are run, 2 for smoke
+and 6 for targets. No case begins later. What is done is in journals in the state folder (--state,
 build/gpu-check/state), line by line, so that the same command goes on where it stopped or was
 killed: on the same kind of GPU and with the same sources nothing is run twice. --total bounds the
 whole call. A failed case is noted and the rest goes on; it is tried again only with --again, or
@@ -54,6 +54,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import shutil
 import sys
 import time
@@ -127,7 +128,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--part", choices=PARTS, help="one part only; default all, in order")
     parser.add_argument("--minutes", type=float, default=8.0, help="of each part")
-    parser.add_argument("--total", type=float, default=float("inf"), help="minutes of the call")
+    parser.add_argument("--total", type=float, default=math.inf, help="minutes of the call")
     parser.add_argument("--results", type=Path, help="folder for the tables")
     parser.add_argument("--state", type=Path, default=building.WORK / "state")
     parser.add_argument("--jobs", type=int, help="processes of tests; 8 on a GPU")
@@ -150,8 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         describe_machine(options.device)
         for part in [options.part] if options.part else PARTS:
-            most = options.minutes if options.part else MOST.get(part, options.minutes)
-            minutes = min(options.minutes, most)
+            lent = options.device.startswith("cuda") and not options.part
+            minutes = min(options.minutes, MOST.get(part, options.minutes) if lent else math.inf)
             deadline = min(time.monotonic() + 60 * minutes, start + 60 * options.total)
             outcome = check(part, options, deadline)
             failures += outcome.failures

@@ -72,7 +72,7 @@ def benchmark(part: str, options: argparse.Namespace, deadline: float) -> Outcom
     """smoke, targets, bench (all) or ops of tools/gpu_bench. Raises CheckError."""
     environment = check_environment()
     if not options.device.startswith("cuda") and importlib.util.find_spec("triton") is not None:
-        environment |= {"TRITON_INTERPRET": "1", "SPARSE_KERNELS_BACKEND": "triton,torch,cpu"}
+        environment |= {"TRITON_INTERPRET": "1", "SPARSE_KERNELS_BACKEND": "triton,torch"}
     launcher = DROP_SOURCE_TREE + (
         f"sys.path.append({str(ROOT)!r}); from tools.gpu_bench.__main__ import main; "
         "sys.exit(main())"
