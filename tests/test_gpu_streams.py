@@ -6,7 +6,6 @@ queue for a stream (stream_support.py), so that what a GPU machine will run has 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -324,18 +323,11 @@ def compare(layer: SparseLayer, leaf: torch.Tensor, found: Tensors, bound: float
         assert error <= bound, f"{name}: relative error {error:.1e}"
 
 
-@contextlib.contextmanager
-def served_by(name: str) -> Iterator[None]:
-    """Norm and loss are torch's."""
-    with plan.use_backend(f"{name},torch"):
-        yield
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_captured_step_and_mask_updates_between_replays(name: str) -> None:
     """A training whose steps are replays of one graph has the losses of one without capture."""
     losses = {}
-    with served_by(name):
+    with plan.use_backend(f"{name},torch"):
         for how in ("eager", "graph"):
             with side_stream(device_of(name)):
                 losses[how] = train(device_of(name), how == "graph")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,32 +84,29 @@ def layer_row(shape: LayerShape, batch: int, name: str, settings: Settings) -> d
         errors: dict[str, float] = {}
         for contender, call in dense_calls(copy.deepcopy(dense).to(dtype), x, grad, settings):
             calls[contender] = call
-        for density in settings.densities:
-            for block in settings.blocks:
-                label = label_of(density, block)
-                if label in settings.faults:
-                    continue
-                # Made on the CPU: patterns are drawn there.
-                layer = make_sparse(copy.deepcopy(dense).cpu(), density, block).to(device)
-                try:
-                    found = sparse_calls(label, layer, x, grad, TOLERANCE[name], errors)
-                    calls |= found
-                    if settings.foreign and not shape.size and dtype == torch.bfloat16:
-                        calls |= bsr_call(label, layer, x, block)
-                    if settings.foreign and not shape.size and block == (1, 1) and name == "fp32":
-                        calls |= csr_call(label, layer, x)
-                except Exception as error:  # reported in the row
-                    still_works(label, error)
-                    missing[label] = reason(error)
+        for density, block in itertools.product(settings.densities, settings.blocks):
+            label = label_of(density, block)
+            if label in settings.faults:
+                continue
+            # Made on the CPU: patterns are drawn there.
+            layer = make_sparse(copy.deepcopy(dense).cpu(), density, block).to(device)
+            try:
+                found = sparse_calls(label, layer, x, grad, TOLERANCE[name], errors)
+                calls |= found
+                if settings.foreign and not shape.size:
+                    calls |= foreign_calls(label, layer, x, block)
+            except Exception as error:  # reported in the row
+                still_works(label, error)
+                missing[label] = reason(error)
         missing |= settings.faults
         calls = {name: call for name, call in calls.items() if name not in settings.faults}
         timings, uncaptured = race(calls, settings.rounds, device)
-    del calls
     forward = {n: t for n, t in timings.items() if n.endswith("forward")}
     both = {n: t for n, t in timings.items() if not n.endswith("forward")}
-    facts = {"shape": shape.name, "batch": batch, "precision": name}
     return {
-        **facts,
+        "shape": shape.name,
+        "batch": batch,
+        "precision": name,
         "errors": errors,
         "forward": as_row(forward, {}),
         "training": as_row(both, {**missing, **uncaptured}),
@@ -189,6 +187,16 @@ def passes(label: str, module: Any, x: Tensor, grad: Tensor) -> Iterator[tuple[s
 
     yield f"{label} forward", forward
     yield label, both
+
+
+def foreign_calls(
+    label: str, layer: SparseLayer, x: Tensor, block: tuple[int, int]
+) -> dict[str, Call]:
+    """torch's sparse products of a linear layer: BSR in bf16, CSR in strict float32."""
+    if x.dtype == torch.bfloat16:
+        return bsr_call(label, layer, x, block)
+    strict = torch.backends.cuda.matmul.fp32_precision == "ieee"
+    return csr_call(label, layer, x) if strict and block == (1, 1) else {}
 
 
 def bsr_call(label: str, layer: SparseLayer, x: Tensor, block: tuple[int, int]) -> dict[str, Call]:

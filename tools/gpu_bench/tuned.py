@@ -106,20 +106,9 @@ def tuned_row(
             calls: dict[str, Call] = dict(
                 layers.dense_calls(copy.deepcopy(dense).to(dtype), x, grad, settings)
             )
-            bound = TOLERANCE[name]
             if label not in settings.faults:
-                calls |= sparse_calls(label, layer, x, grad, bound, row["errors"])
-
-            def later() -> dict[str, Call]:
-                if f"{label} tuned" in settings.faults:
-                    return {}
-                try:
-                    return _tuned_calls(label, layer, x, grad, row, settings)
-                except Exception as error:  # reported in the row
-                    still_works(f"{label} tuned", error)
-                    missing[f"{label} tuned"] = reason(error)
-                    return {}
-
+                calls |= sparse_calls(label, layer, x, grad, TOLERANCE[name], row["errors"])
+            later = functools.partial(_if_it_can, label, layer, x, grad, row, settings, missing)
             calls = {n: call for n, call in calls.items() if n not in settings.faults}
             timings, uncaptured = race(calls, settings.rounds, device, later)
     finally:
@@ -128,6 +117,26 @@ def tuned_row(
     both = {n: t for n, t in timings.items() if not n.endswith("forward")}
     missing |= {**uncaptured, **settings.faults}
     return {**row, "forward": as_row(forward, {}), "training": as_row(both, missing)}
+
+
+def _if_it_can(
+    label: str,
+    layer: Any,
+    x: Tensor,
+    grad: Tensor,
+    row: dict[str, Any],
+    settings: Settings,
+    missing: dict[str, str],
+) -> dict[str, Call]:
+    """The tuned contender, or in ``missing`` why there is none."""
+    if f"{label} tuned" in settings.faults:
+        return {}
+    try:
+        return _tuned_calls(label, layer, x, grad, row, settings)
+    except Exception as error:  # reported in the row
+        still_works(f"{label} tuned", error)
+        missing[f"{label} tuned"] = reason(error)
+        return {}
 
 
 def _tuned_calls(

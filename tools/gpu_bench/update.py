@@ -19,6 +19,7 @@ from tools.gpu_bench.layers import Settings, Task, label_of
 # He et al. 2015, arXiv 1512.03385, table 1: width and blocks of the four stages.
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
 SMALL_STAGES = ((16, 1), (32, 1))
+BATCH = 4
 
 
 class Bottleneck(nn.Module):
@@ -70,22 +71,42 @@ def update_row(block: tuple[int, int], signal: str, settings: Settings) -> dict[
     tables and compile kernels, and do not count.
     """
     torch.manual_seed(0)
-    small, device = settings.small, settings.device
-    model = resnet(SMALL_STAGES if small else STAGES, 16 if small else 1000)
+    stages, classes = (SMALL_STAGES, 16) if settings.small else (STAGES, 1000)
+    rounds = 3 if settings.small else 20
+    model = resnet(stages, classes)
+    weights = sum(p.numel() for p in model.parameters())
     sparsify(model, density=0.1, block=block, exclude=["0"])
-    model.to(device)
+    seconds, removed = timed(model.to(settings.device), signal, rounds + 2, settings)
+    if not removed:
+        raise RuntimeError("expected updates that move blocks; an update of nothing is not timed")
+    counted = seconds[2:]
+    return {
+        "shape": f"mask update {label_of(0.1, block)}, signal {signal}",
+        "batch": BATCH,
+        "precision": "fp32",
+        "update": {
+            "milliseconds": 1e3 * statistics.median(counted),
+            "quartiles": [1e3 * q for q in statistics.quantiles(counted, n=4)[::2]],
+            "updates": len(counted),
+            "removed_blocks": removed,
+            "dense_weights": weights,
+        },
+    }
+
+
+def timed(model: nn.Module, signal: str, steps: int, settings: Settings) -> tuple[list[float], int]:
+    """Seconds of the update after each step, and how many blocks they removed in all."""
+    device, side = settings.device, 16 if settings.small else 64
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     reserve(model, optimizer, room=float("inf"))
-    rounds = 3 if small else 20
     masks = SparseMomentum(
-        model, optimizer, total_steps=4 * rounds, update_every=1, signal=signal, dense_above=1.0,
+        model, optimizer, total_steps=4 * steps, update_every=1, signal=signal, dense_above=1.0,
         **({} if signal != "gradient" else {"growth": "gradient"}),
     )  # fmt: skip
-    side = 16 if small else 64
-    x, target = torch.randn(4, 3, side, side, device=device), torch.arange(4, device=device)
+    x, target = torch.randn(BATCH, 3, side, side, device=device), torch.arange(BATCH, device=device)
     seconds: list[float] = []
     removed = 0
-    for _ in range(rounds + 2):
+    for _ in range(steps):
         optimizer.zero_grad(set_to_none=False)
         nn.functional.cross_entropy(model(x), target).backward()
         optimizer.step()
@@ -97,22 +118,7 @@ def update_row(block: tuple[int, int], signal: str, settings: Settings) -> dict[
         if record is None:
             raise RuntimeError("expected a mask update after every step, got none")
         removed += record.removed
-    if not removed:
-        raise RuntimeError("expected updates that move blocks; an update of nothing is not timed")
-    counted = seconds[2:]
-    weights = sum(p.numel() for p in resnet(SMALL_STAGES if small else STAGES, 16).parameters())
-    return {
-        "shape": f"mask update {label_of(0.1, block)}, signal {signal}",
-        "batch": 4,
-        "precision": "fp32",
-        "update": {
-            "milliseconds": 1e3 * statistics.median(counted),
-            "quartiles": [1e3 * q for q in statistics.quantiles(counted, n=4)[::2]],
-            "updates": len(counted),
-            "removed_blocks": removed,
-            "dense_weights": weights,
-        },
-    }
+    return seconds, removed
 
 
 def _wait(device: torch.device) -> None:
