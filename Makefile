@@ -95,8 +95,8 @@ bench: $(INSTALL_STAMP) ## time every operator against dense PyTorch (BENCH_ARGS
 # No virtual environment of ours here: a GPU machine brings its own torch and may have no network.
 DEVICE ?= cuda
 SIZE ?= full
-gpu-check: ## build without network, gpu tests, sanitizer, benchmarks (DEVICE=cpu SIZE=small rehearses; PART=bench: one part)
-	$(PYTHON) tools/gpu_check.py --device $(DEVICE) --size $(SIZE) $(if $(PART),--part $(PART)) $(if $(RESULTS),--results $(RESULTS))
+gpu-check: ## build without network, smoke, gpu tests, sanitizer, benchmarks (DEVICE=cpu SIZE=small rehearses; PART=bench: one part)
+	$(PYTHON) tools/gpu_check.py --device $(DEVICE) --size $(SIZE) $(if $(PART),--part $(PART)) $(if $(RESULTS),--results $(RESULTS)) $(GPU_ARGS)
 
 clean: ## remove build products and .venv
 	rm -rf build dist *.egg-info .venv .venv-ci .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

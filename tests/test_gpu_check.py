@@ -1,53 +1,341 @@
-"""tools/gpu_check.py runs a GPU machine's tests in parts that go on where they stopped."""
+"""tools/gpu_check.py: parts that are killed go on where they were, and nothing is run twice."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_check.py"
-NAMES = [f"tests/test_x.py::test_{i}" for i in range(7)]
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    specification = importlib.util.spec_from_file_location("gpu_check", TOOL)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    monkeypatch.setattr(module, "PASSED", tmp_path / "work" / "passed.txt")
-    monkeypatch.setattr(module, "TESTS_AT_ONCE", 3)
-    return module
+def tools(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(TOOLS)])
+    import gpu_check
+    import gpu_check_build
+    import gpu_check_parts
+    import gpu_journal
+
+    class Modules:
+        check, build, parts, journal = (
+            gpu_check,
+            gpu_check_build,
+            gpu_check_parts,
+            gpu_journal,
+        )
+
+    return Modules
 
 
-def test_tests_go_on_where_they_stopped(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[list[str]] = []
+# -- the journal -----------------------------------------------------------------------------------
+
+
+def test_a_journal_takes_over_what_was_finished(tools: Any, tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    first = tools.journal.Journal(path, {"gpu": "a", "sources": "1"})
+    first.begin("x")
+    first.finish("x", "passed", ms=(1, 2))
+    first.begin("y")
+    with path.open("a") as file:
+        file.write('{"key": "z", "outc')  # cut off while writing
+    again = tools.journal.Journal(path, {"gpu": "a", "sources": "1"})
+    assert again.entries["x"].row == first.entries["x"].row == {"ms": [1, 2]}
+    assert tools.journal.left(again, ["x", "y", "z"]) == ["y", "z"]
+    again.finish("z", "skipped", why="none")
+    assert tools.journal.Journal(path, {"gpu": "a", "sources": "1"}).settled("z")
+
+
+def test_another_machine_or_other_sources_start_anew_and_lose_nothing(
+    tools: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "j.jsonl"
+    one, two = {"gpu": "a", "sources": "1"}, {"gpu": "a", "sources": "2"}
+    tools.journal.Journal(path, one).finish("x", "passed")
+    changed = tools.journal.Journal(path, two)
+    assert not changed.settled("x")
+    changed.finish("y", "passed")
+    assert tools.journal.left(tools.journal.Journal(path, one), ["x", "y"]) == ["y"]
+    both = tools.journal.Journal(path, two, ("sources",))
+    assert {key: entry.sources for key, entry in both.entries.items()} == {"x": "1", "y": "2"}
+    assert not tools.journal.Journal(path, {"gpu": "b", "sources": "2"}).settled("y")
+
+
+def test_a_case_that_breaks_its_process_is_given_up(tools: Any, tmp_path: Path) -> None:
+    for attempt in range(tools.journal.ATTEMPTS):
+        journal = tools.journal.Journal(tmp_path / "j.jsonl", {})
+        assert not journal.settled("x"), attempt
+        journal.begin("x")
+    journal = tools.journal.Journal(tmp_path / "j.jsonl", {})
+    assert journal.settled("x")
+    assert journal.failures() == ["x: the process ended 2 times before this case did"]
+    journal.forget_failures()
+    assert not tools.journal.Journal(tmp_path / "j.jsonl", {}).settled("x")
+
+
+def test_shares_are_disjoint_and_complete(tools: Any) -> None:
+    names = [f"test_{i}" for i in range(50)]
+    shares = [tools.journal.share(names, index, 3) for index in range(3)]
+    assert sorted(name for part in shares for name in part) == sorted(names)
+    assert all(shares)
+
+
+def test_the_fingerprint_follows_the_sources(tools: Any, tmp_path: Path) -> None:
+    source = tmp_path / "csrc" / "a.cu"
+    source.parent.mkdir()
+    source.write_text("1")
+    before = tools.journal.fingerprint("csrc", root=tmp_path)
+    (source.parent / "notes.md").write_text("no source")
+    assert tools.journal.fingerprint("csrc", root=tmp_path) == before
+    source.write_text("2")
+    assert tools.journal.fingerprint("csrc", root=tmp_path) != before
+
+
+# -- tests in parts --------------------------------------------------------------------------------
+
+BODY = """
+import pathlib, time
+import pytest
+LOG = pathlib.Path({log!r})
+
+@pytest.mark.parametrize("i", range({count}))
+def test_one(i):
+    with LOG.open("a") as file:
+        file.write(f"{{i}}\\n")
+    time.sleep({pause})
+    assert i != {wrong}
+"""
+
+
+class Suite:
+    """A folder of tests that say when they ran, and the part of gpu_check that runs them."""
+
+    def __init__(self, tools: Any, folder: Path, pause: float = 0.0, wrong: int = -1) -> None:
+        self.log, self.file = folder / "ran.txt", folder / "test_made.py"
+        self.file.write_text(BODY.format(log=str(self.log), count=12, pause=pause, wrong=wrong))
+        self.tools, self.folder = tools, folder
+
+    def line(self, minutes: float) -> list[str]:
+        """A process that runs what is left."""
+        code = (
+            f"import sys, time; sys.path.insert(0, {str(TOOLS)!r})\n"
+            "import argparse, pathlib, gpu_check_parts as parts, gpu_journal\n"
+            f"journal = gpu_journal.Journal(pathlib.Path({str(self.folder / 't.jsonl')!r}), {{}})\n"
+            "options = argparse.Namespace(jobs=2)\n"
+            f"chosen = [{str(self.file)!r}, '--rootdir', {str(self.folder)!r}, '-c', '/dev/null']\n"
+            f"deadline = time.monotonic() + 60 * {minutes}\n"
+            "print(parts._recorded('gpu ', chosen, journal, options, deadline))"
+        )
+        return [sys.executable, "-c", code]
+
+    def run(self, minutes: float = 5.0) -> str:
+        done = subprocess.run(
+            self.line(minutes), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def ran(self) -> Counter[str]:
+        return Counter(self.log.read_text().split()) if self.log.is_file() else Counter()
+
+
+def test_tests_that_were_killed_go_on_and_lose_one_case_each(tools: Any, tmp_path: Path) -> None:
+    suite = Suite(tools, tmp_path, pause=0.3)
+    process = subprocess.Popen(suite.line(5.0), start_new_session=True)
+    end = time.monotonic() + 120
+    while len(suite.ran()) < 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)  # as a lent machine ends a call
+    process.wait()
+    before = suite.ran()
+    assert 4 <= len(before) < 12
+    out = suite.run()
+    assert "Outcome(failures=[], complete=True)" in out
+    ran = suite.ran()
+    assert set(ran) == {str(i) for i in range(12)}
+    twice = [name for name, count in ran.items() if count > 1]
+    assert len(twice) <= 2, "two processes ran: at most one case each may be lost"
+    assert "complete=True" in suite.run() and suite.ran() == ran, "a third run repeats nothing"
+
+
+def test_tests_stop_when_time_is_up_and_say_what_is_left(tools: Any, tmp_path: Path) -> None:
+    suite = Suite(tools, tmp_path)
+    out = suite.run(minutes=0.0)
+    assert "0 of 12 gpu tests are done" in out and "complete=False" in out
+    assert not suite.ran()
+
+
+def test_a_failed_test_is_told_and_hides_no_other(tools: Any, tmp_path: Path) -> None:
+    suite = Suite(tools, tmp_path, wrong=3)
+    for _ in range(2):
+        out = suite.run()
+        assert "test_one[3]: assert 3 != 3" in out and "complete=True" in out
+        assert suite.ran() == Counter({str(i): 1 for i in range(12)})
+
+
+# -- compute-sanitizer -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sanitizer(tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs cases with a stand-in for the processes; returns (run, what ran)."""
+    ran: list[tuple[str, str]] = []
     clock = [0.0]
+    status: dict[str, int] = {}
 
-    def run_step(name: str, command: list[str], environment: dict[str, str]) -> int:
-        ran.append(command[1:])
+    def run_step(name: str, line: list[str], environment: Any, timeout: float) -> int:
+        assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and timeout > 0
+        assert line[line.index("--error-exitcode") + 1] == "9"
+        ran.append((line[2], line[-1]))
         clock[0] += 60
-        return 0
+        if status.get(line[-1]):
+            Path(line[line.index("--log-file") + 1]).write_text("========= Invalid write")
+        return status.get(line[-1], 0)
 
-    monkeypatch.setattr(tool, "run_step", run_step)
-    monkeypatch.setattr(tool.time, "monotonic", lambda: clock[0])
-    assert not tool.run_in_parts(["pytest"], NAMES, deadline=59)
-    assert ran == [NAMES[:3]]
-    assert tool.run_in_parts(["pytest"], NAMES, deadline=1000)
-    assert ran == [NAMES[:3], NAMES[3:6], NAMES[6:]]
-    assert tool.run_in_parts(["pytest"], NAMES, deadline=0)  # nothing is left to begin
-    assert len(ran) == 3
+    monkeypatch.setattr(tools.parts, "run_step", run_step)
+    monkeypatch.setattr(tools.parts.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(tools.parts, "WORK", tmp_path)
+
+    def run(deadline: float) -> Any:
+        journal = tools.journal.Journal(tmp_path / "s.jsonl", {})
+        return tools.parts.run_sanitizer("tool", journal, [["a"], ["b"], ["c"]], deadline)
+
+    return run, ran, status
 
 
-def test_a_failure_is_an_error_and_runs_again(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    status = [1]
-    monkeypatch.setattr(tool, "run_step", lambda *_: status[0])
-    with pytest.raises(tool.CheckError, match="exit status 1"):
-        tool.run_in_parts(["pytest"], NAMES, deadline=float("inf"))
-    assert not tool.PASSED.exists()
-    status[0] = 0
-    assert tool.run_in_parts(["pytest"], NAMES, deadline=float("inf"))
-    assert tool.PASSED.read_text().splitlines() == NAMES
+def test_the_sanitizer_goes_on_where_it_stopped(sanitizer: Any) -> None:
+    run, ran, _ = sanitizer
+    assert run(deadline=119) == ([], False)
+    assert ran == [("memcheck", "a"), ("memcheck", "b")]
+    assert run(deadline=1e9) == ([], True)
+    assert ran[2:] == [("memcheck", "c"), *(("racecheck", name) for name in "abc")]
+    assert run(deadline=0) == ([], True) and len(ran) == 6
+
+
+def test_what_the_sanitizer_finds_is_told_again_and_not_run_again(sanitizer: Any) -> None:
+    run, ran, status = sanitizer
+    status["b"] = 9
+    for _ in range(2):
+        outcome = run(deadline=1e9)
+        assert outcome.complete and len(ran) == 6
+        assert [line.split(":")[1] for line in outcome.failures] == [" memcheck b", " racecheck b"]
+        assert "Invalid write" in outcome.failures[0]
+
+
+def test_a_case_killed_for_its_time_is_tried_once_more(sanitizer: Any) -> None:
+    run, ran, status = sanitizer
+    status["a"] = -9
+    assert not run(deadline=59).complete
+    status["a"] = 0
+    assert run(deadline=1e9) == ([], True)
+    assert Counter(ran)["memcheck", "a"] == 2 and sum(Counter(ran).values()) == 7
+
+
+# -- benchmarks ------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Exit statuses of tools/gpu_bench, one after the other; it writes a line or none."""
+
+    def __init__(self, tools: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.statuses: list[tuple[int, bool]] = []
+        self.lines: list[list[str]] = []
+        self.options = tools.check.parsed(["--state", str(folder), "--device", "cpu", "--again"])
+        self.parts = tools.parts
+        monkeypatch.setattr(tools.parts, "run_step", self.step)
+
+    def step(self, name: str, line: list[str], environment: Any, timeout: float) -> int:
+        self.lines.append(line)
+        status, writes = self.statuses.pop(0)
+        if writes:
+            with (self.options.state / "bench.jsonl").open("a") as file:
+                file.write("{}\n")
+        return status
+
+    def run(self, *statuses: tuple[int, bool]) -> Any:
+        self.statuses = list(statuses)
+        return self.parts.benchmark("bench", self.options, time.monotonic() + 1000)
+
+
+@pytest.fixture
+def bench(tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
+    return Bench(tools, monkeypatch, tmp_path)
+
+
+def test_a_broken_context_costs_one_case(bench: Bench) -> None:
+    assert bench.run((4, True), (-11, True), (0, True)) == ([], True)
+    assert ["--again" in line for line in bench.lines] == [True, False, False]
+    assert bench.run((4, True), (3, True)) == ([], False)
+
+
+def test_a_benchmark_that_cannot_start_is_no_endless_loop(bench: Bench) -> None:
+    outcome = bench.run((-11, False))
+    assert outcome.complete and "exit status -11" in outcome.failures[0]
+    assert "exit status 1" in bench.run((1, True)).failures[0]
+
+
+# -- the whole -------------------------------------------------------------------------------------
+
+
+def test_what_is_told_in_the_end(
+    tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    found = {"smoke": tools.parts.Outcome(["smoke: wrong"], True)}
+    deadlines: dict[str, float] = {}
+
+    def check(part: str, options: Any, deadline: float) -> Any:
+        deadlines[part] = deadline - time.monotonic()
+        return found.get(part, tools.parts.Outcome([], part != "tests"))
+
+    monkeypatch.setattr(tools.check, "check", check)
+    monkeypatch.setattr(tools.check, "describe_machine", lambda device: None)
+    common = ["--device", "cpu", "--state", str(tmp_path), "--total", "2"]
+    assert tools.check.main(common) == 1
+    out = capsys.readouterr().out
+    assert "FAILED smoke: wrong" in out and "left in: tests" in out
+    assert list(deadlines) == list(tools.check.PARTS)
+    assert max(deadlines.values()) <= 120
+    found.clear()
+    assert tools.check.main(common) == tools.check.LEFT
+    found["tests"] = tools.parts.Outcome([], True)
+    assert tools.check.main(common) == 0
+    assert "passed on cpu" in capsys.readouterr().out
+
+
+def test_the_built_package_travels(
+    tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Built once, packed, unpacked on a machine without it; other sources build again."""
+    built: list[str] = []
+    monkeypatch.setattr(tools.build, "WORK", tmp_path / "work")
+    monkeypatch.setattr(tools.build, "SITE", tmp_path / "work" / "site")
+
+    def install(device: str) -> None:
+        built.append(device)
+        tools.build.SITE.mkdir(parents=True)
+        (tools.build.SITE / "module.txt").write_text("built")
+
+    monkeypatch.setattr(tools.build, "_install", install)
+    monkeypatch.setattr(tools.build, "_show", lambda: None)
+    for _ in range(2):
+        tools.build.build("cpu", tmp_path)
+        shutil.rmtree(tools.build.WORK)
+    tools.build.build("cpu", tmp_path)
+    tools.build.build("cpu", tmp_path)
+    assert built == ["cpu"]
+    assert (tools.build.SITE / "module.txt").read_text() == "built"
+    stamp = tools.build.SITE / tools.build.STAMP
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "sources": "other"}))
+    (tmp_path / tools.build.PACKED).write_bytes(b"cut off")
+    shutil.rmtree(tools.build.WORK)
+    tools.build.build("cpu", tmp_path)
+    assert built == ["cpu", "cpu"]

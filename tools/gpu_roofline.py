@@ -24,6 +24,8 @@ PEAK = {"bf16": 989e12, "tf32": 495e12, "fp32": 67e12}
 L2_BYTES_PER_SECOND = 5.5e12
 MEMORY_BYTES_PER_SECOND = 3.35e12
 LAUNCH_SECONDS = 2.5e-6
+# A multiprocessor reads 32 words a clock from shared memory, and multiplies and adds 128 at a time.
+SHARED_BYTES_PER_SECOND = PEAK["fp32"] / 2 / 128 * 32 * 4
 DENSE_SHARE_OF_PEAK = 0.75  # what cuBLAS and cuDNN are assumed to reach
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
@@ -137,6 +139,33 @@ def vector_costs(layer: Layer, side: int, precision: str) -> tuple[Cost, Cost, C
         Cost(flops, reads * side, memory + cast, product),
         Cost(flops, reads * (1 + side / per), memory + 4.0 * stored * (2 * parts + 1), 2),
     )
+
+
+class Floor(NamedTuple):
+    """The least time that a pass of elements or V x 1 blocks takes, and what bounds it."""
+
+    seconds: float
+    bound: str
+
+
+def shared_memory_floor(layer: Layer, side: int, density: float, itemsize: int, name: str) -> Floor:
+    """Of "forward", "dgrad" or "wgrad" when every activation comes out of shared memory.
+
+    Per point and stored block at least one number is read there (in the input gradient V of dY:
+    a block's V numbers meet in one sum), for V multiply-adds; weights, indices and sums are in
+    registers. For elements in float32 a quarter of the peak. Issue 5 wants 60 % of this.
+    """
+    blocks = density * layer.taps * layer.inputs * layer.outputs / side
+    reads = blocks * layer.points * itemsize * (side if name == "dgrad" else 1)
+    moved = layer.points * (layer.inputs + layer.outputs) * itemsize + blocks * side * 4
+    parts = {
+        "arithmetic": 2.0 * blocks * side * layer.points / PEAK["fp32"],
+        "shared memory": reads / SHARED_BYTES_PER_SECOND,
+        "memory": moved / MEMORY_BYTES_PER_SECOND,
+        "launch": LAUNCH_SECONDS,
+    }
+    bound = max(parts, key=parts.__getitem__)
+    return Floor(parts[bound], bound)
 
 
 def block_costs(layer: Layer, side: int, precision: str) -> tuple[Cost, Cost, Cost]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from sparse_kernels.nn.base import SparseLayer
 from sparse_kernels.workbench.bench.contest import make_sparse, relative_error
 from sparse_kernels.workbench.bench.shapes import LayerShape, choose
-from tools.gpu_bench.measure import PRECISIONS, TOLERANCE, Call, as_row, precision, race, reason
+from tools.gpu_bench.measure import (
+    PRECISIONS,
+    TOLERANCE,
+    Call,
+    as_row,
+    precision,
+    race,
+    reason,
+    still_works,
+)
 
 Task = tuple[str, Callable[[], dict[str, Any]]]
 
@@ -29,6 +39,8 @@ class Settings:
         # What the interpreter or a CPU cannot tell anything about.
         self.compiled = not small and device.type == "cuda"
         self.foreign = device.type == "cuda"
+        # Contenders of the row at hand that broke the process when they ran, and how.
+        self.faults: dict[str, str] = {}
 
 
 def products(settings: Settings) -> Iterator[Task]:
@@ -72,31 +84,38 @@ def layer_row(shape: LayerShape, batch: int, name: str, settings: Settings) -> d
         errors: dict[str, float] = {}
         for contender, call in dense_calls(copy.deepcopy(dense).to(dtype), x, grad, settings):
             calls[contender] = call
-        for density in settings.densities:
-            for block in settings.blocks:
-                label = f"{100 * density:g}% {block[0]}x{block[1]}"
-                # Made on the CPU: patterns are drawn there.
-                layer = make_sparse(copy.deepcopy(dense).cpu(), density, block).to(device)
-                try:
-                    found = sparse_calls(label, layer, x, grad, TOLERANCE[name], errors)
-                    calls |= found
-                    if settings.foreign and not shape.size and dtype == torch.bfloat16:
-                        calls |= bsr_call(label, layer, x, block)
-                    if settings.foreign and not shape.size and block == (1, 1) and name == "fp32":
-                        calls |= csr_call(label, layer, x)
-                except Exception as error:  # reported in the row
-                    missing[label] = reason(error)
+        for density, block in itertools.product(settings.densities, settings.blocks):
+            label = label_of(density, block)
+            if label in settings.faults:
+                continue
+            # Made on the CPU: patterns are drawn there.
+            layer = make_sparse(copy.deepcopy(dense).cpu(), density, block).to(device)
+            try:
+                found = sparse_calls(label, layer, x, grad, TOLERANCE[name], errors)
+                calls |= found
+                if settings.foreign and not shape.size:
+                    calls |= foreign_calls(label, layer, x, block)
+            except Exception as error:  # reported in the row
+                still_works(label, error)
+                missing[label] = reason(error)
+        missing |= settings.faults
+        calls = {name: call for name, call in calls.items() if name not in settings.faults}
         timings, uncaptured = race(calls, settings.rounds, device)
-    del calls
     forward = {n: t for n, t in timings.items() if n.endswith("forward")}
     both = {n: t for n, t in timings.items() if not n.endswith("forward")}
-    facts = {"shape": shape.name, "batch": batch, "precision": name}
     return {
-        **facts,
+        "shape": shape.name,
+        "batch": batch,
+        "precision": name,
         "errors": errors,
         "forward": as_row(forward, {}),
         "training": as_row(both, {**missing, **uncaptured}),
     }
+
+
+def label_of(density: float, block: tuple[int, int]) -> str:
+    """How tables call a sparse contender."""
+    return f"{100 * density:g}% {block[0]}x{block[1]}"
 
 
 def dense_calls(
@@ -120,15 +139,27 @@ def sparse_calls(
 ) -> dict[str, Call]:
     """Our layer on activations in the layout that its kernels read; checked before it is timed."""
     x, grad = (in_layout_of(layer, t) for t in (x, grad))
+    check_layer(label, layer, layer, x, bound, errors)
+    return dict(passes(f"sparse {label}", layer, x, grad))
+
+
+def check_layer(
+    label: str,
+    module: nn.Module,
+    layer: SparseLayer,
+    x: Tensor,
+    bound: float,
+    errors: dict[str, float],
+) -> None:
+    """Hold ``module`` against the dense twin of ``layer`` in strict float32. Raises ValueError."""
     masked = layer.to_dense()
     with precision("fp32"), torch.no_grad():
         expected = masked(x.float())
     with torch.no_grad():
-        error = relative_error(layer(x).float(), expected)
+        error = relative_error(module(x).float(), expected)
     errors[label] = error
     if not error <= bound:
         raise ValueError(f"relative error {error:.1e}, expected at most {bound:.0e}; not timed")
-    return dict(passes(f"sparse {label}", layer, x, grad))
 
 
 def in_layout_of(layer: SparseLayer, t: Tensor) -> Tensor:
@@ -156,6 +187,16 @@ def passes(label: str, module: Any, x: Tensor, grad: Tensor) -> Iterator[tuple[s
 
     yield f"{label} forward", forward
     yield label, both
+
+
+def foreign_calls(
+    label: str, layer: SparseLayer, x: Tensor, block: tuple[int, int]
+) -> dict[str, Call]:
+    """torch's sparse products of a linear layer: BSR in bf16, CSR in strict float32."""
+    if x.dtype == torch.bfloat16:
+        return bsr_call(label, layer, x, block)
+    strict = torch.backends.cuda.matmul.fp32_precision == "ieee"
+    return csr_call(label, layer, x) if strict and block == (1, 1) else {}
 
 
 def bsr_call(label: str, layer: SparseLayer, x: Tensor, block: tuple[int, int]) -> dict[str, Call]:

@@ -18,6 +18,24 @@ TOLERANCE = {"bf16": 3e-2, "tf32": 3e-3, "fp32": 2e-5}
 SAMPLE_SECONDS = 0.01
 
 
+class Broken(RuntimeError):
+    """A contender has broken the CUDA context: nothing more runs in this process."""
+
+    def __init__(self, contender: str, error: BaseException) -> None:
+        super().__init__(f"{contender}: {reason(error)}")
+        self.contender, self.why = contender, reason(error)
+
+
+def still_works(contender: str, error: BaseException) -> None:
+    """Raise Broken if ``error`` of ``contender`` has left CUDA unusable."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        raise Broken(contender, error) from error
+
+
 @contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
     """float32 products strict or in TF32 inside; yields the dtype of activations."""
@@ -50,29 +68,46 @@ def captured(call: Call) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def race(calls: dict[str, Call], rounds: int, device: torch.device) -> tuple[Any, dict[str, str]]:
+def race(
+    calls: dict[str, Call],
+    rounds: int,
+    device: torch.device,
+    later: Callable[[], dict[str, Call]] | None = None,
+) -> tuple[Any, dict[str, str]]:
     """Timings by contender, one after the other in every round, and why others are missing.
+
+    ``later`` gives more contenders once ``calls`` are captured: ``tune`` changes for the whole
+    process which kernels serve, and a graph keeps those that it was captured with. Raises Broken.
 
     On a GPU: events around replays of each contender's graph, so that nothing of Python or of
     launches is in the time; a sample is the mean of as many replays as take about 10 ms. What
     cannot be captured is missing, with the error.
     """
     if device.type != "cuda":
+        calls = {**calls, **(later() if later is not None else {})}
         return interleave(calls, rounds, 1, device=device), {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     missing: dict[str, str] = {}
-    for name, call in calls.items():
-        try:
-            graphs[name] = captured(call)
-        except Exception as error:  # foreign code may raise anything; it is reported
-            torch.cuda.synchronize()
-            missing[name] = reason(error)
+    _capture(calls, graphs, missing)
+    if later is not None:
+        _capture(later(), graphs, missing)
     repeats = {n: max(1, int(SAMPLE_SECONDS / _seconds(g, 1))) for n, g in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
             samples[name].append(_seconds(graph, repeats[name]))
     return {name: summarize(found) for name, found in samples.items()}, missing
+
+
+def _capture(
+    calls: dict[str, Call], graphs: dict[str, torch.cuda.CUDAGraph], missing: dict[str, str]
+) -> None:
+    for name, call in calls.items():
+        try:
+            graphs[name] = captured(call)
+        except Exception as error:  # foreign code may raise anything; it is reported
+            still_works(name, error)
+            missing[name] = reason(error)
 
 
 def _seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:

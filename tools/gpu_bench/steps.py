@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_kernels.nn import sparsify
 from sparse_kernels.workbench.models import build
 from tools.gpu_bench.layers import Settings, Task
-from tools.gpu_bench.measure import Call, as_row, precision, race, reason
+from tools.gpu_bench.measure import Call, as_row, precision, race, reason, still_works
 
 
 class TransformerBlock(nn.Module):
@@ -80,10 +80,17 @@ def step_row(net: str, name: str, settings: Settings) -> dict[str, Any]:
     missing: dict[str, str] = {}
     with precision(name):
         for label, module in variants(dense, len(shape), settings, missing):
+            if label in settings.faults:
+                continue
             arranged = x
             if "channels_last" in label:
                 arranged = x.contiguous(memory_format=torch.channels_last)
-            calls[label] = training_step(module, arranged, classes, name == "bf16")
+            try:
+                calls[label] = training_step(module, arranged, classes, name == "bf16")
+            except Exception as error:  # reported in the row
+                still_works(label, error)
+                missing[label] = reason(error)
+        missing |= settings.faults
         timings, uncaptured = race(calls, settings.rounds, device)
     facts = {"shape": f"step {net}", "batch": shape[0], "precision": name}
     return {**facts, "training": as_row(timings, {**missing, **uncaptured})}

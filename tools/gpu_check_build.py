@@ -1,0 +1,150 @@
+"""The build part of tools/gpu_check.py, and the environment in which the built package is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+from gpu_journal import BUILT, ROOT, fingerprint
+
+WORK = ROOT / "build" / "gpu-check"
+SITE = WORK / "site"
+STAMP = ".gpu-check.json"  # in SITE: of what it was built
+PACKED = "site.tar.gz"  # in the state folder
+MOST_BYTES = 15 * 2**20  # of a file that a lent machine sends back
+# `python -c` and `-m` put the working directory, here the source tree, first on sys.path: the
+# built package counts.
+DROP_SOURCE_TREE = "import sys; sys.path[:] = [path for path in sys.path if path]; "
+
+
+class CheckError(RuntimeError):
+    """A step of the check failed; the message says which and what to do."""
+
+
+def has_nvcc() -> bool:
+    return bool(shutil.which("nvcc") or os.environ.get("CUDACXX"))
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def check_environment() -> dict[str, str]:
+    """Environment in which the built package is imported, and nothing of the source tree."""
+    paths = [str(SITE), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def run_step(
+    name: str, line: list[str], environment: dict[str, str], timeout: float | None = None
+) -> int:
+    """Run one command from the repository's root, its output shown; returns the exit status.
+
+    After ``timeout`` seconds it is killed: -9.
+    """
+    shown = " ".join(line)
+    print(f"\n=== {name}: {shown[:500]}{' ...' if len(shown) > 500 else ''}", flush=True)
+    start = time.monotonic()
+    process = subprocess.Popen(line, cwd=ROOT, env=environment)
+    try:
+        status = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        status = process.wait()
+    print(f"=== {name}: exit status {status}, {time.monotonic() - start:.0f} s", flush=True)
+    return status
+
+
+def build(device: str, state: Path) -> None:
+    """Install the package into SITE: no isolation, no dependencies, no network. Raises
+    CheckError.
+
+    A package of the same sources, Python and machine is taken as it is: from SITE, or packed by an
+    earlier call in ``state``.
+    """
+    wanted = _stamp(device)
+    packed = state / PACKED
+    if _found(SITE / STAMP) != wanted and packed.is_file():
+        shutil.rmtree(SITE, ignore_errors=True)
+        _unpack(packed)
+    if _found(SITE / STAMP) == wanted:
+        print(f"\n=== build: {SITE} holds the package of these sources already", flush=True)
+        _show()
+        return
+    _install(device)
+    _show()
+    (SITE / STAMP).write_text(json.dumps(wanted), encoding="utf-8")
+    _pack(packed)
+
+
+def _stamp(device: str) -> dict[str, str]:
+    """What a built package must agree with."""
+    cuda = os.environ.get("SPARSE_KERNELS_CUDA", "AUTO")
+    if device.startswith("cuda"):
+        cuda = "ON" if has_nvcc() else "OFF"
+    return {
+        "sources": fingerprint(*BUILT),
+        "python": sys.implementation.cache_tag or "",
+        "machine": platform.machine(),
+        "cuda": cuda,
+        "flags": os.environ.get("CMAKE_ARGS", ""),
+    }
+
+
+def _found(path: Path) -> dict[str, str] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _install(device: str) -> None:
+    # build/lib*: setuptools would pack modules that the sources no longer have.
+    for folder in [SITE, *(ROOT / "build").glob("lib*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+    line = command(
+        "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "--no-compile"
+    )
+    line += ["--disable-pip-version-check", "--target", str(SITE), "."]
+    environment = dict(os.environ)
+    if device.startswith("cuda"):
+        environment["SPARSE_KERNELS_CUDA"] = "ON" if has_nvcc() else "OFF"
+    if run_step("build", line, environment):
+        raise CheckError("the build failed: its output above says why")
+
+
+def _show() -> None:
+    """`sparse-kernels info` of what was just built. Raises CheckError."""
+    launcher = DROP_SOURCE_TREE + "from sparse_kernels.cli import main; sys.exit(main())"
+    if run_step("info", command("-c", launcher, "info"), check_environment()):
+        raise CheckError("`sparse-kernels info` failed: the built package does not import")
+
+
+def _pack(packed: Path) -> None:
+    """Leave the package where the next call finds it, if it may travel."""
+    partial = packed.with_suffix(".part")
+    with tarfile.open(partial, "w:gz", compresslevel=6) as archive:
+        archive.add(SITE, arcname="site", filter=lambda m: None if "__pycache__" in m.name else m)
+    size = partial.stat().st_size
+    print(f"=== build: the package has {size / 2**20:.1f} MiB, packed", flush=True)
+    if size > MOST_BYTES:
+        partial.unlink()
+        packed.unlink(missing_ok=True)
+    else:
+        partial.replace(packed)
+
+
+def _unpack(packed: Path) -> None:
+    WORK.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(packed) as archive:
+            archive.extractall(WORK, filter="data")
+    except (OSError, tarfile.TarError, EOFError) as error:  # cut off while it was written
+        print(f"=== build: {packed} is not used: {error}", flush=True)
