@@ -202,8 +202,10 @@ def faults_of(case: Case, found: dict[str, Any]) -> list[str]:
         faults.append(f"{found['scratch']} bytes of global scratch")
     if not case.tensor_cores and found["tensor"]:
         faults.append(f"tensor cores {found['tensor']} where none should be")
-    if not case.tensor_cores and not found["ffma"]:
+    if not case.tensor_cores and not found["ffma"] + found["mixed"]:
         faults.append("no FFMA")
+    if case.precision == "fp32" and found["mixed"]:
+        faults.append(f"{found['mixed']} products of 16-bit factors in strict float32")
     if case.tensor_cores and not found["tensor"]:
         faults.append("no tensor-core instruction")
     return faults
@@ -259,8 +261,8 @@ def cell(row: dict[str, Any]) -> str:
     """Registers, shared memory and the products' instructions of a compilation, or its faults."""
     if row["faults"]:
         return f"FAULT: {'; '.join(row['faults'])}"
-    counts = row["tensor"] or {"FFMA": row["ffma"]}
-    products = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+    counts = row["tensor"] or {"FFMA": row["ffma"], "FHFMA": row.get("mixed", 0)}
+    products = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n)
     return f"{row['registers']} r, {row['shared'] / 1024:.0f} KB, {products}"
 
 

@@ -89,6 +89,8 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         "spills": opcodes["LDL"] + opcodes["STL"],
         "tensor": {name: n for name, n in opcodes.items() if TENSOR_CORE.fullmatch(name)},
         "ffma": opcodes["FFMA"] + opcodes["FFMA2"],
+        # 16-bit factors, float32 sum: a bfloat16 product needs no conversion on sm_100.
+        "mixed": opcodes["FHFMA"],
         "async": opcodes["LDGSTS"],
         "instructions": sum(opcodes.values()),
     }

@@ -43,6 +43,7 @@ CORE = (
     "conv2d fp32 1x1 512-4-0-4-1 sm_80 even",
     "conv2d bf16 16x1 128-32-1-4-3 sm_90 even",
     "conv2d_dgrad bf16 4x1 512-4-0-4-1 sm_100 even",
+    "conv2d bf16 1x1 32-4-0-1-1 sm_100 even",  # by Triton 3.9 all products in FHFMA
     "conv2d_wgrad tf32 16x1 64-64-1-4-3 sm_90 even",
 )
 

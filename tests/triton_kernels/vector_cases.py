@@ -19,8 +19,8 @@ AnyCase = TypeVar("AnyCase", LinearCase, ConvCase)
 MOST_BLOCKS = 100
 #: Points of a layer's larger side; the smallest tile has 32.
 MOST_POINTS = 100
-#: Interpreted with all their points: the largest tiles, and several of them.
-ALL_POINTS = ("wide-batch-blocks", "pointwise-flat-groups")
+#: Interpreted with all their points: 49 tiles.
+ALL_POINTS = ("pointwise-flat-groups",)
 
 #: Too large for the interpreter; they are there for the CPU kernels' bands and streams.
 LARGE = ("lenet-fc1", "dense-rows", "vgg-like", "scatter-linear", "scatter-bands", "wide-batch")
