@@ -1,7 +1,7 @@
-"""Compiles every configuration of the block kernels for real chips, without a GPU, and judges it.
+"""Compiles every configuration of the Triton kernels for real chips, without a GPU, and judges it.
 
     python tests/triton_kernels/compile_table.py --minutes 3         # as often as it takes
-    python tests/triton_kernels/compile_table.py --table docs/gpu.md
+    python tests/triton_kernels/compile_table.py --table docs/gpu-compile.md
 
 Each row of the journal (build/triton-compile.jsonl) is one compilation; a second run goes on where
 the first one stopped. The table replaces what stands between the two markers in the document. Needs
@@ -15,17 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import vector_compile
+from machine_code import compile_launch, processor_seconds
 
 from sparse_kernels.backends.triton import block_config as tiles
 from sparse_kernels.geometry import Conv2dGeometry
@@ -46,7 +45,6 @@ OPERATORS = (
     "linear_dgrad",
     "linear_wgrad",
 )
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 #: Where the tables stand in the document: of blocks, and of elements and V x 1 blocks.
 MARKERS = {False: "compile-table", True: "vector-table"}
 
@@ -93,14 +91,34 @@ def every_case() -> list[Case]:
 
 
 def _cases() -> Iterator[Case]:
-    for first in (True, False):
-        for op in OPERATORS[:3]:
+    vectors = list(vector_compile.rows(PRECISIONS))
+    yield from _block_cases(default=True)
+    yield from _vector_cases(vectors, default=True)
+    yield from _block_cases(default=False)
+    yield from _other_block_cases()
+    yield from _vector_cases(vectors, default=False)
+
+
+def _block_cases(default: bool) -> Iterator[Case]:
+    """Large problems: the default of every class, or what else may be chosen."""
+    for op in OPERATORS[:3]:
+        for precision in ("bf16", "tf32", "fp32"):
+            for block in BLOCKS:
+                found = tiles.candidates(problem(op, precision, block))
+                for config in found[:1] if default else found[1:]:
+                    for arch in ARCHITECTURES:
+                        yield Case(op, precision, block, tuple(config), arch)
+
+
+def _other_block_cases() -> Iterator[Case]:
+    # Few points: smaller tiles.
+    for points in (16, 64, 32):
+        for op in OPERATORS[:2]:
             for precision in ("bf16", "tf32", "fp32"):
                 for block in BLOCKS:
-                    found = tiles.candidates(problem(op, precision, block))
-                    for config in found[:1] if first else found[1:]:
-                        for arch in ARCHITECTURES:
-                            yield Case(op, precision, block, tuple(config), arch)
+                    config = tiles.candidates(problem(op, precision, block, points))[0]
+                    for arch in ARCHITECTURES:
+                        yield Case(op, precision, block, tuple(config), arch)
     # What differs in the kernel from the cases above, by default configuration.
     for op, precision, shape in (
         *((op, "bf16", "even") for op in OPERATORS[3:]),
@@ -110,19 +128,13 @@ def _cases() -> Iterator[Case]:
         for block in BLOCKS:
             config = tiles.candidates(problem(op, precision, block))[0]
             yield Case(op, precision, block, tuple(config), 90, shape)
-    # Few points: smaller tiles.
-    for points in (16, 64, 32):
-        for op in OPERATORS[:2]:
-            for precision in ("bf16", "tf32", "fp32"):
-                for block in BLOCKS:
-                    config = tiles.candidates(problem(op, precision, block, points))[0]
-                    for arch in ARCHITECTURES:
-                        yield Case(op, precision, block, tuple(config), arch)
-    for default in (True, False):
-        for op, precision, side, vector, shape, first in vector_compile.rows(PRECISIONS):
-            if first == default:
-                for arch in ARCHITECTURES if shape == "even" else (90,):
-                    yield Case(op, precision, (side, 1), tuple(vector), arch, shape)
+
+
+def _vector_cases(rows: Iterable[vector_compile.Row], default: bool) -> Iterator[Case]:
+    for op, precision, side, vector, shape, first in rows:
+        if first == default:
+            for arch in ARCHITECTURES if shape == "even" else (90,):
+                yield Case(op, precision, (side, 1), tuple(vector), arch, shape)
 
 
 def launch_of(case: Case) -> Any:
@@ -167,95 +179,16 @@ def launch_of(case: Case) -> Any:
     )
 
 
-def source_of(launch: Any) -> Any:
-    """What Triton compiles for a launch, specialised as its launcher does."""
-    from triton.compiler import ASTSource
-
-    names = {
-        torch.float32: "*fp32",
-        torch.bfloat16: "*bf16",
-        torch.float16: "*fp16",
-        torch.int32: "*i32",
-        torch.int64: "*i64",
-    }
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = names[value.dtype]
-            aligned = value.storage_offset() * value.itemsize % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-            aligned = False
-        elif parameter.is_constexpr or value == 1:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            aligned = False
-        else:
-            signature[parameter.name] = "i32"
-            aligned = value % 16 == 0
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
-
-
 def compile_case(case: Case) -> dict[str, Any]:
     """Compile a case; what its machine code uses, and what is wrong with that."""
     import triton
 
-    start = time.monotonic()
+    start = processor_seconds()
     found = compile_launch(launch_of(case), case.arch)
-    seconds = time.monotonic() - start
+    seconds = processor_seconds() - start
     found.update(key=case.key, triton=triton.__version__, seconds=round(seconds, 1))
     found["faults"] = faults_of(case, found)
     return found
-
-
-def compile_launch(launch: Any, arch: int) -> dict[str, Any]:
-    """Compile a launch for a chip; what its machine code uses."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    target = GPUTarget("cuda", arch, 32)
-    kernel = triton.compile(source_of(launch), target=target, options=options)
-    # Memory that Triton would allocate beside torch's allocator: a captured graph must have none.
-    scratch = kernel.metadata.global_scratch_size + kernel.metadata.profile_scratch_size
-    shared = int(kernel.metadata.shared)
-    return {**read_cubin(kernel.asm["cubin"]), "shared": shared, "scratch": scratch}
-
-
-def read_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers, local memory, and the counts of the instructions that matter."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output(tool, "-res-usage", file.name)
-        sass = _output(tool, "-sass", file.name)
-    # "Function properties": one kernel per cubin.
-    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    if used is None:
-        raise RuntimeError(f"cuobjdump -res-usage: expected REG:... LOCAL:..., got {usage!r}")
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", sass, re.M))
-    return {
-        "registers": int(used[1]),
-        "local": int(used[4]),
-        "spills": opcodes["LDL"] + opcodes["STL"],
-        "tensor": {name: n for name, n in opcodes.items() if TENSOR_CORE.fullmatch(name)},
-        "ffma": opcodes["FFMA"] + opcodes["FFMA2"],
-        "async": opcodes["LDGSTS"],
-        "instructions": sum(opcodes.values()),
-    }
-
-
-def _output(tool: Path, *arguments: str) -> str:
-    done = subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
 
 
 def faults_of(case: Case, found: dict[str, Any]) -> list[str]:
@@ -269,8 +202,10 @@ def faults_of(case: Case, found: dict[str, Any]) -> list[str]:
         faults.append(f"{found['scratch']} bytes of global scratch")
     if not case.tensor_cores and found["tensor"]:
         faults.append(f"tensor cores {found['tensor']} where none should be")
-    if not case.tensor_cores and not found["ffma"]:
+    if not case.tensor_cores and not found["ffma"] + found["mixed"]:
         faults.append("no FFMA")
+    if case.precision == "fp32" and found["mixed"]:
+        faults.append(f"{found['mixed']} products of 16-bit factors in strict float32")
     if case.tensor_cores and not found["tensor"]:
         faults.append("no tensor-core instruction")
     return faults
@@ -326,8 +261,8 @@ def cell(row: dict[str, Any]) -> str:
     """Registers, shared memory and the products' instructions of a compilation, or its faults."""
     if row["faults"]:
         return f"FAULT: {'; '.join(row['faults'])}"
-    counts = row["tensor"] or {"FFMA": row["ffma"]}
-    products = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+    counts = row["tensor"] or {"FFMA": row["ffma"], "FHFMA": row.get("mixed", 0)}
+    products = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n)
     return f"{row['registers']} r, {row['shared'] / 1024:.0f} KB, {products}"
 
 
@@ -344,13 +279,9 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def summary(rows: list[dict[str, Any]], exist: int) -> str:
     """How many were compiled, by which Triton, with what success."""
     faulty = sum(bool(row["faults"]) for row in rows)
-    versions = Counter(row["triton"] for row in rows)
-    by_version = ", ".join(f"{n} with Triton {v}" for v, n in sorted(versions.items()))
-    seconds = sum(row["seconds"] for row in rows)
-    return (
-        f"{len(rows)} compilations ({by_version}; {exist} cases exist), {faulty} with faults. "
-        f"Seconds of compilation: {seconds:.0f}."
-    )
+    versions = sorted(Counter(row["triton"] for row in rows).items())
+    by_version = ", ".join(f"{n} of {exist} cases with Triton {v}" for v, n in versions)
+    return f"{len(rows)} compilations ({by_version}), {faulty} with faults."
 
 
 def replace_part(path: Path, name: str, new: str) -> None:

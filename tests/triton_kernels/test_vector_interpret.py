@@ -127,15 +127,26 @@ def test_what_lies_beyond_the_pattern_is_never_used() -> None:
     check(dx, reference.linear_dgrad(t["grad64"], t["values64"], *t["indices64"], 13), 18)
 
 
-def test_infinity_stays_where_it_is() -> None:
+INFINITE_CASES = {
+    "plain": (LinearCase("infinite", 4, 9, 7, 0.4), None),
+    "gathered": (
+        LinearCase("infinite", 4, 9, 60, 0.3, (16, 1)),
+        tiles.VectorConfig(32, 16, True, 4, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case, config", INFINITE_CASES.values(), ids=INFINITE_CASES)
+def test_infinity_stays_where_it_is(case: LinearCase, config: Any) -> None:
     """A list's masked end must not read column 0: 0 times infinity would be NaN."""
-    case = LinearCase("infinite", 4, 9, 7, 0.4)
     t = made(case, torch.float32)
     x = t["x"].clone()
     x[:, 0] = float("inf")
-    y = backend.linear(x, t["values"], *t["indices"], None, 7, False)
-    exact = reference.linear(x.cpu(), t["values"].cpu(), *t["indices64"], None, 7, False)
+    out = case.out_features
+    y = backend.linear(x, t["values"], *t["indices"], None, out, False, config=config)
+    exact = reference.linear(x.cpu(), t["values"].cpu(), *t["indices64"], None, out, False)
     read = t["matrix"][:, 0] != 0  # rows that store column 0
+    assert bool(read.any()) and not bool(read.all())
     assert bool(y[:, ~read.to(DEVICE)].isfinite().all())
     assert torch.equal(y.cpu().isinf(), exact.isinf() & read)
 
