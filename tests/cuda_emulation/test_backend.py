@@ -22,7 +22,7 @@ from parity import _dense
 from problems import EXTRA, Case
 
 from sparse_kernels import ops, plan
-from sparse_kernels.backends import cuda
+from sparse_kernels.backends import _cuda_native, cuda
 
 IDS = {
     "primes", "batch0", "batch1", "empty-blocks-relu", "no-bias", "even-b8x1", "b3-batch33",
@@ -36,8 +36,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA backend serves CPU tensors; all memory is theirs to touch (torch allocates it)."""
     module = load()
     monkeypatch.setattr(plan, "_cache", {})  # choices made here are not those of other tests
-    monkeypatch.setattr(cuda, "native", lambda: module)
-    monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
+    monkeypatch.setattr(_cuda_native, "native", lambda: module)
+    monkeypatch.setattr(_cuda_native, "place", lambda x: (0, 0))
     monkeypatch.setattr(cuda, "supports", lambda op, x, values=None, block=None: None)
     module.forget_memory()
     module.set_strict(False)

@@ -16,7 +16,7 @@ from mma_problems import CASES, Case
 from parity import _dense
 
 from sparse_kernels import ops, plan
-from sparse_kernels.backends import cuda
+from sparse_kernels.backends import _cuda_native, cuda
 
 IDS = {
     "b16-narrow", "b16-batch0", "b32-parts", "b32-empty", "b16-conv-groups", "b32-conv-stride2",
@@ -43,8 +43,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CUDA backend serves CPU tensors, in TF32; torch allocates, so all memory is theirs."""
     module = load()
     monkeypatch.setattr(plan, "_cache", {})  # choices made here are not those of other tests
-    monkeypatch.setattr(cuda, "native", lambda: module)
-    monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
+    monkeypatch.setattr(_cuda_native, "native", lambda: module)
+    monkeypatch.setattr(_cuda_native, "place", lambda x: (0, 0))
     monkeypatch.setattr(cuda, "supports", lambda op, x, values=None, block=None: None)
     module.forget_memory()
     module.set_strict(False)
