@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_kernels.backends import _cuda_blocks, _cuda_native
+from sparse_kernels.backends import _cuda_blocks, _cuda_native, _cuda_variants
 from sparse_kernels.backends._cuda_dense import (
     avg_pool2d,
     avg_pool2d_backward,
@@ -136,11 +136,13 @@ def _product(
     shape: Sequence[int],
     geometry: list[int],
     relu: bool,
+    variant: int,
 ) -> Tensor:
     """Forward of any layer: y of `shape`."""
     xs, vs = activation(x), as_float(values)
     bs = None if bias is None else as_float(bias)
     y = empty_feature_major(shape, x.dtype, x.device)
+    order = _cuda_variants.rows_by_length(index[0]) if variant else None
     _cuda_native.native().cuda_product(
         kernel,
         y.data_ptr(),
@@ -151,9 +153,10 @@ def _product(
         geometry,
         values.shape[1],
         relu,
-        0,  # the variant is the launcher's choice
+        variant,
         ELEMENTS[x.dtype],
         *_cuda_native.place(x),
+        pointer(order),
     )
     return y
 
@@ -165,10 +168,13 @@ def _dgrad(
     index: tuple[Tensor, Tensor, Tensor],
     shape: Sequence[int],
     geometry: list[int],
+    groups: int,
+    variant: int,
 ) -> Tensor:
     """Input gradient of any layer: dx of `shape`."""
     gs, vs = activation(grad), as_float(values)
     dx = empty_feature_major(shape, grad.dtype, grad.device)
+    order = _cuda_variants.channels_by_length(index[0], shape[1], groups) if variant else None
     _cuda_native.native().cuda_dgrad(
         kernel,
         dx.data_ptr(),
@@ -179,6 +185,8 @@ def _dgrad(
         values.shape[1],
         ELEMENTS[grad.dtype],
         *_cuda_native.place(grad),
+        variant,
+        pointer(order),
     )
     return dx
 
@@ -216,6 +224,14 @@ def _wgrad(
     return dvalues
 
 
+def _linear_variant(
+    variant: str | None, op: str, first: Tensor, values: Tensor, rows: int, cols: int
+) -> int:
+    """The launcher's number of a variant of a linear layer, a convolution of one pixel."""
+    geometry = Conv2dGeometry(rows, cols, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+    return _cuda_variants.number(variant, op, first, values.shape, (1, 1), geometry)
+
+
 # -- linear ----------------------------------------------------------------------------------------
 
 
@@ -230,15 +246,23 @@ def linear(
     bias: Tensor | None,
     out_features: int,
     relu: bool,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
-    """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype."""
+    """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype.
+
+    ``variant`` of elements and vectors, as of the three functions like this: "direct" or "staged"
+    (_cuda_variants.py), None for what ``tune`` or the rule chose. ValueError where it does not
+    serve the shape.
+    """
     if _is_tensor_cores(values):
         return _cuda_blocks.product(
             "linear", x, values, (crow, col), bias, out_features, relu, None
         )
     batch, cols = x.shape
     shape, geometry = (batch, out_features), [out_features, cols, batch]
-    return _product("linear", x, values, (crow, col), bias, shape, geometry, relu)
+    number = _linear_variant(variant, "linear", x, values, out_features, cols)
+    return _product("linear", x, values, (crow, col), bias, shape, geometry, relu, number)
 
 
 def linear_dgrad(
@@ -250,6 +274,8 @@ def linear_dgrad(
     t_row: Tensor,
     t_perm: Tensor,
     in_features: int,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """dX = dY S; grad [N, out] -> dx [N, in], feature-major, grad's dtype."""
     if _is_tensor_cores(values):
@@ -257,7 +283,9 @@ def linear_dgrad(
         return _cuda_blocks.dgrad("linear_dgrad", grad, values, index, size, None)
     batch, rows = grad.shape
     shape, geometry = (batch, in_features), [rows, in_features, batch]
-    return _dgrad("linear_dgrad", grad, values, (t_crow, t_row, t_perm), shape, geometry)
+    number = _linear_variant(variant, "linear_dgrad", grad, values, rows, in_features)
+    index = (t_crow, t_row, t_perm)
+    return _dgrad("linear_dgrad", grad, values, index, shape, geometry, 1, number)
 
 
 def linear_wgrad(
@@ -292,6 +320,8 @@ def conv2d(
     bias: Tensor | None,
     geometry: Sequence[int],
     relu: bool,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """Sparse convolution; x [N, C, H, W] -> y [N, C_out, H_out, W_out], feature-major."""
     g = Conv2dGeometry(*geometry)
@@ -301,7 +331,8 @@ def conv2d(
         )
     out_hw = g.output_size(x.shape[2], x.shape[3])
     shape, sizes = (x.shape[0], g.out_channels, *out_hw), _geometry(x.shape, out_hw, geometry)
-    return _product("conv2d", x, values, (crow, col), bias, shape, sizes, relu)
+    number = _cuda_variants.number(variant, "conv2d", x, values.shape, x.shape[2:], geometry)
+    return _product("conv2d", x, values, (crow, col), bias, shape, sizes, relu, number)
 
 
 def conv2d_dgrad(
@@ -315,14 +346,19 @@ def conv2d_dgrad(
     in_height: int,
     in_width: int,
     geometry: Sequence[int],
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """dx [N, C_in, in_height, in_width], feature-major, from grad [N, C_out, H_out, W_out]."""
-    shape = (grad.shape[0], Conv2dGeometry(*geometry).in_channels, in_height, in_width)
+    g = Conv2dGeometry(*geometry)
+    shape = (grad.shape[0], g.in_channels, in_height, in_width)
     if _is_tensor_cores(values):
         index = (t_crow, t_row, t_perm)
         return _cuda_blocks.dgrad("conv2d_dgrad", grad, values, index, shape, geometry)
     sizes = _geometry(shape, grad.shape[2:], geometry)
-    return _dgrad("conv2d_dgrad", grad, values, (t_crow, t_row, t_perm), shape, sizes)
+    number = _cuda_variants.number(variant, "conv2d_dgrad", grad, values.shape, shape[2:], geometry)
+    index = (t_crow, t_row, t_perm)
+    return _dgrad("conv2d_dgrad", grad, values, index, shape, sizes, g.groups, number)
 
 
 def conv2d_wgrad(
