@@ -111,7 +111,6 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, (ProductBlocks<L, Sourc
   const int block_row = RowAt(order, slot), lane = threadIdx.x;
   const int begin = crow[block_row], end = crow[block_row + 1], stored = crow[block_rows];
   const BlockRow rows = FindBlockRow(block_row, source.RowsPerGroup(), bh);
-  // Taller blocks' values stay single loads: with both ways in the code ptxas spills.
   const bool whole_block = kHeight <= 8 && wide_index && bh == kHeight;
   // The grid's second dimension is bounded, so a block may have several tiles to do.
   const int64_t step = static_cast<int64_t>(gridDim.y) * L::kTile;
@@ -152,14 +151,16 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, (ProductBlocks<L, Sourc
       }
     }
 #pragma unroll
-    for (int v = 0; v < kHeight; ++v) {
-      if (v >= rows.height) break;
-      const int row = rows.first + v;
-      T* to = y + static_cast<int64_t>(row) * points;
+    for (int s = 0; s < L::kSteps; ++s) {
+      if (!sums.mine[s]) continue;
+      const int point = static_cast<int>(L::Point(tile, s));  // 32 bits: ptxas spilled addresses
 #pragma unroll
-      for (int s = 0; s < L::kSteps; ++s)
-        if (sums.mine[s])
-          FinishRow<L::kPack>(to + L::Point(tile, s), sums.sum[v][s], bias, row, relu);
+      for (int v = 0; v < kHeight; ++v) {
+        if (v >= rows.height) break;
+        const int row = rows.first + v;
+        FinishRow<L::kPack>(y + static_cast<int64_t>(row) * points + point, sums.sum[v][s], bias,
+                            row, relu);
+      }
     }
   }
 }
