@@ -272,9 +272,14 @@ def compute(
         held = call.tensors[shifted]
         assert held is not None
         call.tensors[shifted] = misaligned(held)
+    return run(call, kernel, seed)
+
+
+def run(call: Call, name: str, seed: int = 0) -> torch.Tensor:
+    """What the emulated kernel makes of a call; ``name`` is that for errors."""
     last = () if call.order is None else (address(call.order),)
     with registered(seed, **call.tensors, order=call.order) as e:
-        getattr(e, call.function)(kernel, *map(address, call.tensors.values()), *call.rest, *last)
+        getattr(e, call.function)(name, *map(address, call.tensors.values()), *call.rest, *last)
     return answer(call)
 
 
