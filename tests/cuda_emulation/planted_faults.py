@@ -85,7 +85,7 @@ FAULTS = (
           "const int last = min(end - 1, chunk + kWarp);", "product and primes"),
     Fault("product: one entry past the end", "product.cuh",
           "if (k < begin || k >= end) continue;", "if (k < begin || k > end) continue;",
-          "product and b3-batch33"),
+          "product and primes"),
     Fault("product: lanes past the batch read on", "product.cuh",
           "mine[s] = point < points;", "mine[s] = true;", "product and primes"),
     Fault("product: bias lost", "values.cuh",
