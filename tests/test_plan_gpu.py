@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparse_kernels import plan
-from sparse_kernels.backends import cuda, triton
+from sparse_kernels.backends import _cuda_native, cuda, triton
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 
@@ -29,8 +29,8 @@ def unusable(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     monkeypatch.setattr(plan, "_forced", None)
     monkeypatch.setattr(plan, "_cache", {})
     monkeypatch.setattr(triton, "installed", lambda: True)
-    monkeypatch.setattr(cuda, "native", lambda: native)
-    monkeypatch.setattr(cuda, "native_or_none", lambda: native)
+    monkeypatch.setattr(_cuda_native, "native", lambda: native)
+    monkeypatch.setattr(_cuda_native, "native_or_none", lambda: native)
     cuda._unusable.cache_clear()
     yield said
     cuda._unusable.cache_clear()

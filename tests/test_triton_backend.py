@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_kernels import ops, plan
-from sparse_kernels.backends import cuda
+from sparse_kernels.backends import _cuda_native
 from sparse_kernels.backends import triton as backend
 from sparse_kernels.backends.triton import block_config as tiles
 from sparse_kernels.backends.triton import vector_config
@@ -159,7 +159,7 @@ def gpu_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(plan, "_cache", {})  # the fake device must not stay in the real one
     monkeypatch.setattr(backend, "installed", lambda: True)
     native: Any = SimpleNamespace(build_info=lambda: {"cuda": False, "why_no_cuda": "no nvcc"})
-    monkeypatch.setattr(cuda, "native_or_none", lambda: native)
+    monkeypatch.setattr(_cuda_native, "native_or_none", lambda: native)
 
     def tensor(dtype: torch.dtype) -> Any:
         return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)

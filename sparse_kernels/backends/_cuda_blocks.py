@@ -7,20 +7,17 @@ activations are multiplied in TF32, and served only where torch allows that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sparse_kernels.backends import _cuda_native
+from sparse_kernels.backends._cuda_native import ELEMENTS, as_float, pointer
 from sparse_kernels.backends.triton.operands import allows_tf32, batch_major, empty_images
 from sparse_kernels.geometry import Conv2dGeometry
 
 SIDES = (16, 32)
-#: In the order of csrc/kernels_cuda.h's Element.
-_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-Module = Callable[[], ModuleType]  # of the launchers, asked for once a call is known to be right
-Place = Callable[[Tensor], tuple[int, int]]  # ordinal of the device and current stream
 
 
 def is_served(block: tuple[int, int]) -> bool:
@@ -67,8 +64,6 @@ def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def product(
-    module: Module,
-    place: Place,
     op: str,
     x: Tensor,
     values: Tensor,
@@ -84,26 +79,24 @@ def product(
     out_hw = () if geometry is None else Conv2dGeometry(*geometry).output_size(*x.shape[2:])
     y = _empty((x.shape[0], rows, *out_hw), x)
     vs = _aligned(values.detach().to(x.dtype).contiguous())
-    bs = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    module().cuda_block_product(
+    bs = None if bias is None else as_float(bias)
+    _cuda_native.native().cuda_block_product(
         op,
         y.data_ptr(),
         xs.data_ptr(),
         vs.data_ptr(),
-        0 if bs is None else bs.data_ptr(),
+        pointer(bs),
         *(tensor.data_ptr() for tensor in index),
         _sizes(x.shape, out_hw, geometry, rows),
         values.shape[1],
         relu,
-        _ELEMENTS[x.dtype],
-        *place(x),
+        ELEMENTS[x.dtype],
+        *_cuda_native.place(x),
     )
     return y
 
 
 def dgrad(
-    module: Module,
-    place: Place,
     op: str,
     grad: Tensor,
     values: Tensor,
@@ -116,7 +109,7 @@ def dgrad(
     gs = batch_major(grad)
     dx = _empty(shape, grad)
     vs = _aligned(values.detach().to(grad.dtype).contiguous())
-    module().cuda_block_dgrad(
+    _cuda_native.native().cuda_block_dgrad(
         op,
         dx.data_ptr(),
         gs.data_ptr(),
@@ -124,15 +117,13 @@ def dgrad(
         *(tensor.data_ptr() for tensor in index),
         _sizes(shape, grad.shape[2:], geometry, grad.shape[1]),
         values.shape[1],
-        _ELEMENTS[grad.dtype],
-        *place(grad),
+        ELEMENTS[grad.dtype],
+        *_cuda_native.place(grad),
     )
     return dx
 
 
 def wgrad(
-    module: Module,
-    place: Place,
     op: str,
     grad: Tensor,
     x: Tensor,
@@ -143,12 +134,12 @@ def wgrad(
     """dvalues [capacity, *block] float32; zero tail, zero outside of partial blocks."""
     _refuse(op, x.dtype)
     gs, xs = batch_major(grad.to(x.dtype)), batch_major(x)
-    capacity, element = index[1].shape[0], _ELEMENTS[x.dtype]
+    capacity, element = index[1].shape[0], ELEMENTS[x.dtype]
     sizes = _sizes(x.shape, grad.shape[2:], geometry, grad.shape[1])
     dvalues = torch.empty((capacity, *block), dtype=torch.float32, device=x.device)
-    size = module().cuda_block_wgrad_workspace(sizes, block[0], capacity, element)
+    size = _cuda_native.native().cuda_block_wgrad_workspace(sizes, block[0], capacity, element)
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
-    module().cuda_block_wgrad(
+    _cuda_native.native().cuda_block_wgrad(
         op,
         dvalues.data_ptr(),
         gs.data_ptr(),
@@ -160,6 +151,6 @@ def wgrad(
         block[0],
         capacity,
         element,
-        *place(x),
+        *_cuda_native.place(x),
     )
     return dvalues

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_kernels.backends import cuda
+from sparse_kernels.backends import _cuda_native
+from sparse_kernels.backends._cuda_native import ELEMENTS, activation, as_float, pointer
 from sparse_kernels.geometry import pool_output_size
 from sparse_kernels.layout import empty_feature_major, to_feature_major
 
@@ -16,7 +17,7 @@ Pair = Sequence[int]
 
 def _where(x: Tensor) -> list[int]:
     """Element type, device and stream, as csrc/bind_cuda_dense.cpp takes them."""
-    return [cuda._ELEMENTS[x.dtype], *cuda._place(x)]
+    return [ELEMENTS[x.dtype], *_cuda_native.place(x)]
 
 
 def _sizes(x: Tensor) -> list[int]:
@@ -24,16 +25,12 @@ def _sizes(x: Tensor) -> list[int]:
     return [x.shape[1], x.shape[0] * x.shape[2:].numel()]
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else cuda._float(x)
+    return None if x is None else as_float(x)
 
 
 def _workspace(x: Tensor, training: bool, backward: bool) -> tuple[Tensor, int]:
-    size = cuda.native().cuda_batch_norm_workspace(_sizes(x), training, backward)
+    size = _cuda_native.native().cuda_batch_norm_workspace(_sizes(x), training, backward)
     return torch.empty(size // 4, dtype=torch.float32, device=x.device), size
 
 
@@ -52,8 +49,8 @@ def batch_norm(
 
     The offset is the bias, corrected for the rounding of the mean; statistics are float32.
     """
-    xs, ws, bs = cuda._activation(x), _vector(weight), _vector(bias)
-    rs = None if residual is None else cuda._activation(residual)
+    xs, ws, bs = activation(x), _vector(weight), _vector(bias)
+    rs = None if residual is None else activation(residual)
     if training or mean is None or var is None:
         mean = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
         var = torch.empty_like(mean)
@@ -63,15 +60,15 @@ def batch_norm(
     offset = torch.empty_like(mean)
     y = empty_feature_major(x.shape, x.dtype, x.device)
     workspace, size = _workspace(x, training, False)
-    cuda.native().cuda_batch_norm(
+    _cuda_native.native().cuda_batch_norm(
         y.data_ptr(),
         xs.data_ptr(),
-        _pointer(ws),
-        _pointer(bs),
+        pointer(ws),
+        pointer(bs),
         mean.data_ptr(),
         var.data_ptr(),
         offset.data_ptr(),
-        _pointer(rs),
+        pointer(rs),
         workspace.data_ptr(),
         size,
         _sizes(x),
@@ -100,26 +97,26 @@ def batch_norm_backward(
 
     The ReLU's mask is that of y, or, without y, recomputed from x by the forward pass's expression.
     """
-    gs, xs = cuda._activation(grad.to(x.dtype)), cuda._activation(x)
-    ys = cuda._activation(y) if relu and y is not None else None
+    gs, xs = activation(grad.to(x.dtype)), activation(x)
+    ys = activation(y) if relu and y is not None else None
     ws, offsets = _vector(weight), _vector(offset)
-    means, vars_ = cuda._float(mean), cuda._float(var)
+    means, vars_ = as_float(mean), as_float(var)
     dx = empty_feature_major(x.shape, x.dtype, x.device)
     dresidual = torch.empty_like(dx) if has_residual else None
     dweight, dbias = torch.empty_like(means), torch.empty_like(means)
     workspace, size = _workspace(x, training, True)
-    cuda.native().cuda_batch_norm_backward(
+    _cuda_native.native().cuda_batch_norm_backward(
         dx.data_ptr(),
         dweight.data_ptr(),
         dbias.data_ptr(),
-        _pointer(dresidual),
+        pointer(dresidual),
         gs.data_ptr(),
         xs.data_ptr(),
-        _pointer(ys),
-        _pointer(ws),
+        pointer(ys),
+        pointer(ws),
         means.data_ptr(),
         vars_.data_ptr(),
-        _pointer(offsets),
+        pointer(offsets),
         workspace.data_ptr(),
         size,
         _sizes(x),
@@ -138,13 +135,13 @@ def max_pool2d(
     x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
     """Maximum over windows: y and the winning tap of each window, uint8 (ky * kw + kx)."""
-    xs = cuda._activation(x)
+    xs = activation(x)
     out_hw = pool_output_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
     shape = (x.shape[0], x.shape[1], *out_hw)
     y = empty_feature_major(shape, x.dtype, x.device)
     argmax = empty_feature_major(shape, torch.uint8, x.device)
     dims = [*x.shape, *out_hw, *kernel, *stride, *padding, *dilation]
-    cuda.native().cuda_max_pool2d(
+    _cuda_native.native().cuda_max_pool2d(
         False, y.data_ptr(), argmax.data_ptr(), xs.data_ptr(), dims, _where(x)
     )
     return y, argmax
@@ -161,11 +158,11 @@ def max_pool2d_backward(
     dilation: Pair,
 ) -> Tensor:
     """Gradient of the input, [N, C, in_height, in_width], feature-major."""
-    gs, taps = cuda._activation(grad), to_feature_major(argmax)
+    gs, taps = activation(grad), to_feature_major(argmax)
     shape = (grad.shape[0], grad.shape[1], in_height, in_width)
     dx = empty_feature_major(shape, grad.dtype, grad.device)
     dims = [*shape, *grad.shape[2:], *kernel, *stride, *padding, *dilation]
-    cuda.native().cuda_max_pool2d(
+    _cuda_native.native().cuda_max_pool2d(
         True, dx.data_ptr(), taps.data_ptr(), gs.data_ptr(), dims, _where(grad)
     )
     return dx
@@ -181,12 +178,12 @@ def avg_pool2d(
     divisor_override: int | None,
 ) -> Tensor:
     """Mean over windows, counted as torch.nn.functional.avg_pool2d counts."""
-    xs = cuda._activation(x)
+    xs = activation(x)
     out_hw = pool_output_size(x.shape[2:], kernel, stride, padding, (1, 1), ceil_mode)
     y = empty_feature_major((x.shape[0], x.shape[1], *out_hw), x.dtype, x.device)
     dims = [*x.shape, *out_hw, *kernel, *stride, *padding, 1, 1]
     tail = (dims, count_include_pad, divisor_override or 0, _where(x))
-    cuda.native().cuda_avg_pool2d(False, y.data_ptr(), xs.data_ptr(), *tail)
+    _cuda_native.native().cuda_avg_pool2d(False, y.data_ptr(), xs.data_ptr(), *tail)
     return y
 
 
@@ -202,10 +199,10 @@ def avg_pool2d_backward(
     divisor_override: int | None,
 ) -> Tensor:
     """Gradient of the input, [N, C, in_height, in_width], feature-major."""
-    gs = cuda._activation(grad)
+    gs = activation(grad)
     shape = (grad.shape[0], grad.shape[1], in_height, in_width)
     dx = empty_feature_major(shape, grad.dtype, grad.device)
     dims = [*shape, *grad.shape[2:], *kernel, *stride, *padding, 1, 1]
     tail = (dims, count_include_pad, divisor_override or 0, _where(grad))
-    cuda.native().cuda_avg_pool2d(True, dx.data_ptr(), gs.data_ptr(), *tail)
+    _cuda_native.native().cuda_avg_pool2d(True, dx.data_ptr(), gs.data_ptr(), *tail)
     return dx

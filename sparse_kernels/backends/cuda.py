@@ -16,10 +16,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_kernels._load import native, native_or_none
-from sparse_kernels.backends import _cuda_blocks
+from sparse_kernels.backends import _cuda_blocks, _cuda_native, _cuda_variants
+from sparse_kernels.backends._cuda_dense import (
+    avg_pool2d,
+    avg_pool2d_backward,
+    batch_norm,
+    batch_norm_backward,
+    max_pool2d,
+    max_pool2d_backward,
+)
+from sparse_kernels.backends._cuda_native import ELEMENTS, activation, as_float, pointer
 from sparse_kernels.geometry import Conv2dGeometry
-from sparse_kernels.layout import empty_feature_major, is_feature_major, to_feature_major
+from sparse_kernels.layout import empty_feature_major
 
 __all__ = [
     "avg_pool2d",
@@ -51,8 +59,6 @@ _SERVED = (
     "avg_pool2d",
     "avg_pool2d_backward",
 )
-# In the order of csrc/kernels_cuda.h's Element.
-_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _HIGHEST = 32  # kMaxBlockHeight there
 
 
@@ -65,7 +71,7 @@ def supports(
     """
     if x.device.type != "cuda":
         return f"serves CUDA tensors, got device {x.device}"
-    module = native_or_none()
+    module = _cuda_native.native_or_none()
     if module is None:
         return "the native module is not built (see `sparse-kernels info`)"
     built = module.build_info()
@@ -77,7 +83,7 @@ def supports(
 @functools.lru_cache
 def _unusable(device: int) -> str | None:
     """Why no kernel runs on this device, if so: its architecture or the driver. Asked once."""
-    why = str(native().cuda_unusable(device))
+    why = str(_cuda_native.native().cuda_unusable(device))
     return f"cannot run here: {why}" if why else None
 
 
@@ -86,10 +92,10 @@ def _why_not(
 ) -> str | None:
     if op not in _SERVED:
         return f"has kernels for {', '.join(_SERVED)} only"
-    if dtype not in _ELEMENTS:
+    if dtype not in ELEMENTS:
         return f"computes float32, float16 and bfloat16, got {dtype}"
     if values is not None:
-        if values.dtype not in _ELEMENTS:
+        if values.dtype not in ELEMENTS:
             return f"takes float32, float16 or bfloat16 values, got {values.dtype}"
         block = (int(values.shape[1]), int(values.shape[2]))
     if block is None:
@@ -116,20 +122,6 @@ def _is_tensor_cores(values: Tensor) -> bool:
 # -- what a launcher takes -------------------------------------------------------------------------
 
 
-def _place(x: Tensor) -> tuple[int, int]:
-    """Ordinal of x's device and its current stream."""
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-
-
-def _activation(x: Tensor) -> Tensor:
-    return x if is_feature_major(x) else to_feature_major(x.detach())
-
-
-def _float(x: Tensor) -> Tensor:
-    """Weights and biases: contiguous float32."""
-    return x.detach().to(torch.float32).contiguous()
-
-
 def _geometry(x_shape: Sequence[int], out_hw: Sequence[int], geometry: Sequence[int]) -> list[int]:
     """The 18 integers of csrc/bind_geometry.h."""
     return [x_shape[0], *x_shape[2:], *out_hw, *geometry]
@@ -144,24 +136,27 @@ def _product(
     shape: Sequence[int],
     geometry: list[int],
     relu: bool,
+    variant: int,
 ) -> Tensor:
     """Forward of any layer: y of `shape`."""
-    xs, vs = _activation(x), _float(values)
-    bs = None if bias is None else _float(bias)
+    xs, vs = activation(x), as_float(values)
+    bs = None if bias is None else as_float(bias)
     y = empty_feature_major(shape, x.dtype, x.device)
-    native().cuda_product(
+    order = _cuda_variants.rows_by_length(index[0]) if variant else None
+    _cuda_native.native().cuda_product(
         kernel,
         y.data_ptr(),
         xs.data_ptr(),
         vs.data_ptr(),
-        0 if bs is None else bs.data_ptr(),
+        pointer(bs),
         *(tensor.data_ptr() for tensor in index),
         geometry,
         values.shape[1],
         relu,
-        0,  # the variant is the launcher's choice
-        _ELEMENTS[x.dtype],
-        *_place(x),
+        variant,
+        ELEMENTS[x.dtype],
+        *_cuda_native.place(x),
+        pointer(order),
     )
     return y
 
@@ -173,11 +168,14 @@ def _dgrad(
     index: tuple[Tensor, Tensor, Tensor],
     shape: Sequence[int],
     geometry: list[int],
+    groups: int,
+    variant: int,
 ) -> Tensor:
     """Input gradient of any layer: dx of `shape`."""
-    gs, vs = _activation(grad), _float(values)
+    gs, vs = activation(grad), as_float(values)
     dx = empty_feature_major(shape, grad.dtype, grad.device)
-    native().cuda_dgrad(
+    order = _cuda_variants.channels_by_length(index[0], shape[1], groups) if variant else None
+    _cuda_native.native().cuda_dgrad(
         kernel,
         dx.data_ptr(),
         gs.data_ptr(),
@@ -185,8 +183,10 @@ def _dgrad(
         *(tensor.data_ptr() for tensor in index),
         geometry,
         values.shape[1],
-        _ELEMENTS[grad.dtype],
-        *_place(grad),
+        ELEMENTS[grad.dtype],
+        *_cuda_native.place(grad),
+        variant,
+        pointer(order),
     )
     return dx
 
@@ -202,12 +202,12 @@ def _wgrad(
     """Gradient of the values [capacity, bh, 1], float32."""
     if why := _why_not(kernel, x.dtype, None, block):
         raise ValueError(f"{kernel}: the CUDA backend {why}")
-    gs, xs = _activation(grad.to(x.dtype)), _activation(x)
+    gs, xs = activation(grad.to(x.dtype)), activation(x)
     capacity = index[1].shape[0]
     dvalues = torch.empty((capacity, *block), dtype=torch.float32, device=x.device)
-    size = native().cuda_wgrad_workspace(geometry, block[0], capacity)
+    size = _cuda_native.native().cuda_wgrad_workspace(geometry, block[0], capacity)
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
-    native().cuda_wgrad(
+    _cuda_native.native().cuda_wgrad(
         kernel,
         dvalues.data_ptr(),
         gs.data_ptr(),
@@ -218,10 +218,18 @@ def _wgrad(
         geometry,
         block[0],
         capacity,
-        _ELEMENTS[x.dtype],
-        *_place(x),
+        ELEMENTS[x.dtype],
+        *_cuda_native.place(x),
     )
     return dvalues
+
+
+def _linear_variant(
+    variant: str | None, op: str, first: Tensor, values: Tensor, rows: int, cols: int
+) -> int:
+    """The launcher's number of a variant of a linear layer, a convolution of one pixel."""
+    geometry = Conv2dGeometry(rows, cols, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+    return _cuda_variants.number(variant, op, first, values.shape, (1, 1), geometry)
 
 
 # -- linear ----------------------------------------------------------------------------------------
@@ -238,15 +246,23 @@ def linear(
     bias: Tensor | None,
     out_features: int,
     relu: bool,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
-    """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype."""
+    """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype.
+
+    ``variant`` of elements and vectors, as of the three functions like this: "direct" or "staged"
+    (_cuda_variants.py), None for what ``tune`` or the rule chose. ValueError where it does not
+    serve the shape.
+    """
     if _is_tensor_cores(values):
         return _cuda_blocks.product(
-            native, _place, "linear", x, values, (crow, col), bias, out_features, relu, None
+            "linear", x, values, (crow, col), bias, out_features, relu, None
         )
     batch, cols = x.shape
     shape, geometry = (batch, out_features), [out_features, cols, batch]
-    return _product("linear", x, values, (crow, col), bias, shape, geometry, relu)
+    number = _linear_variant(variant, "linear", x, values, out_features, cols)
+    return _product("linear", x, values, (crow, col), bias, shape, geometry, relu, number)
 
 
 def linear_dgrad(
@@ -258,14 +274,18 @@ def linear_dgrad(
     t_row: Tensor,
     t_perm: Tensor,
     in_features: int,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """dX = dY S; grad [N, out] -> dx [N, in], feature-major, grad's dtype."""
     if _is_tensor_cores(values):
         index, size = (t_crow, t_row, t_perm), (grad.shape[0], in_features)
-        return _cuda_blocks.dgrad(native, _place, "linear_dgrad", grad, values, index, size, None)
+        return _cuda_blocks.dgrad("linear_dgrad", grad, values, index, size, None)
     batch, rows = grad.shape
     shape, geometry = (batch, in_features), [rows, in_features, batch]
-    return _dgrad("linear_dgrad", grad, values, (t_crow, t_row, t_perm), shape, geometry)
+    number = _linear_variant(variant, "linear_dgrad", grad, values, rows, in_features)
+    index = (t_crow, t_row, t_perm)
+    return _dgrad("linear_dgrad", grad, values, index, shape, geometry, 1, number)
 
 
 def linear_wgrad(
@@ -281,9 +301,7 @@ def linear_wgrad(
 ) -> Tensor:
     """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside."""
     if _cuda_blocks.is_served((bh, bw)):
-        return _cuda_blocks.wgrad(
-            native, _place, "linear_wgrad", grad, x, (crow, col), (bh, bw), None
-        )
+        return _cuda_blocks.wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), None)
     geometry = [grad.shape[1], x.shape[1], x.shape[0]]
     return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry)
 
@@ -302,16 +320,19 @@ def conv2d(
     bias: Tensor | None,
     geometry: Sequence[int],
     relu: bool,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """Sparse convolution; x [N, C, H, W] -> y [N, C_out, H_out, W_out], feature-major."""
     g = Conv2dGeometry(*geometry)
     if _is_tensor_cores(values):
         return _cuda_blocks.product(
-            native, _place, "conv2d", x, values, (crow, col), bias, g.out_channels, relu, geometry
+            "conv2d", x, values, (crow, col), bias, g.out_channels, relu, geometry
         )
     out_hw = g.output_size(x.shape[2], x.shape[3])
     shape, sizes = (x.shape[0], g.out_channels, *out_hw), _geometry(x.shape, out_hw, geometry)
-    return _product("conv2d", x, values, (crow, col), bias, shape, sizes, relu)
+    number = _cuda_variants.number(variant, "conv2d", x, values.shape, x.shape[2:], geometry)
+    return _product("conv2d", x, values, (crow, col), bias, shape, sizes, relu, number)
 
 
 def conv2d_dgrad(
@@ -325,16 +346,19 @@ def conv2d_dgrad(
     in_height: int,
     in_width: int,
     geometry: Sequence[int],
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """dx [N, C_in, in_height, in_width], feature-major, from grad [N, C_out, H_out, W_out]."""
-    shape = (grad.shape[0], Conv2dGeometry(*geometry).in_channels, in_height, in_width)
+    g = Conv2dGeometry(*geometry)
+    shape = (grad.shape[0], g.in_channels, in_height, in_width)
     if _is_tensor_cores(values):
         index = (t_crow, t_row, t_perm)
-        return _cuda_blocks.dgrad(
-            native, _place, "conv2d_dgrad", grad, values, index, shape, geometry
-        )
+        return _cuda_blocks.dgrad("conv2d_dgrad", grad, values, index, shape, geometry)
     sizes = _geometry(shape, grad.shape[2:], geometry)
-    return _dgrad("conv2d_dgrad", grad, values, (t_crow, t_row, t_perm), shape, sizes)
+    number = _cuda_variants.number(variant, "conv2d_dgrad", grad, values.shape, shape[2:], geometry)
+    index = (t_crow, t_row, t_perm)
+    return _dgrad("conv2d_dgrad", grad, values, index, shape, sizes, g.groups, number)
 
 
 def conv2d_wgrad(
@@ -351,19 +375,6 @@ def conv2d_wgrad(
 ) -> Tensor:
     """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
     if _cuda_blocks.is_served((bh, bw)):
-        return _cuda_blocks.wgrad(
-            native, _place, "conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry
-        )
+        return _cuda_blocks.wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry)
     sizes = _geometry(x.shape, grad.shape[2:], geometry)
     return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes)
-
-
-# Last: they use what is above.
-from sparse_kernels.backends._cuda_dense import (  # noqa: E402
-    avg_pool2d,
-    avg_pool2d_backward,
-    batch_norm,
-    batch_norm_backward,
-    max_pool2d,
-    max_pool2d_backward,
-)

@@ -13,7 +13,7 @@ from cases import ConvCase, LinearCase
 from emulator import load
 
 from sparse_kernels import ops, plan
-from sparse_kernels.backends import cuda
+from sparse_kernels.backends import _cuda_native, cuda
 
 
 @contextmanager
@@ -21,8 +21,8 @@ def serving_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, the CUDA backend serves CPU tensors; torch allocates, so all memory is theirs."""
     module = load()
     monkeypatch.setattr(plan, "_cache", {})  # choices made here are not those of other tests
-    monkeypatch.setattr(cuda, "native", lambda: module)
-    monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
+    monkeypatch.setattr(_cuda_native, "native", lambda: module)
+    monkeypatch.setattr(_cuda_native, "place", lambda x: (0, 0))
     monkeypatch.setattr(cuda, "supports", lambda op, x, values=None, block=None: None)
     module.forget_memory()
     module.set_strict(False)

@@ -12,7 +12,7 @@ from cases import relative_error, tolerance
 from emulator import address, load, nan_like, registered
 from problems import DTYPES, feature_major
 
-from sparse_kernels.backends import cuda, reference
+from sparse_kernels.backends import _cuda_native, cuda, reference
 from sparse_kernels.geometry import pool_output_size
 
 Shape = tuple[int, ...]
@@ -291,8 +291,8 @@ def test_the_backend_serves_the_operators(monkeypatch: pytest.MonkeyPatch) -> No
     module = load()
     module.forget_memory()
     module.set_strict(False)
-    monkeypatch.setattr(cuda, "native", lambda: module)
-    monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
+    monkeypatch.setattr(_cuda_native, "native", lambda: module)
+    monkeypatch.setattr(_cuda_native, "place", lambda x: (0, 0))
     try:
         x, grad, extra = (torch.randn(6, 3, 4, 5, dtype=torch.float32) for _ in range(3))
         weight, bias = torch.rand(3) + 0.5, torch.randn(3)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import small_grids
+from emulator import load, small_grids
 from problems import (
     DTYPES,
     KERNELS,
@@ -16,10 +16,12 @@ from problems import (
     bound,
     check,
     compute,
+    describe,
     expected,
     has,
     make,
     relative_error,
+    run,
     small_cases,
 )
 
@@ -63,6 +65,11 @@ def test_results_do_not_depend_on_the_order_of_warps(kernel: str) -> None:
         ("parts-b4", "product"),
         ("parts-b4", "staged"),
         ("parts-b4", "dgrad"),
+        ("odd-b1-batch258", "product"),
+        ("odd-b1-batch258", "dgrad"),
+        ("parts-b4", "staged_dgrad"),
+        ("staged-conv-3x3", "staged"),
+        ("staged-conv-3x3", "staged_dgrad"),
     ],
 )
 def test_tiles_beyond_the_grid_are_done_in_turns(name: str, kernel: str) -> None:
@@ -77,6 +84,10 @@ def test_tiles_beyond_the_grid_are_done_in_turns(name: str, kernel: str) -> None
     [
         ("product", "x"),
         ("product", "out_y"),
+        ("product", "values"),
+        ("product", "col"),
+        ("dgrad", "t_row"),
+        ("dgrad", "t_perm"),
         ("dgrad", "grad"),
         ("dgrad", "out_dx"),
         ("wgrad", "grad"),
@@ -89,6 +100,20 @@ def test_misaligned_tensors_are_moved_by_elements(
     problem = make(next(c for c in small_cases() if c.id == "b4-batch132"), dtype)
     got, want = compute(problem, kernel, shifted=shifted), expected(problem, kernel)
     assert relative_error(got, want) <= bound(problem, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["product", "staged", "direct_dgrad", "staged_dgrad"])
+@pytest.mark.parametrize("name", ["staged-conv-1x1", "staged-b5", "staged-wide"])
+def test_any_order_of_rows_gives_equal_bits(name: str, kernel: str) -> None:
+    problem = make(next(c for c in all_cases() if c.id == name), torch.float32)
+    call = describe(problem, kernel, load().cuda_wgrad_workspace)
+    crow = problem.t["indices"][0]
+    lists = len(crow) - 1 if kernel in ("product", "staged") else problem.t["x"].shape[1]
+    answers = []
+    for order in (None, torch.arange(lists), torch.randperm(lists)):
+        made = call._replace(order=None if order is None else order.to(torch.int32))
+        answers.append(run(made, kernel).clone())
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
 
 
 @pytest.mark.parametrize(
