@@ -196,6 +196,7 @@ def _wgrad(
     index: tuple[Tensor, Tensor],
     block: tuple[int, int],
     geometry: list[int],
+    variant: str | None,
 ) -> Tensor:
     """Gradient of the values [capacity, bh, 1], float32."""
     if why := _why_not(kernel, x.dtype, None, block):
@@ -203,7 +204,8 @@ def _wgrad(
     gs, xs = activation(grad.to(x.dtype)), activation(x)
     capacity = index[1].shape[0]
     dvalues = torch.empty((capacity, *block), dtype=torch.float32, device=x.device)
-    size = _cuda_native.native().cuda_wgrad_workspace(geometry, block[0], capacity)
+    number = _wgrad_variant(kernel, variant)
+    size = _cuda_native.native().cuda_wgrad_workspace(geometry, block[0], capacity, number)
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
     _cuda_native.native().cuda_wgrad(
         kernel,
@@ -218,8 +220,21 @@ def _wgrad(
         capacity,
         ELEMENTS[x.dtype],
         *_cuda_native.place(x),
+        number,
     )
     return dvalues
+
+
+#: By name, the numbers of csrc/kernels_cuda.h's Variant; None is the launcher's choice: direct
+#: (at most 16 points: small), until a GPU has said where staged is faster.
+WGRAD_VARIANTS = {None: 0, "direct": 1, "staged": 2, "small": 3}
+
+
+def _wgrad_variant(op: str, name: str | None) -> int:
+    if name not in WGRAD_VARIANTS:
+        known = ", ".join(repr(known) for known in WGRAD_VARIANTS)
+        raise ValueError(f"{op}: expected one of the variants {known}, got {name!r}")
+    return WGRAD_VARIANTS[name]
 
 
 # -- linear ----------------------------------------------------------------------------------------
@@ -276,12 +291,18 @@ def linear_wgrad(
     t_perm: Tensor,
     bh: int,
     bw: int,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
-    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside."""
+    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside.
+
+    ``variant``: "direct", "staged" (float32, or an even batch), "small" (a batch of at most 16) or
+    None, the launcher's choice; not of tensor-core blocks. ValueError for what is not served.
+    """
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), None)
     geometry = [grad.shape[1], x.shape[1], x.shape[0]]
-    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry)
+    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry, variant)
 
 
 # -- convolution -----------------------------------------------------------------------------------
@@ -342,9 +363,14 @@ def conv2d_wgrad(
     bh: int,
     bw: int,
     geometry: Sequence[int],
+    *,
+    variant: str | None = None,
 ) -> Tensor:
-    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
+    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside.
+
+    ``variant`` as in linear_wgrad; "staged" wants one group.
+    """
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry)
     sizes = _geometry(x.shape, grad.shape[2:], geometry)
-    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes)
+    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes, variant)

@@ -19,6 +19,7 @@ from sparse_kernels.backends import cpu
 from sparse_kernels.backends.cpu.prepared import Product, state_of
 from sparse_kernels.geometry import Conv2dGeometry
 from sparse_kernels.ops import _short
+from sparse_kernels.ops._convert import convert_once
 from sparse_kernels.ops._library import (
     INDEX,
     WEIGHT,
@@ -41,7 +42,7 @@ from sparse_kernels.ops._library import (
     transformed,
     with_check,
 )
-from sparse_kernels.ops.linear import Index, autocast, convert_once, weight_dtype
+from sparse_kernels.ops.linear import Index, autocast, weight_dtype
 
 
 def _geometry(op: str, geometry: Sequence[int]) -> Conv2dGeometry:
@@ -234,7 +235,7 @@ class SparseConv2dFunction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         # torch inspects the signature of a separate setup_context on every call: 40 us.
         if not args[0].requires_grad:  # else a second derivative must find x itself
-            args = (convert_once(args[0], args[1]), *args[1:])
+            args = (convert_once("conv2d", args[0], args[1]), *args[1:])
         output = call("conv2d", *args)
         SparseConv2dFunction.save(ctx, args, output)
         return output
@@ -322,7 +323,7 @@ def _derivative(
     geometry: Sequence[int],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, values, bias and probe, each by its operator and differentiable again."""
-    grad = convert_once(grad, values)
+    grad = convert_once("conv2d_dgrad", grad, values)
     product = caller(grad, x, values, *index)
     dx = dv = None
     if needs[0]:
@@ -394,6 +395,5 @@ def conv2d(
     elif seen(batched, *rest):
         y = SparseConv2dFunction.apply(batched, *rest)
     else:
-        first = batched if batched.requires_grad else convert_once(batched, values)
-        y = call_unseen("conv2d", first, *rest)
+        y = call_unseen("conv2d", convert_once("conv2d", batched, values), *rest)
     return y if x.dim() == 4 else y.squeeze(0)

@@ -32,12 +32,13 @@ class Pooled(NamedTuple):
     center: float = 0.3
 
 
+MANY = Pooled((12, 257, 2, 2))  # more channels than a thread block settles: float32 is enough
 CASES = (
     Pooled((6, 3, 4, 6)),
     Pooled((7, 2, 5, 3)),  # an odd image: its last row and column are in no window
     Pooled((33, 2, 2, 2), affine=False),
     Pooled((4, 2, 72, 60)),  # two parts of 4096 elements of y and five of x
-    Pooled((12, 300, 2, 3)),  # more channels than a thread block settles
+    MANY,
     Pooled((16, 3, 4, 4), center=1000.0),
     Pooled((9, 4, 7, 2), training=False),
     Pooled((8, 3, 4, 4), training=False, affine=False),
@@ -106,8 +107,11 @@ def double(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @pytest.mark.filterwarnings("ignore:var_mean")  # torch's word on the variance of nothing
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(c, d) for c in CASES for d in (DTYPES[:1] if c is MANY else DTYPES)],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
 def test_batch_norm_pool_matches_float64(case: Pooled, dtype: torch.dtype) -> None:
     t = make(case, dtype)
     got = forward(case, t)
@@ -267,3 +271,60 @@ def test_training_a_convnet_equals_that_of_the_cpu(recorder: Recorder) -> None:
         "cuda_product": 15,
     }
     assert {name: recorder.calls[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 1)], ids=str)
+@pytest.mark.parametrize("hidden", [False, True], ids=["images", "a layer's output"])
+def test_activations_are_converted_once(
+    recorder: Recorder, block: tuple[int, int], hidden: bool
+) -> None:
+    """Of a batch-major input one copy serves forward and weight gradient, of a batch-major
+    gradient one serves both gradients, whether autograd records the input or not.
+    """
+    torch.manual_seed(1)
+    conv = sk.SparseConv2d(4, 8, 3, padding=1, density=0.5, block=block)
+    linear = sk.SparseLinear(12, 8, density=0.5, block=block)
+    for layer, shape in ((conv, (5, 4, 6, 6)), (linear, (5, 12))):
+        x = torch.randn(shape, requires_grad=hidden)
+        grad = torch.randn(layer(x).shape)
+        wanted = torch.autograd.grad(layer(x), [*layer.parameters(), *([x] * hidden)], grad)
+        with plan.use_backend("cuda"):
+            layout.reset_conversions()
+            y = layer(x)
+            assert layout.conversions() == 1
+            found = torch.autograd.grad(y, [*layer.parameters(), *([x] * hidden)], grad)
+            assert layout.conversions() == 2
+        for a, b in zip(found, wanted, strict=True):
+            assert relative_error(a, b) < 1e-5
+
+
+def test_blocks_of_the_tensor_cores_are_converted_once(recorder: Recorder) -> None:
+    """The same in the other direction: feature-major images to channels_last."""
+    conv = sk.SparseConv2d(16, 16, 3, padding=1, density=0.5, block=(16, 16))
+    values = conv.values.detach().requires_grad_()
+    x = layout.to_feature_major(torch.randn(3, 16, 4, 4)).bfloat16().requires_grad_()
+    grad = layout.to_feature_major(torch.randn(3, 16, 4, 4)).bfloat16()
+    assert layout.is_feature_major(x) and layout.is_feature_major(grad)
+    with plan.use_backend("cuda"):
+        layout.reset_conversions()
+        index = (conv.crow_indices, conv.col_indices, conv.t_crow, conv.t_row, conv.t_perm)
+        y = sk.ops.conv2d(x, values, *index, geometry=conv.geometry)
+        assert layout.conversions() == 1
+        y.backward(grad)
+        assert layout.conversions() == 2
+    assert x.grad is not None and values.grad is not None
+
+
+def test_a_recorded_conversion_has_second_derivatives(recorder: Recorder) -> None:
+    linear = sk.SparseLinear(3, 4, density=0.6)
+    x, v = torch.randn(2, 3, requires_grad=True), linear.values
+
+    def twice() -> tuple[torch.Tensor, ...]:
+        (dx,) = torch.autograd.grad((linear(x) ** 2).sum(), [x], create_graph=True)
+        return torch.autograd.grad((dx**2).sum(), [x, v])
+
+    wanted = twice()
+    with plan.use_backend("cuda"):
+        found = twice()
+    for a, b in zip(found, wanted, strict=True):
+        assert relative_error(a, b) < 1e-5
