@@ -77,6 +77,34 @@ PATTERN_FAULTS = (
           "const int64_t end = min(tensor.capacity * units",
           "const int64_t end = min(filled", "test_values", suite=CHANGE),
 )  # fmt: skip
+STAGED_WGRAD, NORM_POOL = "test_staged_wgrad.py", "test_norm_pool.py"
+LAYER_FAULTS = (
+    Fault("staged wgrad: barrier before a tile is overwritten dropped", "staged_wgrad.cuh",
+          "__syncthreads();  // and all are done with it before it is overwritten", "",
+          "float32 and parts", suite=STAGED_WGRAD),
+    Fault("staged wgrad: waits for one copy too few", "staged_wgrad.cuh",
+          "WaitCopies<kWgradStages - 1>();", "WaitCopies<kWgradStages>();", "float32 and parts",
+          suite=STAGED_WGRAD),
+    Fault("staged wgrad: the first row's gradients kept for all", "staged_wgrad.cuh",
+          "if (line != at >> 16) {", "if (j == 0) {", "float32 and primes", suite=STAGED_WGRAD),
+    Fault("staged wgrad: passes after the first forgotten", "staged_wgrad.cuh",
+          "pass < total; pass += kWarpsPerBlock * kSlots", "pass < min(total, 1); pass += 1",
+          "float32 and several-passes", suite=STAGED_WGRAD),
+    Fault("staged wgrad: rows below a partial block stored", "staged_wgrad.cuh",
+          "row < source.RowsPerGroup() ? sum : 0.0f", "sum", "whatever", suite=STAGED_WGRAD),
+    Fault("staged wgrad: wide copies of any address", "launchers.cu",
+          "a.geometry.batch * size % bytes == 0 && addresses % bytes == 0",
+          "a.geometry.batch * size % bytes == 0", "misaligned", suite=STAGED_WGRAD),
+    Fault("norm with pooling: ties go to the last", "norm_pool.cu", "normed > best[j]",
+          "normed >= best[j] && normed > 0.0f", "ties", suite=NORM_POOL),
+    Fault("norm with pooling: an odd image's last row is in a window", "norm_pool.cu",
+          "py / kSide < size.rows && ", "", "float32 and matches", suite=NORM_POOL),
+    Fault("norm with pooling: rounding of the mean forgotten", "norm_pool.cu",
+          "add - lost * scale", "add - 0 * lost * scale", "float32 and matches", suite=NORM_POOL),
+    Fault("norm with pooling: the mean's rounding lost in gradients", "norm.cuh",
+          "const double given = lost != nullptr ? lost[channel] : 0.0;",
+          "const double given = 0.0;", "float32 and matches", suite=NORM_POOL),
+)  # fmt: skip
 FAULTS = (
     Fault("product: wrong lane", "product.cuh", "found.offset, k)", "found.offset, k ^ 1)",
           "product and primes"),
@@ -142,8 +170,8 @@ FAULTS = (
           "__syncthreads(); // the next sums", "// the next sums", "batch_norm"),
     Fault("norm: a part forgotten", "norm.cuh", "for (int p = 0; p < parts; ++p) {",
           "for (int p = 0; p < parts - 1; ++p) {", "batch_norm"),
-    Fault("norm: rounding of the mean forgotten", "norm.cuh", "add - rounding *",
-          "add - 0 * rounding *", "batch_norm"),
+    Fault("norm: rounding of the mean forgotten", "norm.cuh", "add - lost *",
+          "add - 0 * lost *", "batch_norm"),
     Fault("max pooling: ties go to the last", "pooling.cu", "v[j] > best[j]", "v[j] >= best[j]",
           "max_pooling"),
     Fault("pooling: one window too many", "pooling.cu", "from / stride < windows",
@@ -151,6 +179,7 @@ FAULTS = (
     Fault("shorter parts", "launchers.cu", "kShortestPart = 2048", "kShortestPart = 1024",
           "wgrad and parts", harmless=True),
     *PATTERN_FAULTS,
+    *LAYER_FAULTS,
 )  # fmt: skip
 
 
@@ -198,7 +227,7 @@ def is_found(fault: Fault) -> bool:
         if fault.small_grid:
             environment["SPARSE_KERNELS_EMULATION_GRID"] = "2"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
-        chosen = fault.tests if fault.suite == CHANGE else f"float32 and {fault.tests}"
+        chosen = f"float32 and {fault.tests}" if fault.suite == KERNELS else fault.tests
         suites = ["test_kernels.py", "test_dense.py"] if fault.suite == KERNELS else [fault.suite]
         command += [chosen, *(str(HERE / suite) for suite in suites)]
         done = subprocess.run(
