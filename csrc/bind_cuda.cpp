@@ -50,7 +50,7 @@ void CudaDgrad(const char* kernel, Address dx, Address grad, Address values, Add
 void CudaWgrad(const char* kernel, Address dvalues, Address grad, Address x, Address crow,
                Address col, Address workspace, int64_t workspace_bytes,
                const std::vector<int64_t>& geometry, int64_t bh, int64_t capacity, int64_t element,
-               int64_t device, Address stream) {
+               int64_t device, Address stream, int64_t variant) {
   const ConvGeometry g = CudaGeometry(kernel, geometry);
   RequireSize(kernel, "capacity", capacity);
   RequireSize(kernel, "workspace_bytes", workspace_bytes);
@@ -59,14 +59,17 @@ void CudaWgrad(const char* kernel, Address dvalues, Address grad, Address x, Add
   RequirePointer(kernel, "x", x, InputElements(g));
   RequirePointer(kernel, "crow", crow, 1);
   RequirePointer(kernel, "workspace", workspace, workspace_bytes);
-  cuda::wgrad(kernel, {Pointer<float>(dvalues), Pointer<const void>(grad), Pointer<const void>(x),
-                       Pointer<const int32_t>(crow), Pointer<const int32_t>(col),
-                       Pointer<void>(workspace), workspace_bytes, g, bh, capacity,
-                       ElementOf(kernel, element), PlaceOf(kernel, device, stream)});
+  cuda::wgrad(kernel,
+              {Pointer<float>(dvalues), Pointer<const void>(grad), Pointer<const void>(x),
+               Pointer<const int32_t>(crow), Pointer<const int32_t>(col), Pointer<void>(workspace),
+               workspace_bytes, g, bh, capacity, VariantOf(kernel, variant),
+               ElementOf(kernel, element), PlaceOf(kernel, device, stream)});
 }
 
-int64_t CudaWgradWorkspace(const std::vector<int64_t>& geometry, int64_t bh, int64_t capacity) {
-  return cuda::wgrad_workspace(CudaGeometry("cuda_wgrad_workspace", geometry), bh, capacity);
+int64_t CudaWgradWorkspace(const std::vector<int64_t>& geometry, int64_t bh, int64_t capacity,
+                           int64_t variant) {
+  return cuda::wgrad_workspace(CudaGeometry("cuda_wgrad_workspace", geometry), bh, capacity,
+                               VariantOf("cuda_wgrad_workspace", variant));
 }
 
 std::string CudaUnusable(int64_t device) {
@@ -88,11 +91,12 @@ void CudaDgrad(const char* kernel, Address, Address, Address, Address, Address, 
   NoCuda(kernel);
 }
 void CudaWgrad(const char* kernel, Address, Address, Address, Address, Address, Address, int64_t,
-               const std::vector<int64_t>& geometry, int64_t, int64_t, int64_t, int64_t, Address) {
+               const std::vector<int64_t>& geometry, int64_t, int64_t, int64_t, int64_t, Address,
+               int64_t) {
   CudaGeometry(kernel, geometry);
   NoCuda(kernel);
 }
-int64_t CudaWgradWorkspace(const std::vector<int64_t>&, int64_t, int64_t) {
+int64_t CudaWgradWorkspace(const std::vector<int64_t>&, int64_t, int64_t, int64_t) {
   NoCuda("cuda_wgrad_workspace");
 }
 std::string CudaUnusable(int64_t) { NoCuda("cuda_unusable"); }
@@ -117,10 +121,10 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_wgrad", &CudaWgrad, py::arg("kernel"), py::arg("dvalues"), py::arg("grad"),
         py::arg("x"), py::arg("crow"), py::arg("col"), py::arg("workspace"),
         py::arg("workspace_bytes"), py::arg("geometry"), py::arg("bh"), py::arg("capacity"),
-        py::arg("element"), py::arg("device"), py::arg("stream"), Release(),
+        py::arg("element"), py::arg("device"), py::arg("stream"), py::arg("variant") = 0, Release(),
         "Gradient of the values at the pattern on a GPU, see kernels_cuda.h.");
   m.def("cuda_wgrad_workspace", &CudaWgradWorkspace, py::arg("geometry"), py::arg("bh"),
-        py::arg("capacity"), "Bytes of workspace that cuda_wgrad wants.");
+        py::arg("capacity"), py::arg("variant") = 0, "Bytes of workspace that cuda_wgrad wants.");
   m.def("cuda_unusable", &CudaUnusable, py::arg("device"), Release(),
         "Why these kernels cannot run on a device (its architecture, the driver); empty if they "
         "can.");

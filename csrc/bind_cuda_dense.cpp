@@ -60,6 +60,13 @@ PoolDims PoolDimsOf(const char* kernel, const List& dims) {
           dims[7], dims[8], dims[9], dims[10], dims[11], dims[12], dims[13]};
 }
 
+// The image that batch norm with pooling reads: batch, channels, height, width.
+void RequireShape(const char* kernel, const List& shape) {
+  RequireLength(kernel, "shape", shape, 4, "the 4 integers batch, channels, height, width");
+  for (size_t i = 0; i < shape.size(); ++i)
+    RequireSize(kernel, "each of shape", shape[i], i < 2 ? 0 : 2);
+}
+
 #if SK_CUDA
 
 void CudaNorm(Address y, Address x, Address weight, Address bias, Address mean, Address var,
@@ -128,6 +135,67 @@ int64_t CudaNormWorkspace(const List& sizes, bool training, bool backward) {
                   : cuda::norm_workspace(sizes[0], sizes[1], training);
 }
 
+void CudaNormPool(Address y, Address argmax, Address x, Address weight, Address bias, Address mean,
+                  Address var, Address rounding, Address workspace, int64_t workspace_bytes,
+                  const List& shape, bool training, double eps, const List& place) {
+  const char* kernel = "cuda_batch_norm_pool";
+  RequireShape(kernel, shape);
+  const int64_t channels = shape[1], planes = shape[0] * channels;
+  RequirePointer(kernel, "y", y, planes * (shape[2] / 2) * (shape[3] / 2));
+  RequirePointer(kernel, "argmax", argmax, planes * (shape[2] / 2) * (shape[3] / 2));
+  RequirePointer(kernel, "x", x, planes * shape[2] * shape[3]);
+  RequirePointer(kernel, "mean", mean, channels);
+  RequirePointer(kernel, "var", var, channels);
+  RequirePointer(kernel, "rounding", rounding, channels);
+  RequirePointer(kernel, "workspace", workspace, workspace_bytes);
+  const Where where = WhereOf(kernel, place);
+  cuda::norm_pool({Pointer<void>(y), Pointer<uint8_t>(argmax), Pointer<const void>(x),
+                   Pointer<const float>(weight), Pointer<const float>(bias), Pointer<float>(mean),
+                   Pointer<float>(var), Pointer<float>(rounding), Pointer<float>(workspace),
+                   workspace_bytes, shape[0], channels, shape[2], shape[3], training,
+                   static_cast<float>(eps), where.element, where.place});
+}
+
+void CudaNormPoolBackward(Address dx, Address dweight, Address dbias, Address grad, Address argmax,
+                          Address x, Address weight, Address mean, Address var, Address rounding,
+                          Address workspace, int64_t workspace_bytes, const List& shape,
+                          bool training, double eps, const List& place) {
+  const char* kernel = "cuda_batch_norm_pool_backward";
+  RequireShape(kernel, shape);
+  const int64_t channels = shape[1], planes = shape[0] * channels;
+  RequirePointer(kernel, "dx", dx, planes * shape[2] * shape[3]);
+  RequirePointer(kernel, "dweight", dweight, channels);
+  RequirePointer(kernel, "dbias", dbias, channels);
+  RequirePointer(kernel, "grad", grad, planes * (shape[2] / 2) * (shape[3] / 2));
+  RequirePointer(kernel, "argmax", argmax, planes * (shape[2] / 2) * (shape[3] / 2));
+  RequirePointer(kernel, "x", x, planes * shape[2] * shape[3]);
+  RequirePointer(kernel, "mean", mean, channels);
+  RequirePointer(kernel, "var", var, channels);
+  RequirePointer(kernel, "rounding", rounding, channels);
+  RequirePointer(kernel, "workspace", workspace, workspace_bytes);
+  const Where where = WhereOf(kernel, place);
+  cuda::norm_pool_backward({Pointer<void>(dx),
+                            Pointer<float>(dweight),
+                            Pointer<float>(dbias),
+                            Pointer<const void>(grad),
+                            Pointer<const uint8_t>(argmax),
+                            Pointer<const void>(x),
+                            Pointer<const float>(weight),
+                            Pointer<const float>(mean),
+                            Pointer<const float>(var),
+                            Pointer<const float>(rounding),
+                            Pointer<float>(workspace),
+                            workspace_bytes,
+                            shape[0],
+                            channels,
+                            shape[2],
+                            shape[3],
+                            training,
+                            static_cast<float>(eps),
+                            where.element,
+                            where.place});
+}
+
 void CudaPool(const char* kernel, bool backward, bool average, Address to, Address argmax,
               Address from, const List& list, bool count_include_pad, int64_t divisor,
               const List& place) {
@@ -178,6 +246,19 @@ void CudaNormBackward(Address, Address, Address, Address, Address, Address, Addr
   NoCuda("cuda_batch_norm_backward");
 }
 int64_t CudaNormWorkspace(const List&, bool, bool) { NoCuda("cuda_batch_norm_workspace"); }
+void CudaNormPool(Address, Address, Address, Address, Address, Address, Address, Address, Address,
+                  int64_t, const List& shape, bool, double, const List& place) {
+  RequireShape("cuda_batch_norm_pool", shape);
+  WhereOf("cuda_batch_norm_pool", place);
+  NoCuda("cuda_batch_norm_pool");
+}
+void CudaNormPoolBackward(Address, Address, Address, Address, Address, Address, Address, Address,
+                          Address, Address, Address, int64_t, const List& shape, bool, double,
+                          const List& place) {
+  RequireShape("cuda_batch_norm_pool_backward", shape);
+  WhereOf("cuda_batch_norm_pool_backward", place);
+  NoCuda("cuda_batch_norm_pool_backward");
+}
 void CudaPool(const char* kernel, bool, bool, Address, Address, Address, const List& list, bool,
               int64_t, const List& place) {
   PoolDimsOf(kernel, list);
@@ -203,6 +284,16 @@ void bind_cuda_dense(py::module_& m) {
         py::arg("relu"), py::arg("place"), Release(), "Its gradients, see kernels_cuda_dense.h.");
   m.def("cuda_batch_norm_workspace", &CudaNormWorkspace, py::arg("sizes"), py::arg("training"),
         py::arg("backward"), "Bytes of workspace that batch norm wants.");
+  m.def("cuda_batch_norm_pool", &CudaNormPool, py::arg("y"), py::arg("argmax"), py::arg("x"),
+        py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("var"), py::arg("rounding"),
+        py::arg("workspace"), py::arg("workspace_bytes"), py::arg("shape"), py::arg("training"),
+        py::arg("eps"), py::arg("place"), Release(),
+        "Batch norm, ReLU and 2 x 2 max pooling on a GPU, see kernels_cuda_dense.h.");
+  m.def("cuda_batch_norm_pool_backward", &CudaNormPoolBackward, py::arg("dx"), py::arg("dweight"),
+        py::arg("dbias"), py::arg("grad"), py::arg("argmax"), py::arg("x"), py::arg("weight"),
+        py::arg("mean"), py::arg("var"), py::arg("rounding"), py::arg("workspace"),
+        py::arg("workspace_bytes"), py::arg("shape"), py::arg("training"), py::arg("eps"),
+        py::arg("place"), Release(), "Its gradients, see kernels_cuda_dense.h.");
   m.def(
       "cuda_max_pool2d",
       [](bool backward, Address to, Address argmax, Address from, const List& dims,

@@ -93,14 +93,17 @@ struct WgradArgs {
   ConvGeometry geometry;
   int64_t bh;
   int64_t capacity;
+  Variant variant;
   Element element;
   Place place;
 };
 void wgrad(const char* name, const WgradArgs& args);
 
 // Bytes of workspace that wgrad wants: one copy of dvalues per part of a long sum. At most 64, and
-// no more than a GPU needs to be busy: less than one copy of dvalues and 0.6 MB.
-int64_t wgrad_workspace(const ConvGeometry& geometry, int64_t bh, int64_t capacity);
+// no more than a GPU needs to be busy: less than one copy of dvalues and 0.6 MB; of kStaged, which
+// cuts dvalues into fewer thread blocks, one copy and 10 MB times the density.
+int64_t wgrad_workspace(const ConvGeometry& geometry, int64_t bh, int64_t capacity,
+                        Variant variant = Variant::kChosen);
 
 // Why the kernels of this build cannot run on a device: no such device, an older driver than the
 // runtime wants, an architecture that nothing was compiled for. Empty if they can.

@@ -56,6 +56,48 @@ struct NormBackwardArgs {
 };
 void norm_backward(const NormBackwardArgs& args);
 
+// y = the maximum of 2 x 2 pixels, stride 2, of relu of the above; no residual. The normalised
+// image is not written. The last row and column of an odd image are in no window.
+struct NormPoolArgs {
+  void* y;              // [channels][height / 2][width / 2][batch], written
+  uint8_t* argmax;      // like y, written: 2 * ky + kx, or 255 where y is 0
+  const void* x;        // [channels][height][width][batch]
+  const float* weight;  // [channels] or null (ones)
+  const float* bias;    // [channels] or null (zeros)
+  float* mean;          // [channels], this and var as in NormArgs
+  float* var;           // [channels]
+  float* rounding;      // [channels], written: the exact mean is mean + rounding
+  float* workspace;     // norm_workspace bytes, 4-byte aligned; null where that is 0
+  int64_t workspace_bytes;
+  int64_t batch, channels, height, width;  // of x; height and width at least 2
+  bool training;
+  float eps;
+  Element element;
+  Place place;
+};
+void norm_pool(const NormPoolArgs& args);
+
+struct NormPoolBackwardArgs {
+  void* dx;               // like x, written
+  float* dweight;         // [channels], written
+  float* dbias;           // [channels], written
+  const void* grad;       // like y
+  const uint8_t* argmax;  // like y, this and what follows as the forward pass left it
+  const void* x;
+  const float* weight;    // [channels] or null (ones)
+  const float* mean;      // [channels]
+  const float* var;       // [channels]
+  const float* rounding;  // [channels]
+  float* workspace;       // norm_backward_workspace bytes of y's elements, 4-byte aligned
+  int64_t workspace_bytes;
+  int64_t batch, channels, height, width;
+  bool training;
+  float eps;
+  Element element;
+  Place place;
+};
+void norm_pool_backward(const NormPoolBackwardArgs& args);
+
 // Bytes of workspace: partial sums, at most 64 parts per channel.
 int64_t norm_workspace(int64_t channels, int64_t count, bool training);
 int64_t norm_backward_workspace(int64_t channels, int64_t count);

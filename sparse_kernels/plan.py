@@ -162,6 +162,23 @@ def batch_major(op: str, x: torch.Tensor, values: torch.Tensor) -> bool:
     return writes is not None and bool(writes((int(values.shape[1]), int(values.shape[2]))))
 
 
+def operand_layout(op: str, x: torch.Tensor, values: torch.Tensor) -> str | None:
+    """ "feature-major" or "batch-major" (of images channels_last): what the kernels of the backend
+    chosen for ``op`` read without a copy.
+
+    None where it is neither, or where nobody serves these tensors.
+    """
+    try:
+        module = choose(op, x, values)
+    except BackendError:
+        return None
+    if module is cpu:  # 16-bit activations are copied to float32 in any case
+        return "feature-major" if x.dtype is values.dtype is torch.float32 else None
+    if module is cuda or module is triton:
+        return "batch-major" if batch_major(op, x, values) else "feature-major"
+    return None
+
+
 def _choose(
     op: str,
     forced: list[str],

@@ -66,4 +66,27 @@ __device__ __forceinline__ int64_t ElementStep() {
   return static_cast<int64_t>(gridDim.y) * kDenseThreads * kWidth;
 }
 
+// argmax of kWidth neighbours, in one access.
+template <int kWidth>
+__device__ __forceinline__ void LoadTaps(int (&taps)[kWidth], const uint8_t* from) {
+  if constexpr (kWidth == 4) {
+    const uint32_t packed = __ldg(reinterpret_cast<const uint32_t*>(from));
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) taps[j] = static_cast<int>(packed >> (8 * j) & 255u);
+  } else {
+    taps[0] = __ldg(from);
+  }
+}
+template <int kWidth>
+__device__ __forceinline__ void StoreTaps(uint8_t* to, const int (&taps)[kWidth]) {
+  if constexpr (kWidth == 4) {
+    uint32_t packed = 0;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) packed |= static_cast<uint32_t>(taps[j]) << (8 * j);
+    *reinterpret_cast<uint32_t*>(to) = packed;
+  } else {
+    to[0] = static_cast<uint8_t>(taps[0]);
+  }
+}
+
 }  // namespace sk::cuda

@@ -5,6 +5,7 @@
 #include "cuda/product.cuh"
 #include "cuda/small.cuh"
 #include "cuda/staged_dgrad.cuh"
+#include "cuda/staged_wgrad.cuh"
 #include "cuda/wgrad.cuh"
 
 namespace sk::cuda {
@@ -20,6 +21,15 @@ namespace sk::cuda {
                                            const ProductShape&);                   \
   extern template void StagedDgradOf<T, Target>(const CallName&, const DgradArgs&, \
                                                 const DgradShape&);
+#define SK_STAGED_WGRAD_OF(T)                                                            \
+  extern template void StagedWgradOf<T, LinearSource>(const CallName&, const WgradArgs&, \
+                                                      const WgradShape&);                \
+  extern template void StagedWgradOf<T, ConvSource>(const CallName&, const WgradArgs&,   \
+                                                    const WgradShape&);
+SK_STAGED_WGRAD_OF(float)
+SK_STAGED_WGRAD_OF(__half)
+SK_STAGED_WGRAD_OF(__nv_bfloat16)
+#undef SK_STAGED_WGRAD_OF
 #define SK_KERNELS_OF(T)                                                               \
   SK_STAGED_KERNELS_OF(T, LinearSource, LinearTarget)                                  \
   SK_STAGED_KERNELS_OF(T, ConvSource, ConvTarget)                                      \
@@ -110,11 +120,25 @@ int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct WgradParts {
   int64_t length, count;
 };
-WgradParts CutPoints(int64_t points, int64_t bh, int64_t capacity) {
-  const int64_t warps = std::max<int64_t>(1, Ceil(capacity, WgradBlocks(bh)));
-  const int64_t most = std::min(kMostParts, Ceil(kWantedWarps, warps));
+WgradParts CutPoints(const ConvGeometry& g, int64_t bh, int64_t capacity, Variant variant) {
+  // Of the staged kernel two thread blocks fit on a multiprocessor.
+  const int64_t wanted = variant == Variant::kStaged ? 132 * 2 : kWantedWarps;
+  const int64_t there =
+      variant == Variant::kStaged ? StagedWgradBlocks(g, bh) : Ceil(capacity, WgradBlocks(bh));
+  const int64_t most = std::min(kMostParts, Ceil(wanted, std::max<int64_t>(1, there)));
+  const int64_t points = OutPoints(g);
   const int64_t length = Ceil(std::max(Ceil(points, most), kShortestPart), 128) * 128;
   return {length, std::max<int64_t>(1, Ceil(points, length))};
+}
+
+// Bytes that rows of grad and x can be copied at a time by the staged kernel, 16 or 4; 0: by none.
+int64_t WgradCopies(const WgradArgs& a) {
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.grad);
+  const int64_t size = a.element == Element::kFloat32 ? 4 : 2;
+  for (const int64_t bytes : {16, 4})
+    if (a.geometry.batch * size % bytes == 0 && addresses % bytes == 0) return bytes;
+  return 0;
 }
 
 // Calls `run` with a value of the element's type.
@@ -219,8 +243,8 @@ void dgrad(const char* name, const DgradArgs& a) {
   });
 }
 
-int64_t wgrad_workspace(const ConvGeometry& g, int64_t bh, int64_t capacity) {
-  const int64_t parts = CutPoints(OutPoints(g), bh, capacity).count;
+int64_t wgrad_workspace(const ConvGeometry& g, int64_t bh, int64_t capacity, Variant variant) {
+  const int64_t parts = CutPoints(g, bh, capacity, variant).count;
   return parts <= 1 ? 0 : parts * capacity * bh * static_cast<int64_t>(sizeof(float));
 }
 
@@ -230,20 +254,34 @@ void wgrad(const char* name, const WgradArgs& a) {
   ServeGeometry(g, what);
   Serve(a.capacity <= kMaxPoints, what, "fewer than 2^31 - 1024 stored blocks");
   if (a.capacity == 0) return;
-  if (a.workspace_bytes < wgrad_workspace(g, a.bh, a.capacity))
+  const int64_t bytes = wgrad_workspace(g, a.bh, a.capacity, a.variant);
+  if (a.workspace_bytes < bytes)
     throw std::invalid_argument(what() + ": expected a workspace of at least " +
-                                std::to_string(wgrad_workspace(g, a.bh, a.capacity)) +
-                                " bytes (wgrad_workspace), got " +
+                                std::to_string(bytes) + " bytes (wgrad_workspace), got " +
                                 std::to_string(a.workspace_bytes));
+  const int64_t points = OutPoints(g), copies = WgradCopies(a);
+  const bool staged = a.variant == Variant::kStaged && g.out_channels > 0 && g.in_channels > 0;
+  if (a.variant == Variant::kStaged)
+    Serve(g.groups == 1 && copies > 0 && StagedWgradBlocks(g, a.bh) <= kMaxPoints, what,
+          "one group, and a batch and addresses that are multiples of 4 bytes for the staged "
+          "kernel");
+  if (a.variant == Variant::kSmall)
+    Serve(points <= kSmallPoints, what, "at most 16 pixels x batch for the small-batch kernel");
   DeviceGuard guard(a.place.device, what);
-  const int64_t points = OutPoints(g);
-  const WgradParts cut = CutPoints(points, a.bh, a.capacity);
-  const WgradShape shape = {BlockRows(g, a.bh),           static_cast<int>(a.capacity),
-                            static_cast<int>(points),     Width(g, a.element, a.x, a.grad),
-                            static_cast<int>(cut.length), static_cast<int>(cut.count)};
-  const bool few = points <= kSmallPoints;
+  const WgradParts cut = CutPoints(g, a.bh, a.capacity, a.variant);
+  const WgradShape shape = {BlockRows(g, a.bh),
+                            static_cast<int>(a.capacity),
+                            static_cast<int>(points),
+                            Width(g, a.element, a.x, a.grad),
+                            static_cast<int>(cut.length),
+                            static_cast<int>(cut.count),
+                            copies == 16};
+  const bool few =
+      points <= kSmallPoints && (a.variant == Variant::kChosen || a.variant == Variant::kSmall);
   ForElement(a.element, [&](auto element) {
     using T = decltype(element);
+    if (staged && IsLinear(g)) return StagedWgradOf<T, LinearSource>(what, a, shape);
+    if (staged) return StagedWgradOf<T, ConvSource>(what, a, shape);
     if (few && IsLinear(g))
       return SmallWgradOf<T, LinearSource>(what, a, shape.block_rows, shape.points);
     if (few) return SmallWgradOf<T, ConvSource>(what, a, shape.block_rows, shape.points);

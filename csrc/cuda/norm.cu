@@ -1,49 +1,19 @@
 // The launchers of batch norm.
-#include <algorithm>
-
 #include "cuda/norm.cuh"
 
 namespace sk::cuda {
 namespace {
 
-// Parts of a channel, a function of its length alone.
-struct Parts {
-  int length, number;
-};
-Parts PartsOf(int64_t count) {
-  const int64_t shortest = 4096, most = 64;
-  const int64_t length = (std::max((count + most - 1) / most, shortest) + 1023) / 1024 * 1024;
-  return {static_cast<int>(length), static_cast<int>((count + length - 1) / length)};
-}
-
-int64_t FloatBytes(int64_t count) { return count * static_cast<int64_t>(sizeof(float)); }
-
-void ServeWorkspace(const DenseCall& what, int64_t expected, int64_t got) {
-  if (got >= expected) return;
-  throw std::invalid_argument(what() + ": expected a workspace of at least " +
-                              std::to_string(expected) + " bytes, got " + std::to_string(got));
-}
-
-LaunchShape OfChannels(int64_t channels, void* stream) {
-  const int64_t blocks = (channels + kDenseThreads - 1) / kDenseThreads;
-  return {dim3(static_cast<unsigned>(blocks)), dim3(kDenseThreads), 0, stream};
-}
-
-LaunchShape OfParts(int64_t channels, const Parts& parts, void* stream) {
-  return {dim3(static_cast<unsigned>(channels), static_cast<unsigned>(parts.number)),
-          dim3(kDenseThreads), 0, stream};
-}
-
 template <typename T, int kWidth>
 void Forward(const DenseCall& what, const NormArgs& a) {
   const int count = static_cast<int>(a.count), channels = static_cast<int>(a.channels);
-  const Parts parts = PartsOf(a.count);
+  const NormParts parts = PartsOf(a.count);
   if (a.training && count > 0)
     Launch(what, NormMomentsKernel<T, kWidth>, OfParts(a.channels, parts, a.place.stream),
            a.workspace, static_cast<const T*>(a.x), count, parts.length);
   Launch(what, NormSettleKernel, OfChannels(a.channels, a.place.stream), a.mean, a.var, a.offset,
-         a.weight, a.bias, static_cast<const float*>(a.workspace), channels, count, parts.length,
-         parts.number, a.training, a.eps);
+         static_cast<float*>(nullptr), a.weight, a.bias, static_cast<const float*>(a.workspace),
+         channels, count, parts.length, parts.number, a.training, a.eps);
   if (count == 0) return;
   Launch(what, NormApplyKernel<T, kWidth>, DenseShape(a.channels, a.count, kWidth, a.place.stream),
          static_cast<T*>(a.y), static_cast<const T*>(a.x), static_cast<const T*>(a.residual),
@@ -54,7 +24,7 @@ void Forward(const DenseCall& what, const NormArgs& a) {
 template <typename T, int kWidth>
 void Backward(const DenseCall& what, const NormBackwardArgs& a) {
   const int count = static_cast<int>(a.count), channels = static_cast<int>(a.channels);
-  const Parts parts = PartsOf(a.count);
+  const NormParts parts = PartsOf(a.count);
   float* sums = a.workspace + 2 * a.channels;  // after the slopes
   const NormGradient<T> gradient = {static_cast<const T*>(a.grad), static_cast<const T*>(a.x),
                                     static_cast<const T*>(a.y), a.relu};
@@ -62,8 +32,8 @@ void Backward(const DenseCall& what, const NormBackwardArgs& a) {
     Launch(what, NormSumsKernel<T, kWidth>, OfParts(a.channels, parts, a.place.stream), sums,
            gradient, a.weight, a.mean, a.var, a.offset, count, parts.length, a.eps);
   Launch(what, NormSlopeKernel, OfChannels(a.channels, a.place.stream), a.dweight, a.dbias,
-         a.workspace, static_cast<const float*>(sums), a.weight, a.var, channels, count,
-         parts.number, a.training, a.eps);
+         a.workspace, static_cast<const float*>(sums), a.weight, a.var,
+         static_cast<const float*>(nullptr), channels, count, parts.number, a.training, a.eps);
   if (count == 0) return;
   Launch(what, NormGradientKernel<T, kWidth>,
          DenseShape(a.channels, a.count, kWidth, a.place.stream), static_cast<T*>(a.dx),

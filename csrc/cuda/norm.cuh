@@ -80,17 +80,19 @@ __global__ void __launch_bounds__(kDenseThreads)
   to_moments[2] = left[1];
 }
 
-// One thread per channel: mean, var when training, and offset.
+// One thread per channel: mean, var when training, and of offset and rounding the one that is asked
+// for. The exact mean is mean + rounding.
 inline __global__ void __launch_bounds__(kDenseThreads)
     NormSettleKernel(float* mean, float* var, float* __restrict__ offset,
-                     const float* __restrict__ weight, const float* __restrict__ bias,
-                     const float* __restrict__ moments, int channels, int count, int part,
-                     int parts, bool training, float eps) {
+                     float* __restrict__ rounding, const float* __restrict__ weight,
+                     const float* __restrict__ bias, const float* __restrict__ moments,
+                     int channels, int count, int part, int parts, bool training, float eps) {
   const int channel = static_cast<int>(blockIdx.x) * kDenseThreads + threadIdx.x;
   if (channel >= channels) return;
   const float add = bias != nullptr ? bias[channel] : 0.0f;
   if (!training) {
-    offset[channel] = add;
+    if (offset != nullptr) offset[channel] = add;
+    if (rounding != nullptr) rounding[channel] = 0.0f;
     return;
   }
   double seen = 0, middle = 0, squares = 0;  // Chan, Golub and LeVeque: merging two samples
@@ -106,8 +108,10 @@ inline __global__ void __launch_bounds__(kDenseThreads)
   const float variance = static_cast<float>((squares > 0 ? squares : 0) / seen);
   mean[channel] = static_cast<float>(exact);
   var[channel] = variance;
-  const double rounding = exact - static_cast<double>(static_cast<float>(exact));
-  offset[channel] = static_cast<float>(add - rounding * ScaleOf(weight, variance, eps, channel));
+  const double lost = exact - static_cast<double>(static_cast<float>(exact));
+  if (rounding != nullptr) rounding[channel] = static_cast<float>(lost);
+  if (offset != nullptr)
+    offset[channel] = static_cast<float>(add - lost * ScaleOf(weight, variance, eps, channel));
 }
 
 template <typename T, int kWidth>
@@ -188,12 +192,14 @@ __global__ void __launch_bounds__(kDenseThreads)
 }
 
 // One thread per channel: dweight, dbias, and what dx = g * scale + (x - mean) * slope + offset is
-// made of, slopes[channel] = {slope, offset}.
+// made of, slopes[channel] = {slope, offset}. Without `lost`, what the mean has lost by rounding,
+// that is found from the sum of x - mean.
 inline __global__ void __launch_bounds__(kDenseThreads)
     NormSlopeKernel(float* __restrict__ dweight, float* __restrict__ dbias,
                     float* __restrict__ slopes, const float* __restrict__ sums,
-                    const float* __restrict__ weight, const float* __restrict__ var, int channels,
-                    int count, int parts, bool training, float eps) {
+                    const float* __restrict__ weight, const float* __restrict__ var,
+                    const float* __restrict__ lost, int channels, int count, int parts,
+                    bool training, float eps) {
   const int channel = static_cast<int>(blockIdx.x) * kDenseThreads + threadIdx.x;
   if (channel >= channels) return;
   double total[3] = {};
@@ -203,7 +209,8 @@ inline __global__ void __launch_bounds__(kDenseThreads)
   const double inverse = 1.0 / sqrt(static_cast<double>(var[channel]) + eps);
   // Evaluation uses the given mean as a constant; in training the exact mean is mean + rounding.
   const bool moves = training && count > 0;
-  const double rounding = moves ? total[2] / count : 0.0;
+  const double given = lost != nullptr ? lost[channel] : 0.0;
+  const double rounding = !moves ? 0.0 : lost != nullptr ? given : total[2] / count;
   const double dw = count > 0 ? (total[1] - rounding * total[0]) * inverse : 0.0;
   const double scale = (weight != nullptr ? weight[channel] : 1.0f) * inverse;
   const double slope = moves ? -scale * inverse * dw / count : 0.0;
@@ -234,6 +241,38 @@ __global__ void __launch_bounds__(kDenseThreads)
       g[j] = __fmaf_rn(g[j], affine.scale, __fmaf_rn(deviation[j], slope, add));
     Store<kWidth>(dx + (row + i), g);
   }
+}
+
+// -- what the launchers of norm.cu and norm_pool.cu share
+// ------------------------------------------
+
+// Parts of a channel, a function of its length alone.
+struct NormParts {
+  int length, number;
+};
+inline NormParts PartsOf(int64_t count) {
+  const int64_t shortest = 4096, most = 64;
+  const int64_t even = (count + most - 1) / most;
+  const int64_t length = ((even < shortest ? shortest : even) + 1023) / 1024 * 1024;
+  return {static_cast<int>(length), static_cast<int>((count + length - 1) / length)};
+}
+
+inline int64_t FloatBytes(int64_t count) { return count * static_cast<int64_t>(sizeof(float)); }
+
+inline void ServeWorkspace(const DenseCall& what, int64_t expected, int64_t got) {
+  if (got >= expected) return;
+  throw std::invalid_argument(what() + ": expected a workspace of at least " +
+                              std::to_string(expected) + " bytes, got " + std::to_string(got));
+}
+
+inline LaunchShape OfChannels(int64_t channels, void* stream) {
+  const int64_t blocks = (channels + kDenseThreads - 1) / kDenseThreads;
+  return {dim3(static_cast<unsigned>(blocks)), dim3(kDenseThreads), 0, stream};
+}
+
+inline LaunchShape OfParts(int64_t channels, const NormParts& parts, void* stream) {
+  return {dim3(static_cast<unsigned>(channels), static_cast<unsigned>(parts.number)),
+          dim3(kDenseThreads), 0, stream};
 }
 
 }  // namespace sk::cuda

@@ -121,7 +121,16 @@ struct WgradShape {
   int block_rows, capacity, points, width;
   int part;   // points of one part, a multiple of 4
   int parts;  // 1: straight into dvalues
+  bool wide;  // rows of grad and x can be copied 16 bytes at a time
 };
+
+inline void AddParts(const CallName& what, const WgradArgs& a, const WgradShape& s) {
+  if (s.parts == 1) return;
+  const int64_t count = int64_t(s.capacity) * a.bh;
+  Launch(what, AddPartsKernel,
+         {dim3(static_cast<unsigned>((count + 255) / 256)), dim3(256), 0, a.place.stream},
+         a.dvalues, static_cast<const float*>(a.workspace), count, s.parts);
+}
 
 template <typename T, int kHeight, int kBlocks, int kWidth, typename Source>
 void LaunchWgrad(const CallName& what, const WgradArgs& a, const WgradShape& s) {
@@ -133,11 +142,7 @@ void LaunchWgrad(const CallName& what, const WgradArgs& a, const WgradShape& s) 
           a.place.stream},
          out, static_cast<const T*>(a.grad), static_cast<const T*>(a.x), a.crow, a.col,
          s.block_rows, s.capacity, static_cast<int>(a.bh), s.points, s.part, Source(a.geometry));
-  if (s.parts == 1) return;
-  const int64_t count = int64_t(s.capacity) * a.bh;
-  Launch(what, AddPartsKernel,
-         {dim3(static_cast<unsigned>((count + 255) / 256)), dim3(256), 0, a.place.stream},
-         a.dvalues, static_cast<const float*>(a.workspace), count, s.parts);
+  AddParts(what, a, s);
 }
 
 template <typename T, int kHeight, int kBlocks, typename Source>

@@ -29,9 +29,25 @@ def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else as_float(x)
 
 
-def _workspace(x: Tensor, training: bool, backward: bool) -> tuple[Tensor, int]:
-    size = _cuda_native.native().cuda_batch_norm_workspace(_sizes(x), training, backward)
+def _workspace(
+    x: Tensor, training: bool, backward: bool, sizes: list[int] | None = None
+) -> tuple[Tensor, int]:
+    size = _cuda_native.native().cuda_batch_norm_workspace(sizes or _sizes(x), training, backward)
     return torch.empty(size // 4, dtype=torch.float32, device=x.device), size
+
+
+def _statistics(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance for a kernel to write when training, else to read."""
+    if training or mean is None or var is None:
+        empty = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+        return empty, torch.empty_like(empty)
+    # Copies: an operator's outputs must not alias its inputs.
+    return (
+        mean.detach().to(torch.float32, copy=True),
+        var.detach().to(torch.float32, copy=True),
+    )
 
 
 def batch_norm(
@@ -51,12 +67,7 @@ def batch_norm(
     """
     xs, ws, bs = activation(x), _vector(weight), _vector(bias)
     rs = None if residual is None else activation(residual)
-    if training or mean is None or var is None:
-        mean = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
-        var = torch.empty_like(mean)
-    else:  # copies: an operator's outputs must not alias its inputs
-        mean = mean.detach().to(torch.float32, copy=True)
-        var = var.detach().to(torch.float32, copy=True)
+    mean, var = _statistics(x, mean, var, training)
     offset = torch.empty_like(mean)
     y = empty_feature_major(x.shape, x.dtype, x.device)
     workspace, size = _workspace(x, training, False)
@@ -126,6 +137,83 @@ def batch_norm_backward(
         _where(x),
     )
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
+
+
+def batch_norm_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Maximum of relu(norm(x)) over 2x2 pixels: y, argmax, mean, biased variance, rounding.
+
+    argmax is uint8, 2 * ky + kx, or 255 where y is 0; the exact mean is mean + rounding.
+    """
+    xs, ws, bs = activation(x), _vector(weight), _vector(bias)
+    mean, var = _statistics(x, mean, var, training)
+    rounding = torch.empty_like(mean)
+    shape = (x.shape[0], x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
+    y = empty_feature_major(shape, x.dtype, x.device)
+    argmax = empty_feature_major(shape, torch.uint8, x.device)
+    workspace, size = _workspace(x, training, False)
+    _cuda_native.native().cuda_batch_norm_pool(
+        y.data_ptr(),
+        argmax.data_ptr(),
+        xs.data_ptr(),
+        pointer(ws),
+        pointer(bs),
+        mean.data_ptr(),
+        var.data_ptr(),
+        rounding.data_ptr(),
+        workspace.data_ptr(),
+        size,
+        list(x.shape),
+        training,
+        eps,
+        _where(x),
+    )
+    return y, argmax, mean, var, rounding
+
+
+def batch_norm_pool_backward(
+    grad: Tensor,
+    argmax: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    rounding: Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, from what the forward pass returned."""
+    gs, taps, xs = activation(grad.to(x.dtype)), to_feature_major(argmax), activation(x)
+    ws, means, vars_, roundings = _vector(weight), as_float(mean), as_float(var), as_float(rounding)
+    dx = empty_feature_major(x.shape, x.dtype, x.device)
+    dweight, dbias = torch.empty_like(means), torch.empty_like(means)
+    workspace, size = _workspace(x, training, True, _sizes(grad))
+    _cuda_native.native().cuda_batch_norm_pool_backward(
+        dx.data_ptr(),
+        dweight.data_ptr(),
+        dbias.data_ptr(),
+        gs.data_ptr(),
+        taps.data_ptr(),
+        xs.data_ptr(),
+        pointer(ws),
+        means.data_ptr(),
+        vars_.data_ptr(),
+        roundings.data_ptr(),
+        workspace.data_ptr(),
+        size,
+        list(x.shape),
+        training,
+        eps,
+        _where(x),
+    )
+    return dx, dweight, dbias
 
 
 # -- pooling ---------------------------------------------------------------------------------------

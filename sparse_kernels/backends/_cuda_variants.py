@@ -24,6 +24,7 @@ from sparse_kernels.backends.triton.operands import row_order
 DIRECT, STAGED = "direct", "staged"
 #: By name, the numbers of csrc/kernels_cuda.h's Variant; None is the launcher's choice.
 NUMBERS = {None: 0, DIRECT: 1, STAGED: 2}
+WGRAD_NUMBERS = {**NUMBERS, "small": 3}
 
 FEW_POINTS = 16  # kSmallPoints in csrc/cuda/small.cuh
 _STAGED_HEIGHT = 16  # highest block of the staged forward
@@ -137,6 +138,16 @@ def number(
     if chosen == STAGED and first.data_ptr() % 16:  # a view into the midst of a tensor
         chosen = DIRECT
     return NUMBERS[chosen]
+
+
+def wgrad_number(variant: str | None, op: str) -> int:
+    """What the launcher of a weight gradient is told; None is its own choice: direct, or small for
+    few points, until a GPU has said where staged is faster. ValueError if there is none so named.
+    """
+    if variant not in WGRAD_NUMBERS:
+        known = ", ".join(repr(known) for known in WGRAD_NUMBERS)
+        raise ValueError(f"{op}: expected one of the variants {known}, got {variant!r}")
+    return WGRAD_NUMBERS[variant]
 
 
 # -- order of rows ---------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from sparse_kernels.backends._cuda_dense import (
     avg_pool2d_backward,
     batch_norm,
     batch_norm_backward,
+    batch_norm_pool,
+    batch_norm_pool_backward,
     max_pool2d,
     max_pool2d_backward,
 )
@@ -34,6 +36,8 @@ __all__ = [
     "avg_pool2d_backward",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_pool",
+    "batch_norm_pool_backward",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
@@ -54,6 +58,8 @@ _SERVED = (
     "conv2d_wgrad",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_pool",
+    "batch_norm_pool_backward",
     "max_pool2d",
     "max_pool2d_backward",
     "avg_pool2d",
@@ -198,6 +204,7 @@ def _wgrad(
     index: tuple[Tensor, Tensor],
     block: tuple[int, int],
     geometry: list[int],
+    variant: str | None,
 ) -> Tensor:
     """Gradient of the values [capacity, bh, 1], float32."""
     if why := _why_not(kernel, x.dtype, None, block):
@@ -205,7 +212,8 @@ def _wgrad(
     gs, xs = activation(grad.to(x.dtype)), activation(x)
     capacity = index[1].shape[0]
     dvalues = torch.empty((capacity, *block), dtype=torch.float32, device=x.device)
-    size = _cuda_native.native().cuda_wgrad_workspace(geometry, block[0], capacity)
+    number = _cuda_variants.wgrad_number(variant, kernel)
+    size = _cuda_native.native().cuda_wgrad_workspace(geometry, block[0], capacity, number)
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
     _cuda_native.native().cuda_wgrad(
         kernel,
@@ -220,6 +228,7 @@ def _wgrad(
         capacity,
         ELEMENTS[x.dtype],
         *_cuda_native.place(x),
+        number,
     )
     return dvalues
 
@@ -298,12 +307,18 @@ def linear_wgrad(
     t_perm: Tensor,
     bh: int,
     bw: int,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
-    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside."""
+    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside.
+
+    ``variant``: "direct", "staged" (float32, or an even batch), "small" (a batch of at most 16) or
+    None, the launcher's choice; not of tensor-core blocks. ValueError for what is not served.
+    """
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), None)
     geometry = [grad.shape[1], x.shape[1], x.shape[0]]
-    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry)
+    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry, variant)
 
 
 # -- convolution -----------------------------------------------------------------------------------
@@ -372,9 +387,14 @@ def conv2d_wgrad(
     bh: int,
     bw: int,
     geometry: Sequence[int],
+    *,
+    variant: str | None = None,
 ) -> Tensor:
-    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
+    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside.
+
+    ``variant`` as in linear_wgrad; "staged" wants one group.
+    """
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry)
     sizes = _geometry(x.shape, grad.shape[2:], geometry)
-    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes)
+    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes, variant)

@@ -26,6 +26,7 @@ from sparse_kernels.ops._conv2d_checks import (
     fake_wgrad_dense,
     geometry_of,
 )
+from sparse_kernels.ops._convert import convert_once
 from sparse_kernels.ops._library import (
     INDEX,
     WEIGHT,
@@ -40,7 +41,7 @@ from sparse_kernels.ops._library import (
     seen,
     transformed,
 )
-from sparse_kernels.ops.linear import Index, autocast, convert_once
+from sparse_kernels.ops.linear import Index, autocast
 
 define(
     f"conv2d(Tensor x, {WEIGHT}, Tensor? bias, Tensor? probe, int[] geometry, bool relu) -> Tensor",
@@ -74,7 +75,7 @@ class SparseConv2dFunction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         # torch inspects the signature of a separate setup_context on every call: 40 us.
         if not args[0].requires_grad:  # else a second derivative must find x itself
-            args = (convert_once(args[0], args[1]), *args[1:])
+            args = (convert_once("conv2d", args[0], args[1]), *args[1:])
         output = call("conv2d", *args)
         SparseConv2dFunction.save(ctx, args, output)
         return output
@@ -162,7 +163,7 @@ def _derivative(
     geometry: Sequence[int],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, values, bias and probe, each by its operator and differentiable again."""
-    grad = convert_once(grad, values)
+    grad = convert_once("conv2d_dgrad", grad, values)
     product = caller(grad, x, values, *index)
     dx = dv = None
     if needs[0]:
@@ -234,6 +235,5 @@ def conv2d(
     elif seen(batched, *rest):
         y = SparseConv2dFunction.apply(batched, *rest)
     else:
-        first = batched if batched.requires_grad else convert_once(batched, values)
-        y = call_unseen("conv2d", first, *rest)
+        y = call_unseen("conv2d", convert_once("conv2d", batched, values), *rest)
     return y if x.dim() == 4 else y.squeeze(0)

@@ -16,8 +16,8 @@ from sparse_kernels import plan
 from sparse_kernels.backends import cpu
 from sparse_kernels.backends.cpu.prepared import Product, state_of
 from sparse_kernels.geometry import Conv2dGeometry
-from sparse_kernels.layout import is_plain, to_feature_major
 from sparse_kernels.ops import _short
+from sparse_kernels.ops._convert import convert_once
 from sparse_kernels.ops._library import (
     INDEX,
     WEIGHT,
@@ -185,7 +185,7 @@ class SparseLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         # torch inspects the signature of a separate setup_context on every call: 40 us.
         if not args[0].requires_grad:  # else a second derivative must find x itself
-            args = (convert_once(args[0], args[1]), *args[1:])
+            args = (convert_once("linear", args[0], args[1]), *args[1:])
         output = call("linear", *args)
         SparseLinearFunction.save(ctx, args, output)
         return output
@@ -249,16 +249,6 @@ autograd("linear_wgrad", _wgrad_backward, _wgrad_context)
 autograd("linear_wgrad_dense", _wgrad_dense_backward, _wgrad_dense_context)
 
 
-def convert_once(x: Tensor, values: Tensor) -> Tensor:
-    """``x`` in the layout of the backend that serves it: two operators read it in every step.
-
-    Without this, forward and weight gradient (or both gradients) would convert it one by one.
-    """
-    if x.dtype == values.dtype == torch.float32 and x.device.type == "cpu" and is_plain(x):
-        return to_feature_major(x)
-    return x
-
-
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -307,7 +297,7 @@ def _derivative(
     grad: Tensor, x: Tensor, values: Tensor, index: Index, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, values, bias and probe, each by its operator and differentiable again."""
-    grad = convert_once(grad, values)
+    grad = convert_once("linear_dgrad", grad, values)
     product = caller(grad, x, values, *index)
     dx = product("linear_dgrad", grad, values, *index, x.shape[1]) if needs[0] else None
     dp = product("linear_wgrad_dense", grad, x) if needs[3] else None
@@ -375,9 +365,7 @@ def linear(
     elif seen(flat, *rest):
         y = SparseLinearFunction.apply(flat, *rest)
     else:
-        if not flat.requires_grad:
-            flat = convert_once(flat, values)
-        y = call_unseen("linear", flat, *rest)
+        y = call_unseen("linear", convert_once("linear", flat, values), *rest)
     if x.dim() == 2:
         return y
     return y.squeeze(0) if x.dim() == 1 else y.unflatten(0, x.shape[:-1])

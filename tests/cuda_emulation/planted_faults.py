@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from planting import CHANGE, DENSE, STREAMS, Fault, main
+from planting import CHANGE, DENSE, NORM_POOL, STAGED_WGRAD, STREAMS, Fault, main
 
 PRODUCT_FAULTS = (
     Fault("product: wrong lane", "product.cuh", "found.offset, k - chunk)",
@@ -102,8 +102,8 @@ PRODUCT_FAULTS = (
           "// the next sums", "float32 and batch_norm", "norm.cu", DENSE),
     Fault("norm: a part forgotten", "norm.cuh", "for (int p = 0; p < parts; ++p) {",
           "for (int p = 0; p < parts - 1; ++p) {", "float32 and batch_norm", "norm.cu", DENSE),
-    Fault("norm: rounding of the mean forgotten", "norm.cuh", "add - rounding *",
-          "add - 0 * rounding *", "float32 and batch_norm", "norm.cu", DENSE),
+    Fault("norm: rounding of the mean forgotten", "norm.cuh", "add - lost *",
+          "add - 0 * lost *", "float32 and batch_norm", "norm.cu", DENSE),
     Fault("max pooling: ties go to the last", "pooling.cu", "v[j] > best[j]", "v[j] >= best[j]",
           "float32 and max_pooling", "pooling.cu", DENSE),
     Fault("pooling: one window too many", "pooling.cu", "from / stride < windows",
@@ -173,7 +173,37 @@ STREAM_FAULTS = (
           "if (cut.count == 1) return; (void)cudaDeviceSynchronize();",
           "captured and block_wgrad", "mma_half.cu", STREAMS),
 )  # fmt: skip
-FAULTS = (*PRODUCT_FAULTS, *PATTERN_FAULTS, *STREAM_FAULTS)
+LAYER_FAULTS = (
+    Fault("staged wgrad: barrier before a tile is overwritten dropped", "staged_wgrad.cuh",
+          "__syncthreads();  // and all are done with it before it is overwritten", "",
+          "float32 and parts", "staged_wgrad_f32.cu", STAGED_WGRAD),
+    Fault("staged wgrad: waits for one copy too few", "staged_wgrad.cuh",
+          "WaitCopies<kWgradStages - 1>();", "WaitCopies<kWgradStages>();", "float32 and parts",
+          "staged_wgrad_f32.cu", STAGED_WGRAD),
+    Fault("staged wgrad: the first row's gradients kept for all", "staged_wgrad.cuh",
+          "if (line != at >> 16) {", "if (j == 0) {", "float32 and primes",
+          "staged_wgrad_f32.cu", STAGED_WGRAD),
+    Fault("staged wgrad: passes after the first forgotten", "staged_wgrad.cuh",
+          "pass < total; pass += kWarpsPerBlock * kSlots", "pass < min(total, 1); pass += 1",
+          "float32 and several-passes", "staged_wgrad_f32.cu", STAGED_WGRAD),
+    Fault("staged wgrad: rows below a partial block stored", "staged_wgrad.cuh",
+          "row < source.RowsPerGroup() ? sum : 0.0f", "sum", "whatever",
+          "staged_wgrad_f32.cu", STAGED_WGRAD),
+    Fault("staged wgrad: wide copies of any address", "launchers.cu",
+          "a.geometry.batch * size % bytes == 0 && addresses % bytes == 0",
+          "a.geometry.batch * size % bytes == 0", "misaligned", "launchers.cu", STAGED_WGRAD),
+    Fault("norm with pooling: ties go to the last", "norm_pool.cu", "normed > best[j]",
+          "normed >= best[j] && normed > 0.0f", "ties", "norm_pool.cu", NORM_POOL),
+    Fault("norm with pooling: an odd image's last row is in a window", "norm_pool.cu",
+          "py / kSide < size.rows && ", "", "float32 and matches", "norm_pool.cu", NORM_POOL),
+    Fault("norm with pooling: rounding of the mean forgotten", "norm_pool.cu",
+          "add - lost * scale", "add - 0 * lost * scale", "float32 and matches",
+          "norm_pool.cu", NORM_POOL),
+    Fault("norm with pooling: the mean's rounding lost in gradients", "norm.cuh",
+          "const double given = lost != nullptr ? lost[channel] : 0.0;",
+          "const double given = 0.0;", "float32 and matches", "norm_pool.cu", NORM_POOL),
+)  # fmt: skip
+FAULTS = (*PRODUCT_FAULTS, *PATTERN_FAULTS, *LAYER_FAULTS, *STREAM_FAULTS)
 
 if __name__ == "__main__":
     sys.exit(main(FAULTS, sys.argv[1:]))

@@ -21,6 +21,7 @@ ROOT = HERE.parent.parent
 
 KERNELS, DENSE, BLOCKS = "test_kernels.py", "test_dense.py", "test_mma_kernels.py"
 CHANGE, STREAMS = "test_pattern_change.py", "test_streams.py"
+STAGED_WGRAD, NORM_POOL = "test_staged_wgrad.py", "test_norm_pool.py"
 
 
 class Fault(NamedTuple):
