@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_kernels.nn import _checkpoint, _probe, _refusals
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
-from sparse_kernels.nn._parameter import replace_data
+from sparse_kernels.nn._parameter import note_replaced, replace_data
 from sparse_kernels.nn._weight_view import read_only
 from sparse_kernels.pattern import SparsityPattern
 
@@ -359,10 +359,12 @@ class SparseLayer(nn.Module, abc.ABC):
     # ---------------------------------------------------------------- copies, moves, checkpoints
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        before, device = self.crow_indices, self.values.device
-        dtype = self.values.dtype
+        before, place = self.crow_indices, (self.values.device, self.values.dtype)
         super()._apply(fn, recurse)
-        if self.probe is not None and (self.values.device, self.values.dtype) != (device, dtype):
+        moved = (self.values.device, self.values.dtype) != place
+        if moved:
+            note_replaced(self.values)
+        if self.probe is not None and moved:
             pattern = self.probe_pattern
             self.make_probe(None if pattern is None else pattern.to(self.values.device))
         if self.crow_indices is not before:
