@@ -62,32 +62,64 @@ def cifar(data: bytes) -> None:
         formats.read_cifar_batches(_file("cifar.tar.gz", data), ["a.bin"], 1)
 
 
-def _checkpoint_folder(files: dict[str, bytes], manifest: bytes | None = None) -> Path:
-    folder = _FOLDER / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    if manifest is None:  # right checksums: what a hostile writer would give
-        manifest = checkpoint_files._manifest(7, files)
-    (folder / checkpoint_files.MANIFEST).write_bytes(manifest)
-    return folder
+class _Checkpoints:
+    """One folder of a whole checkpoint, of which a target replaces one file each time.
 
+    A fuzzer comes here millions of times: only what changes is written, and the model is made
+    anew only where a load changed it.
+    """
 
-def _read_checkpoint(folder: Path) -> None:
-    model = _model()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    try:
-        checkpoint.load_checkpoint(folder, model, global_generators=False)
-    except checkpoint.CheckpointError:
-        after = model.state_dict()
-        assert all(torch.equal(before[n], after[n]) for n in before), "a refusal changed the model"
-        return
-    model.pattern.validate()
-    assert torch.isfinite(model(torch.zeros(2, 5))).all() or not all(
-        p.isfinite().all() for p in model.parameters()
-    )
+    def __init__(self, name: str, step: int, files: dict[str, bytes]) -> None:
+        self.folder = _FOLDER / name
+        self.folder.mkdir(exist_ok=True)
+        for file, content in files.items():
+            (self.folder / file).write_bytes(content)
+        self.manifest = json.loads(checkpoint_files._manifest(step, files))
+        del self.manifest["sha256"]
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.model = _model()
+        self.before = {name: t.clone() for name, t in self.model.state_dict().items()}
+        self.plan = (self.model.dense_above, self.model.image_format, self.model.storage)
+
+    def put(self, name: str, data: bytes) -> Path:
+        """`name` holds `data`, and its checksums are right: what a hostile writer would give."""
+        (self.folder / name).write_bytes(data)
+        entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        content = {**self.manifest, "files": {**self.manifest["files"], name: entry}}
+        content["sha256"] = checkpoint_files._own_hash(content)
+        (self.folder / checkpoint_files.MANIFEST).write_text(json.dumps(content))
+        return self.folder
+
+    def read_with(self, name: str, data: bytes) -> None:
+        """Load with other content of a file."""
+        self.put(name, data)
+        self._load(name == checkpoint_files.STATE and b'"generators"' in data)
+
+    def read(self, manifest: bytes) -> None:
+        """Load with another manifest."""
+        (self.folder / checkpoint_files.MANIFEST).write_bytes(manifest)
+        self._load(False)
+
+    def _load(self, generators: bool) -> None:
+        """A refusal changes nothing, and what is taken is a layer that can be used."""
+        model, before = self.model, self.before
+        try:
+            checkpoint.load_checkpoint(self.folder, model, global_generators=generators)
+        except checkpoint.CheckpointError:
+            after = model.state_dict()
+            same = after.keys() == before.keys() and all(
+                torch.equal(before[name], after[name]) for name in before
+            )
+            plan = (model.dense_above, model.image_format, model.storage)
+            assert same and plan == self.plan, "a refusal changed the model"
+            return
+        self._fresh()
+        model.pattern.validate()
+        assert torch.isfinite(model(torch.zeros(2, 5))).all() or not all(
+            p.isfinite().all() for p in model.parameters()
+        )
 
 
 def _model() -> SparseLinear:
@@ -96,7 +128,7 @@ def _model() -> SparseLinear:
 
 def manifest(data: bytes) -> None:
     """A checkpoint's manifest, beside whole files."""
-    _read_checkpoint(_checkpoint_folder(_WHOLE, data))
+    _CHECKPOINTS.read(data)
 
 
 def manifest_rehashed(data: bytes) -> None:
@@ -107,19 +139,19 @@ def manifest_rehashed(data: bytes) -> None:
         content["sha256"] = checkpoint_files._own_hash(content)
     except (ValueError, AttributeError, TypeError, RecursionError):
         return
-    _read_checkpoint(_checkpoint_folder(_WHOLE, json.dumps(content).encode()))
+    _CHECKPOINTS.read(json.dumps(content).encode())
 
 
 def state_json(data: bytes) -> None:
     """A checkpoint's state.json with right checksums."""
-    _read_checkpoint(_checkpoint_folder({**_WHOLE, checkpoint_files.STATE: data}))
+    _HOSTILE_STATE.read_with(checkpoint_files.STATE, data)
 
 
 def training_state(data: bytes) -> None:
     """The state.json of a training: optimizer, masks' counters, history, costs and start."""
     parts = _training()
     state = {key: parts[2].state_dict()[key] for key in ("steps", "costs", "start")}
-    folder = _checkpoint_folder({**_TRAINED, checkpoint_files.STATE: data})
+    folder = _HOSTILE_TRAINING.put(checkpoint_files.STATE, data)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "SparseMomentum goes on with other", RuntimeWarning)
         warnings.filterwarnings("ignore", "the checkpoint was written before", RuntimeWarning)
@@ -147,7 +179,7 @@ def _training() -> tuple[SparseLinear, torch.optim.Optimizer, SparseMomentum]:
 
 def tensors(data: bytes) -> None:
     """A checkpoint's tensors with right checksums: hostile indices, shapes and headers."""
-    _read_checkpoint(_checkpoint_folder({**_WHOLE, "model.safetensors": data}))
+    _HOSTILE_TENSORS.read_with("model.safetensors", data)
 
 
 def plan_cache(data: bytes) -> None:
@@ -202,6 +234,12 @@ def _whole_training() -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
 
 
+def _without_generators(state: bytes) -> bytes:
+    """A hundredth of the size: most changes of it then reach the model's own entries."""
+    content = json.loads(state)
+    return json.dumps({part: content[part] for part in ("model", "plan", "extra")}).encode()
+
+
 def _tar(data: bytes) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
@@ -213,6 +251,11 @@ def _tar(data: bytes) -> bytes:
 
 _WHOLE = _whole_checkpoint()
 _TRAINED = _whole_training()
+_CHECKPOINTS, _HOSTILE_STATE, _HOSTILE_TENSORS = (
+    _Checkpoints(name, 7, _WHOLE) for name in ("checkpoint", "state", "tensors")
+)
+_HOSTILE_TRAINING = _Checkpoints("training", 3, _TRAINED)
+_STATE = _WHOLE[checkpoint_files.STATE]
 _RECORD = bytes([3]) + bytes(3072)
 _PLAN = {
     "format": 1,
@@ -232,7 +275,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "cifar": (cifar, [_RECORD, 2 * _RECORD, _tar(_RECORD)]),
     "manifest": (manifest, [checkpoint_files._manifest(7, _WHOLE)]),
     "manifest-rehashed": (manifest_rehashed, [checkpoint_files._manifest(7, _WHOLE)]),
-    "state-json": (state_json, [_WHOLE[checkpoint_files.STATE]]),
+    "state-json": (state_json, [_STATE, _without_generators(_STATE)]),
     "training-state": (training_state, [_TRAINED[checkpoint_files.STATE]]),
     "tensors": (tensors, [_WHOLE["model.safetensors"]]),
     "plan-cache": (plan_cache, [json.dumps(_PLAN).encode()]),

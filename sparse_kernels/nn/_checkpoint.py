@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_kernels.nn._parameter import replace_data
+from sparse_kernels.nn._parameter import note_replaced, replace_data
 from sparse_kernels.pattern import PatternError, SparsityPattern
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def _assign_data(layer: SparseLayer, state_dict: dict[str, Any], prefix: str) ->
         if parameter is not None and new is not None and new.shape == parameter.shape:
             parameter.grad = None
             parameter.data = new.detach()
+            note_replaced(parameter)
 
 
 def empty_if_garbage(layer: SparseLayer) -> None:

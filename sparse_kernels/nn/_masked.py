@@ -101,6 +101,7 @@ def _is_usual(layer: SparseLayer, values: Tensor | None, x: Tensor) -> bool:
     return not (
         values is None
         or x.dtype is not values.dtype
+        or values.is_meta is not x.is_meta  # torch.mm would give memory that nobody wrote
         or (layer.probe is not None and _grad_enabled())
         or _is_compiling()
         or _transforms()  # these and fake tensors have no place for the hook

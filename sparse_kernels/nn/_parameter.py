@@ -18,3 +18,14 @@ def replace_data(parameter: Tensor, data: Tensor) -> None:
         other = torch.float32 if data.dtype == torch.float64 else torch.float64
         parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data
+    note_replaced(parameter)
+
+
+def note_replaced(parameter: Tensor) -> None:
+    """Count new data as a write: a backward pass of an older product must refuse it.
+
+    torch keeps a leaf for the backward pass by reference and does not count ``.data = ...``, so a
+    kernel would read the new memory by the old shape.
+    """
+    if not parameter.is_inference():  # those have no count, and no backward pass either
+        torch.autograd.graph.increment_version(parameter)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_kernels.nn import _checkpoint, _probe, _refusals, _storage
 from sparse_kernels.nn._initial import check_dtype, initial_pattern
+from sparse_kernels.nn._parameter import note_replaced
 from sparse_kernels.nn._storage import COMPRESSED, DENSE_MASKED
 from sparse_kernels.nn._weight_view import read_only
 from sparse_kernels.pattern import SparsityPattern
@@ -290,10 +291,12 @@ class SparseLayer(nn.Module, abc.ABC):
     # ---------------------------------------------------------------- copies, moves, checkpoints
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        before, device = self.crow_indices, self.values.device
-        dtype = self.values.dtype
+        before, place = self.crow_indices, (self.values.device, self.values.dtype)
         super()._apply(fn, recurse)
-        if self.probe is not None and (self.values.device, self.values.dtype) != (device, dtype):
+        moved = (self.values.device, self.values.dtype) != place
+        if moved:
+            note_replaced(self.values)
+        if self.probe is not None and moved:
             pattern = self.probe_pattern
             self.make_probe(None if pattern is None else pattern.to(self.values.device))
         if self.crow_indices is not before:

@@ -79,6 +79,13 @@ class _ShortFunction(torch.autograd.Function):
         needs, product = ctx.needs_input_grad, ctx.product
         if prepared.state_of(ctx.index) != product.state:
             raise RuntimeError(_written(ctx.index, product.state))
+        if values.shape != product.values_shape or values.dtype is not _FLOAT:
+            # ``values.data = ...`` is no write that torch counts; the kernel reads by address.
+            raise RuntimeError(
+                f"the layer's values were replaced between forward and backward: expected "
+                f"{list(product.values_shape)} in float32, got {list(values.shape)} in "
+                f"{values.dtype}; change a layer only after backward()"
+            )
         if (
             _C.is_grad_enabled()
             or _modes()

@@ -127,13 +127,16 @@ def _arguments(g: Conv2dGeometry) -> tuple[list[int], list[int], list[int], int]
 
 
 def _with_batch_stride(images: Tensor) -> Tensor:
-    """A single image whose batch stride is its size, the same memory.
+    """A single image whose batch stride is its size; the same memory where that is dense.
 
     The stride of a dimension of size 1 is free, but torch 2.13 reads it in float64 convolutions
     with groups and a channels_last weight, and then forms a wrong gradient of the weight.
     """
     if images.shape[0] != 1 or images.stride(0) == images.numel():
         return images
+    if not (images.is_contiguous() or images.is_contiguous(memory_format=torch.channels_last)):
+        # Of memory that stands for several pixels (expand), as_strided's own gradient is another.
+        return images.contiguous()
     return images.as_strided(images.shape, (images.numel(), *images.stride()[1:]))
 
 

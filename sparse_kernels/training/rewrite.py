@@ -137,7 +137,7 @@ def _slots(layer: Any, optimizer: torch.optim.Optimizer | None) -> Iterator[tupl
     yield from list(state_tensors(optimizer, values).items())
     if values.grad is not None:
         yield "grad", values.grad
-    yield "values", values.data
+    yield "values", values.detach()  # not .data: autograd must count what is written there
 
 
 def _assign(layer: Any, optimizer: torch.optim.Optimizer | None, name: str, tensor: Tensor) -> None:
