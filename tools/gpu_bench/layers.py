@@ -79,11 +79,9 @@ def layer_row(shape: LayerShape, batch: int, name: str, settings: Settings) -> d
         dense = shape.dense().to(device)
         with torch.no_grad():
             grad = torch.randn_like(dense(x.float())).to(dtype)
-        calls: dict[str, Call] = {}
         missing: dict[str, str] = {}
         errors: dict[str, float] = {}
-        for contender, call in dense_calls(copy.deepcopy(dense).to(dtype), x, grad, settings):
-            calls[contender] = call
+        calls = dict(dense_calls(copy.deepcopy(dense).to(dtype), x, grad, settings))
         for density, block in itertools.product(settings.densities, settings.blocks):
             label = label_of(density, block)
             if label in settings.faults:
@@ -91,13 +89,12 @@ def layer_row(shape: LayerShape, batch: int, name: str, settings: Settings) -> d
             # Made on the CPU: patterns are drawn there.
             layer = make_sparse(copy.deepcopy(dense).cpu(), density, block).to(device)
             try:
-                found = sparse_calls(label, layer, x, grad, TOLERANCE[name], errors)
-                calls |= found
-                if settings.foreign and not shape.size:
-                    calls |= foreign_calls(label, layer, x, block)
+                calls |= sparse_calls(label, layer, x, grad, TOLERANCE[name], errors)
             except Exception as error:  # reported in the row
                 still_works(label, error)
                 missing[label] = reason(error)
+            if settings.foreign and not shape.size:
+                calls |= foreign_calls(label, layer, x, block, settings, missing)
         missing |= settings.faults
         calls = {name: call for name, call in calls.items() if name not in settings.faults}
         timings, uncaptured = race(calls, settings.rounds, device)
@@ -190,13 +187,26 @@ def passes(label: str, module: Any, x: Tensor, grad: Tensor) -> Iterator[tuple[s
 
 
 def foreign_calls(
-    label: str, layer: SparseLayer, x: Tensor, block: tuple[int, int]
+    label: str,
+    layer: SparseLayer,
+    x: Tensor,
+    block: tuple[int, int],
+    settings: Settings,
+    missing: dict[str, str],
 ) -> dict[str, Call]:
     """torch's sparse products of a linear layer: BSR in bf16, CSR in strict float32."""
-    if x.dtype == torch.bfloat16:
-        return bsr_call(label, layer, x, block)
-    strict = torch.backends.cuda.matmul.fp32_precision == "ieee"
-    return csr_call(label, layer, x) if strict and block == (1, 1) else {}
+    name = f"torch sparse {label}"
+    if name in settings.faults:
+        return {}
+    try:
+        if x.dtype == torch.bfloat16:
+            return bsr_call(label, layer, x, block)
+        strict = torch.backends.cuda.matmul.fp32_precision == "ieee"
+        return csr_call(label, layer, x) if strict and block == (1, 1) else {}
+    except Exception as error:  # a stranger's: reported in the row
+        still_works(name, error)
+        missing[name] = reason(error)
+        return {}
 
 
 def bsr_call(label: str, layer: SparseLayer, x: Tensor, block: tuple[int, int]) -> dict[str, Call]:
