@@ -26,27 +26,30 @@ cuda::Variant VariantOf(const char* kernel, int64_t variant) {
 
 void CudaProduct(const char* kernel, Address y, Address x, Address values, Address bias,
                  Address crow, Address col, const std::vector<int64_t>& geometry, int64_t bh,
-                 bool relu, int64_t variant, int64_t element, int64_t device, Address stream) {
+                 bool relu, int64_t variant, int64_t element, int64_t device, Address stream,
+                 Address order) {
   const ConvGeometry g = CudaGeometry(kernel, geometry);
   RequirePointer(kernel, "y", y, OutputElements(g));
   RequirePointer(kernel, "x", x, InputElements(g));
   RequirePointer(kernel, "crow", crow, 1);
   cuda::product(kernel, {Pointer<void>(y), Pointer<const void>(x), Pointer<const float>(values),
                          Pointer<const float>(bias), Pointer<const int32_t>(crow),
-                         Pointer<const int32_t>(col), g, bh, relu, VariantOf(kernel, variant),
-                         ElementOf(kernel, element), PlaceOf(kernel, device, stream)});
+                         Pointer<const int32_t>(col), Pointer<const int32_t>(order), g, bh, relu,
+                         VariantOf(kernel, variant), ElementOf(kernel, element),
+                         PlaceOf(kernel, device, stream)});
 }
 
 void CudaDgrad(const char* kernel, Address dx, Address grad, Address values, Address t_crow,
                Address t_row, Address t_perm, const std::vector<int64_t>& geometry, int64_t bh,
-               int64_t element, int64_t device, Address stream) {
+               int64_t element, int64_t device, Address stream, int64_t variant, Address order) {
   const ConvGeometry g = CudaGeometry(kernel, geometry);
   RequirePointer(kernel, "dx", dx, InputElements(g));
   RequirePointer(kernel, "grad", grad, OutputElements(g));
   RequirePointer(kernel, "t_crow", t_crow, 1);
   cuda::dgrad(kernel, {Pointer<void>(dx), Pointer<const void>(grad), Pointer<const float>(values),
                        Pointer<const int32_t>(t_crow), Pointer<const int32_t>(t_row),
-                       Pointer<const int32_t>(t_perm), g, bh, ElementOf(kernel, element),
+                       Pointer<const int32_t>(t_perm), Pointer<const int32_t>(order), g, bh,
+                       VariantOf(kernel, variant), ElementOf(kernel, element),
                        PlaceOf(kernel, device, stream)});
 }
 
@@ -83,12 +86,13 @@ std::string CudaUnusable(int64_t device) {
 
 void CudaProduct(const char* kernel, Address, Address, Address, Address, Address, Address,
                  const std::vector<int64_t>& geometry, int64_t, bool, int64_t, int64_t, int64_t,
-                 Address) {
+                 Address, Address) {
   CudaGeometry(kernel, geometry);
   NoCuda(kernel);
 }
 void CudaDgrad(const char* kernel, Address, Address, Address, Address, Address, Address,
-               const std::vector<int64_t>& geometry, int64_t, int64_t, int64_t, Address) {
+               const std::vector<int64_t>& geometry, int64_t, int64_t, int64_t, Address, int64_t,
+               Address) {
   CudaGeometry(kernel, geometry);
   NoCuda(kernel);
 }
@@ -112,13 +116,14 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_product", &CudaProduct, py::arg("kernel"), py::arg("y"), py::arg("x"),
         py::arg("values"), py::arg("bias"), py::arg("crow"), py::arg("col"), py::arg("geometry"),
         py::arg("bh"), py::arg("relu"), py::arg("variant"), py::arg("element"), py::arg("device"),
-        py::arg("stream"), Release(),
+        py::arg("stream"), py::arg("order") = 0, Release(),
         "Forward of a linear layer or a convolution on a GPU, see kernels_cuda.h. `kernel` is the "
         "name for errors. RuntimeError with CUDA's message.");
   m.def("cuda_dgrad", &CudaDgrad, py::arg("kernel"), py::arg("dx"), py::arg("grad"),
         py::arg("values"), py::arg("t_crow"), py::arg("t_row"), py::arg("t_perm"),
         py::arg("geometry"), py::arg("bh"), py::arg("element"), py::arg("device"),
-        py::arg("stream"), Release(), "Input gradient on a GPU, see kernels_cuda.h.");
+        py::arg("stream"), py::arg("variant") = 0, py::arg("order") = 0, Release(),
+        "Input gradient on a GPU, see kernels_cuda.h.");
   m.def("cuda_wgrad", &CudaWgrad, py::arg("kernel"), py::arg("dvalues"), py::arg("grad"),
         py::arg("x"), py::arg("crow"), py::arg("col"), py::arg("workspace"),
         py::arg("workspace_bytes"), py::arg("geometry"), py::arg("bh"), py::arg("capacity"),

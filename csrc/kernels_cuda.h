@@ -6,12 +6,16 @@
 //               Inputs and outputs must not overlap.
 //   activation  float32, float16 or bfloat16 (`element`), feature-major without gaps:
 //               [features][batch], or [channels][height][width][batch]. Alignment of its element;
-//               where it is 16 bytes and the batch a multiple of 4, loads are wide.
+//               where it is 16 bytes and the batch a multiple of 4, loads are wide; elsewhere lanes
+//               move single elements, 32 neighbours at a time.
 //   values      float32 [capacity][bh], blocks of one column: bh = 1 is element sparsity. Sums are
 //               float32, rounded once on the way out.
 //   W, crow, col, t_crow, t_row, t_perm, bias (float32), relu, output   as kernels.h says, with
 //               bw = 1. The index arrays are trusted: they are on the GPU, and no launcher waits.
-//   order       sums have a fixed order: equal calls give equal bits, on every GPU, where the
+//   order       a permutation of the rows that the kernel computes, longest first, so that the
+//               warps of a thread block end together; null: as they come. Results do not depend on
+//               it: one that is out of date costs time. The small-batch kernels do without.
+//   sums        have a fixed order: equal calls give equal bits, on every GPU, where the
 //               activations' addresses allow the same width of loads (wgrad's lanes depend on it).
 //   errors      std::runtime_error with the kernel, its shape and CUDA's message when a CUDA call
 //               fails; std::invalid_argument, before anything is queued, for what is not served.
@@ -30,9 +34,10 @@ enum class Element { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int64_t kMaxBlockHeight = 32;
 
-// How the forward is computed. kStaged serves linear layers with bh <= 16 whose batch and addresses
-// are multiples of 16 bytes; kSmall serves at most 16 points (output pixels x batch). kChosen is
-// kSmall where that serves, else kDirect until a GPU has said where kStaged is faster.
+// How a product is computed. kStaged serves layers of one group whose batch and addresses are
+// multiples of 16 bytes (weight gradients: of 4 bytes), forward with bh <= 16, input gradients with
+// strides of 1; kSmall serves at most 16 points (output pixels x batch; of the input for gradients). kChosen
+// is kSmall where that serves, else kDirect.
 enum class Variant { kChosen = 0, kDirect = 1, kStaged = 2, kSmall = 3 };
 
 struct Place {
@@ -42,12 +47,13 @@ struct Place {
 
 // y = relu?(W x + bias). For a linear layer the geometry is that of a 1 x 1 image (LinearGeometry).
 struct ProductArgs {
-  void* y;              // [out_channels][out_h][out_w][batch], written
-  const void* x;        // [in_channels][in_h][in_w][batch]
-  const float* values;  // [capacity][bh]
-  const float* bias;    // [out_channels] or null
-  const int32_t* crow;  // [block_rows + 1]
-  const int32_t* col;   // [capacity]
+  void* y;               // [out_channels][out_h][out_w][batch], written
+  const void* x;         // [in_channels][in_h][in_w][batch]
+  const float* values;   // [capacity][bh]
+  const float* bias;     // [out_channels] or null
+  const int32_t* crow;   // [block_rows + 1]
+  const int32_t* col;    // [capacity]
+  const int32_t* order;  // [block_rows], see above, or null
   ConvGeometry geometry;
   int64_t bh;
   bool relu;
@@ -65,8 +71,10 @@ struct DgradArgs {
   const int32_t* t_crow;  // [cols + 1]
   const int32_t* t_row;   // [capacity]
   const int32_t* t_perm;  // [capacity]
+  const int32_t* order;   // [in_channels], see above, or null
   ConvGeometry geometry;
   int64_t bh;
+  Variant variant;
   Element element;
   Place place;
 };

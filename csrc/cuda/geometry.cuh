@@ -37,13 +37,14 @@ class LinearSource {
   int rows_;
 };
 
-class ConvSource {
- public:
-  static constexpr bool kImage = true;
-  explicit ConvSource(const ConvGeometry& g)
+// The sizes of a convolution that the kernels need, in 32 bits (launchers.cu checks that they fit).
+class ConvSizes {
+ protected:
+  explicit ConvSizes(const ConvGeometry& g)
       : batch_(static_cast<int>(g.batch)),
         in_h_(static_cast<int>(g.in_h)),
         in_w_(static_cast<int>(g.in_w)),
+        out_h_(static_cast<int>(g.out_h)),
         out_w_(static_cast<int>(g.out_w)),
         stride_h_(static_cast<int>(g.stride_h)),
         stride_w_(static_cast<int>(g.stride_w)),
@@ -52,8 +53,19 @@ class ConvSource {
         dil_h_(static_cast<int>(g.dil_h)),
         dil_w_(static_cast<int>(g.dil_w)),
         kw_(static_cast<int>(g.kw)),
+        taps_(static_cast<int>(g.kh * g.kw)),
         channels_(static_cast<int>(g.in_channels / g.groups)),
         rows_(static_cast<int>(g.out_channels / g.groups)) {}
+
+  int batch_, in_h_, in_w_, out_h_, out_w_, stride_h_, stride_w_, pad_top_, pad_left_, dil_h_;
+  int dil_w_, kw_, taps_;
+  int channels_, rows_;  // of one group
+};
+
+class ConvSource : private ConvSizes {
+ public:
+  static constexpr bool kImage = true;
+  explicit ConvSource(const ConvGeometry& g) : ConvSizes(g) {}
   __device__ SourcePoint Point(int point) const {
     const int pixel = point / batch_;
     const int y = pixel / out_w_ * stride_h_ - pad_top_, x = pixel % out_w_ * stride_w_ - pad_left_;
@@ -70,10 +82,6 @@ class ConvSource {
     return y >= 0 && y < in_h_ && x >= 0 && x < in_w_;
   }
   __device__ int RowsPerGroup() const { return rows_; }
-
- private:
-  int batch_, in_h_, in_w_, out_w_, stride_h_, stride_w_, pad_top_, pad_left_, dil_h_, dil_w_, kw_;
-  int channels_, rows_;  // of one group
 };
 
 // Rows of one block row: no block spans two groups.
@@ -102,22 +110,9 @@ class LinearTarget {
   int cols_;
 };
 
-class ConvTarget {
+class ConvTarget : private ConvSizes {
  public:
-  explicit ConvTarget(const ConvGeometry& g)
-      : batch_(static_cast<int>(g.batch)),
-        in_w_(static_cast<int>(g.in_w)),
-        out_h_(static_cast<int>(g.out_h)),
-        out_w_(static_cast<int>(g.out_w)),
-        stride_h_(static_cast<int>(g.stride_h)),
-        stride_w_(static_cast<int>(g.stride_w)),
-        pad_top_(static_cast<int>(g.pad_top)),
-        pad_left_(static_cast<int>(g.pad_left)),
-        dil_h_(static_cast<int>(g.dil_h)),
-        dil_w_(static_cast<int>(g.dil_w)),
-        kw_(static_cast<int>(g.kw)),
-        taps_(static_cast<int>(g.kh * g.kw)),
-        channels_(static_cast<int>(g.in_channels / g.groups)) {}
+  explicit ConvTarget(const ConvGeometry& g) : ConvSizes(g) {}
   __device__ int Taps() const { return taps_; }
   __device__ int Channels() const { return channels_; }
   __device__ bool Find(int point, int tap, int64_t* offset) const {
@@ -129,10 +124,6 @@ class ConvTarget {
     *offset = (static_cast<int64_t>(out_y) * out_w_ + out_x) * batch_ + point % batch_;
     return out_y < out_h_ && out_x < out_w_;
   }
-
- private:
-  int batch_, in_w_, out_h_, out_w_, stride_h_, stride_w_, pad_top_, pad_left_, dil_h_, dil_w_;
-  int kw_, taps_, channels_;
 };
 
 }  // namespace sk::cuda

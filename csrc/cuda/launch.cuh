@@ -43,6 +43,13 @@ inline dim3 Grid(int64_t rows, int64_t rows_per_block, int64_t points, int64_t p
   return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles < most ? tiles : most));
 }
 
+// What the launchers hand down: sizes checked, what() renders kernel and shape.
+struct ProductShape {
+  int block_rows, points;
+  int width;        // points that batch and addresses allow to move at once: 4, 2 or 1
+  bool wide_index;  // values and col are 16-byte aligned
+};
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes;  // dynamic

@@ -4,7 +4,7 @@
 #include "cuda/dgrad.cuh"
 #include "cuda/product.cuh"
 #include "cuda/small.cuh"
-#include "cuda/staged.cuh"
+#include "cuda/staged_dgrad.cuh"
 #include "cuda/staged_wgrad.cuh"
 #include "cuda/wgrad.cuh"
 
@@ -25,8 +25,14 @@ SK_STAGED_WGRAD_OF(float)
 SK_STAGED_WGRAD_OF(__half)
 SK_STAGED_WGRAD_OF(__nv_bfloat16)
 #undef SK_STAGED_WGRAD_OF
+#define SK_STAGED_KERNELS_OF(T, Source, Target)                                    \
+  extern template void StagedOf<T, Source>(const CallName&, const ProductArgs&,    \
+                                           const ProductShape&);                   \
+  extern template void StagedDgradOf<T, Target>(const CallName&, const DgradArgs&, \
+                                                const DgradShape&);
 #define SK_KERNELS_OF(T)                                                               \
-  extern template void StagedOf<T>(const CallName&, const ProductArgs&, int);          \
+  SK_STAGED_KERNELS_OF(T, LinearSource, LinearTarget)                                  \
+  SK_STAGED_KERNELS_OF(T, ConvSource, ConvTarget)                                      \
   extern template void ProductOf<T, LinearSource>(const CallName&, const ProductArgs&, \
                                                   const ProductShape&);                \
   extern template void ProductOf<T, ConvSource>(const CallName&, const ProductArgs&,   \
@@ -45,6 +51,7 @@ SK_KERNELS_OF(float)
 SK_KERNELS_OF(__half)
 SK_KERNELS_OF(__nv_bfloat16)
 #undef SK_KERNELS_OF
+#undef SK_STAGED_KERNELS_OF
 #undef SK_SMALL_KERNELS_OF
 
 std::string CallName::operator()() const {
@@ -142,15 +149,15 @@ void ForElement(Element element, Run run) {
   run(__nv_bfloat16());
 }
 
-void staged(const CallName& what, const ProductArgs& a) {
-  const ConvGeometry& g = a.geometry;
-  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.y);
-  const int64_t per_copy = a.element == Element::kFloat32 ? 4 : 8;
-  Serve(IsLinear(g) && a.bh <= 16 && g.batch % per_copy == 0 && addresses % 16 == 0, what,
-        "a linear layer, a block height of at most 16, and batch and addresses in multiples of 16 "
-        "bytes for the staged kernel");
-  ForElement(a.element,
-             [&](auto element) { StagedOf<decltype(element)>(what, a, BlockRows(g, a.bh)); });
+// Whether rows of activations at these addresses can be staged (staged.cuh, staged_dgrad.cuh).
+bool CanStage(const ConvGeometry& g, Element element, const void* a, const void* b) {
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
+  const int64_t per_copy = element == Element::kFloat32 ? 4 : 8;
+  return g.groups == 1 && g.batch % per_copy == 0 && addresses % 16 == 0;
+}
+
+bool IsWide(const void* a, const void* b) {
+  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
 }
 
 void small(const CallName& what, const ProductArgs& a, int points) {
@@ -183,15 +190,24 @@ void product(const char* name, const ProductArgs& a) {
   ServeGeometry(g, what);
   if (g.out_channels == 0 || OutPoints(g) == 0) return;
   DeviceGuard guard(a.place.device, what);
-  if (a.variant == Variant::kStaged) return staged(what, a);
   const int points = static_cast<int>(OutPoints(g));
+  const ProductShape shape = {BlockRows(g, a.bh), points, Width(g, a.element, a.x, a.y),
+                              IsWide(a.values, a.col)};
+  if (a.variant == Variant::kStaged)
+    Serve(a.bh <= 16 && CanStage(g, a.element, a.x, a.y), what,
+          "one group, blocks of at most 16 rows, and a batch and addresses that are multiples of "
+          "16 bytes for the staged kernel");
   if (a.variant == Variant::kSmall)
     Serve(points <= kSmallPoints, what, "at most 16 pixels x batch for the small-batch kernel");
-  if (points <= kSmallPoints && a.variant != Variant::kDirect) return small(what, a, points);
-  const ProductShape shape = {BlockRows(g, a.bh), points, Width(g, a.element, a.x, a.y)};
+  const bool few = points <= kSmallPoints;
+  if (few && (a.variant == Variant::kChosen || a.variant == Variant::kSmall))
+    return small(what, a, points);
   ForElement(a.element, [&](auto element) {
     using T = decltype(element);
-    if (IsLinear(g)) return ProductOf<T, LinearSource>(what, a, shape);
+    const bool linear = IsLinear(g);
+    if (a.variant == Variant::kStaged && linear) return StagedOf<T, LinearSource>(what, a, shape);
+    if (a.variant == Variant::kStaged) return StagedOf<T, ConvSource>(what, a, shape);
+    if (linear) return ProductOf<T, LinearSource>(what, a, shape);
     ProductOf<T, ConvSource>(what, a, shape);
   });
 }
@@ -202,16 +218,27 @@ void dgrad(const char* name, const DgradArgs& a) {
   ServeGeometry(g, what);
   if (g.in_channels == 0 || InPoints(g) == 0) return;
   DeviceGuard guard(a.place.device, what);
-  const DgradShape shape = {static_cast<int>(g.in_channels),
-                            static_cast<int>(g.out_channels / g.groups),
-                            static_cast<int>(InPoints(g)), static_cast<int>(OutPoints(g)),
-                            Width(g, a.element, a.dx, a.grad)};
-  const bool few = shape.in_points <= kSmallPoints;
+  const DgradShape shape = {
+      static_cast<int>(g.in_channels),   static_cast<int>(g.out_channels / g.groups),
+      static_cast<int>(InPoints(g)),     static_cast<int>(OutPoints(g)),
+      Width(g, a.element, a.dx, a.grad), IsWide(a.t_row, a.t_perm)};
+  if (a.variant == Variant::kStaged)
+    Serve(g.stride_h == 1 && g.stride_w == 1 && CanStage(g, a.element, a.dx, a.grad), what,
+          "one group, strides of 1, and a batch and addresses that are multiples of 16 bytes for "
+          "the staged kernel");
+  if (a.variant == Variant::kSmall)
+    Serve(shape.in_points <= kSmallPoints, what,
+          "at most 16 pixels x batch for the small-batch kernel");
+  const bool few = shape.in_points <= kSmallPoints &&
+                   (a.variant == Variant::kChosen || a.variant == Variant::kSmall);
   ForElement(a.element, [&](auto element) {
     using T = decltype(element);
-    if (few && IsLinear(g)) return SmallDgradOf<T, LinearTarget>(what, a, shape);
+    const bool linear = IsLinear(g), staged = a.variant == Variant::kStaged;
+    if (few && linear) return SmallDgradOf<T, LinearTarget>(what, a, shape);
     if (few) return SmallDgradOf<T, ConvTarget>(what, a, shape);
-    if (IsLinear(g)) return DgradOf<T, LinearTarget>(what, a, shape);
+    if (staged && linear) return StagedDgradOf<T, LinearTarget>(what, a, shape);
+    if (staged) return StagedDgradOf<T, ConvTarget>(what, a, shape);
+    if (linear) return DgradOf<T, LinearTarget>(what, a, shape);
     DgradOf<T, ConvTarget>(what, a, shape);
   });
 }

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_kernels.backends import _cuda_blocks, _cuda_native
+from sparse_kernels.backends import _cuda_blocks, _cuda_native, _cuda_variants
 from sparse_kernels.backends._cuda_dense import (
     avg_pool2d,
     avg_pool2d_backward,
@@ -142,11 +142,13 @@ def _product(
     shape: Sequence[int],
     geometry: list[int],
     relu: bool,
+    variant: int,
 ) -> Tensor:
     """Forward of any layer: y of `shape`."""
     xs, vs = activation(x), as_float(values)
     bs = None if bias is None else as_float(bias)
     y = empty_feature_major(shape, x.dtype, x.device)
+    order = _cuda_variants.rows_by_length(index[0]) if variant else None
     _cuda_native.native().cuda_product(
         kernel,
         y.data_ptr(),
@@ -157,9 +159,10 @@ def _product(
         geometry,
         values.shape[1],
         relu,
-        0,  # the variant is the launcher's choice
+        variant,
         ELEMENTS[x.dtype],
         *_cuda_native.place(x),
+        pointer(order),
     )
     return y
 
@@ -171,10 +174,13 @@ def _dgrad(
     index: tuple[Tensor, Tensor, Tensor],
     shape: Sequence[int],
     geometry: list[int],
+    groups: int,
+    variant: int,
 ) -> Tensor:
     """Input gradient of any layer: dx of `shape`."""
     gs, vs = activation(grad), as_float(values)
     dx = empty_feature_major(shape, grad.dtype, grad.device)
+    order = _cuda_variants.channels_by_length(index[0], shape[1], groups) if variant else None
     _cuda_native.native().cuda_dgrad(
         kernel,
         dx.data_ptr(),
@@ -185,6 +191,8 @@ def _dgrad(
         values.shape[1],
         ELEMENTS[grad.dtype],
         *_cuda_native.place(grad),
+        variant,
+        pointer(order),
     )
     return dx
 
@@ -197,14 +205,17 @@ def _wgrad(
     block: tuple[int, int],
     geometry: list[int],
     variant: str | None,
+    site: tuple[Sequence[int], Sequence[int]],
 ) -> Tensor:
-    """Gradient of the values [capacity, bh, 1], float32."""
+    """Gradient of the values [capacity, bh, 1], float32; site: image and convolution."""
     if why := _why_not(kernel, x.dtype, None, block):
         raise ValueError(f"{kernel}: the CUDA backend {why}")
     gs, xs = activation(grad.to(x.dtype)), activation(x)
     capacity = index[1].shape[0]
+    number = _cuda_variants.number(variant, kernel, gs, (capacity, *block), *site)
+    if variant is None and xs.data_ptr() % 16:  # a view, as in `number` for the gradient
+        number = min(number, _cuda_variants.NUMBERS["direct"])
     dvalues = torch.empty((capacity, *block), dtype=torch.float32, device=x.device)
-    number = _wgrad_variant(kernel, variant)
     size = _cuda_native.native().cuda_wgrad_workspace(geometry, block[0], capacity, number)
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
     _cuda_native.native().cuda_wgrad(
@@ -225,16 +236,9 @@ def _wgrad(
     return dvalues
 
 
-#: By name, the numbers of csrc/kernels_cuda.h's Variant; None is the launcher's choice: direct
-#: (at most 16 points: small), until a GPU has said where staged is faster.
-WGRAD_VARIANTS = {None: 0, "direct": 1, "staged": 2, "small": 3}
-
-
-def _wgrad_variant(op: str, name: str | None) -> int:
-    if name not in WGRAD_VARIANTS:
-        known = ", ".join(repr(known) for known in WGRAD_VARIANTS)
-        raise ValueError(f"{op}: expected one of the variants {known}, got {name!r}")
-    return WGRAD_VARIANTS[name]
+def _one_pixel(rows: int, cols: int) -> Conv2dGeometry:
+    """A linear layer as the convolution of one pixel that _cuda_variants.py knows it as."""
+    return Conv2dGeometry(rows, cols, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
 
 
 # -- linear ----------------------------------------------------------------------------------------
@@ -251,15 +255,24 @@ def linear(
     bias: Tensor | None,
     out_features: int,
     relu: bool,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
-    """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype."""
+    """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype.
+
+    ``variant`` of elements and vectors, as of the functions like this: "direct" or "staged"
+    (_cuda_variants.py), None for what ``tune`` or the rule chose. ValueError where it does not
+    serve the shape.
+    """
     if _is_tensor_cores(values):
         return _cuda_blocks.product(
             "linear", x, values, (crow, col), bias, out_features, relu, None
         )
     batch, cols = x.shape
     shape, geometry = (batch, out_features), [out_features, cols, batch]
-    return _product("linear", x, values, (crow, col), bias, shape, geometry, relu)
+    site = ((1, 1), _one_pixel(out_features, cols))
+    number = _cuda_variants.number(variant, "linear", x, values.shape, *site)
+    return _product("linear", x, values, (crow, col), bias, shape, geometry, relu, number)
 
 
 def linear_dgrad(
@@ -271,6 +284,8 @@ def linear_dgrad(
     t_row: Tensor,
     t_perm: Tensor,
     in_features: int,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """dX = dY S; grad [N, out] -> dx [N, in], feature-major, grad's dtype."""
     if _is_tensor_cores(values):
@@ -278,7 +293,10 @@ def linear_dgrad(
         return _cuda_blocks.dgrad("linear_dgrad", grad, values, index, size, None)
     batch, rows = grad.shape
     shape, geometry = (batch, in_features), [rows, in_features, batch]
-    return _dgrad("linear_dgrad", grad, values, (t_crow, t_row, t_perm), shape, geometry)
+    site = ((1, 1), _one_pixel(rows, in_features))
+    number = _cuda_variants.number(variant, "linear_dgrad", grad, values.shape, *site)
+    index = (t_crow, t_row, t_perm)
+    return _dgrad("linear_dgrad", grad, values, index, shape, geometry, 1, number)
 
 
 def linear_wgrad(
@@ -294,15 +312,12 @@ def linear_wgrad(
     *,
     variant: str | None = None,
 ) -> Tensor:
-    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside.
-
-    ``variant``: "direct", "staged" (float32, or an even batch), "small" (a batch of at most 16) or
-    None, the launcher's choice; not of tensor-core blocks. ValueError for what is not served.
-    """
+    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside."""
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), None)
     geometry = [grad.shape[1], x.shape[1], x.shape[0]]
-    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry, variant)
+    site = ((1, 1), _one_pixel(grad.shape[1], x.shape[1]))
+    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry, variant, site)
 
 
 # -- convolution -----------------------------------------------------------------------------------
@@ -319,6 +334,8 @@ def conv2d(
     bias: Tensor | None,
     geometry: Sequence[int],
     relu: bool,
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """Sparse convolution; x [N, C, H, W] -> y [N, C_out, H_out, W_out], feature-major."""
     g = Conv2dGeometry(*geometry)
@@ -328,7 +345,8 @@ def conv2d(
         )
     out_hw = g.output_size(x.shape[2], x.shape[3])
     shape, sizes = (x.shape[0], g.out_channels, *out_hw), _geometry(x.shape, out_hw, geometry)
-    return _product("conv2d", x, values, (crow, col), bias, shape, sizes, relu)
+    number = _cuda_variants.number(variant, "conv2d", x, values.shape, x.shape[2:], geometry)
+    return _product("conv2d", x, values, (crow, col), bias, shape, sizes, relu, number)
 
 
 def conv2d_dgrad(
@@ -342,14 +360,19 @@ def conv2d_dgrad(
     in_height: int,
     in_width: int,
     geometry: Sequence[int],
+    *,
+    variant: str | None = None,
 ) -> Tensor:
     """dx [N, C_in, in_height, in_width], feature-major, from grad [N, C_out, H_out, W_out]."""
-    shape = (grad.shape[0], Conv2dGeometry(*geometry).in_channels, in_height, in_width)
+    g = Conv2dGeometry(*geometry)
+    shape = (grad.shape[0], g.in_channels, in_height, in_width)
     if _is_tensor_cores(values):
         index = (t_crow, t_row, t_perm)
         return _cuda_blocks.dgrad("conv2d_dgrad", grad, values, index, shape, geometry)
     sizes = _geometry(shape, grad.shape[2:], geometry)
-    return _dgrad("conv2d_dgrad", grad, values, (t_crow, t_row, t_perm), shape, sizes)
+    number = _cuda_variants.number(variant, "conv2d_dgrad", grad, values.shape, shape[2:], geometry)
+    index = (t_crow, t_row, t_perm)
+    return _dgrad("conv2d_dgrad", grad, values, index, shape, sizes, g.groups, number)
 
 
 def conv2d_wgrad(
@@ -366,11 +389,9 @@ def conv2d_wgrad(
     *,
     variant: str | None = None,
 ) -> Tensor:
-    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside.
-
-    ``variant`` as in linear_wgrad; "staged" wants one group.
-    """
+    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry)
     sizes = _geometry(x.shape, grad.shape[2:], geometry)
-    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes, variant)
+    site = (x.shape[2:], geometry)
+    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes, variant, site)

@@ -10,6 +10,7 @@ import torch
 
 from sparse_kernels import plan, plan_variants
 from sparse_kernels._load import native, native_or_none
+from sparse_kernels.backends import _cuda_variants
 from sparse_kernels.backends.cpu import prepared
 from sparse_kernels.backends.triton import chosen
 from sparse_kernels.geometry import Conv2dGeometry
@@ -160,6 +161,7 @@ def from_entry(entry: Any) -> Choices:
     known = plan_variants.names() if native_or_none() is not None else [RULE]
     choices = {name: Choice(str(variant), float(gain)) for name, (variant, gain) in entry.items()}
     for name, choice in choices.items():
-        exists = choice.name in known or chosen.NAME.fullmatch(choice.name) is not None
+        on_gpu = chosen.NAME.fullmatch(choice.name) or choice.name in _cuda_variants.NUMBERS
+        exists = choice.name in known or bool(on_gpu)
         assert name in PASSES and exists and choice.gain > 0
     return choices

@@ -23,14 +23,16 @@ from cases import (
 )
 from emulator import address, load, nan_like, registered
 
-from sparse_kernels.backends import reference
+from sparse_kernels.backends import _cuda_variants, reference
 
 Case = LinearCase | ConvCase
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNELS = ("product", "staged", "small", "dgrad", "wgrad")
+KERNELS = ("product", "staged", "small", "dgrad", "staged_dgrad", "wgrad")
 
 # In the order of csrc/kernels_cuda.h's Variant.
 VARIANTS = ("chosen", "product", "staged", "small")
+# Of the input gradient, likewise; "dgrad" is what the launcher chooses.
+DGRAD_VARIANTS = ("dgrad", "direct_dgrad", "staged_dgrad", "small_dgrad")
 
 # Beside the shared table: every height that has a kernel of its own, heights between, batches that
 # take the wide and the narrow loads, sums in several parts, strides and groups with tall blocks.
@@ -72,6 +74,30 @@ EXTRA: tuple[Case, ...] = (
     LinearCase("staged-dense", 64, 517, 9, 0.95),
     LinearCase("staged-b5", 72, 260, 43, 0.3, (5, 1)),
     LinearCase("staged-b16", 8, 131, 300, 0.2, (16, 1)),
+    LinearCase("staged-b32", 72, 60, 140, 0.2, (32, 1)),
+    LinearCase("staged-empty-rows", 72, 270, 140, 0.003),
+    ConvCase("staged-conv-1x1", 8, 5, 7, _conv((150, 141), (1, 1)), 0.1, relu=True),
+    ConvCase("staged-conv-3x3", 8, 6, 5, _conv((19, 35), (3, 3), pad=1), 0.2, relu=True),
+    ConvCase("staged-conv-b4-3x2", 16, 5, 4, _conv((33, 45), (3, 2), pad=1), 0.2, (4, 1)),
+    ConvCase(
+        "staged-conv-b13-dilated", 8, 9, 7, _conv((11, 29), (3, 3), pad=3, dilation=2), 0.3, (13, 1)
+    ),
+    ConvCase("staged-conv-stride", 8, 9, 7, _conv((12, 19), (3, 3), stride=2, pad=1), 0.3),
+    # Odd batches: lanes move single elements in steps of 32.
+    *(
+        LinearCase(f"odd-b{v}-batch{n}", n, 37, 2 * v + 5, 0.3, (v, 1), relu=n == 131)
+        for v, n in ((1, 131), (1, 258), (2, 129), (3, 161), (4, 70), (8, 133), (16, 99), (32, 67))
+    ),
+    ConvCase("odd-conv", 7, 5, 6, _conv((6, 9), (3, 3), pad=1), 0.3, relu=True),
+    ConvCase(
+        "odd-conv-b4-stride-groups",
+        13,
+        7,
+        5,
+        _conv((6, 22), (3, 2), stride=2, pad=1, groups=2),
+        0.4,
+        (4, 1),
+    ),
     LinearCase("parts", 4500, 9, 6, 0.4),
     LinearCase("parts-b4", 4100, 6, 9, 0.5, (4, 1)),
     ConvCase("conv-parts", 33, 9, 8, _conv((5, 6), (3, 3), pad=1), 0.2),
@@ -101,7 +127,9 @@ SMALL = {
     "conv-b32-stride-groups", "stride3-gaps", "pad-beyond-kernel", "even-b8x1",
     "small-b1-batch1", "small-b1-batch9", "small-b1-batch16", "small-b4-batch2", "small-b13-batch8",
     "small-b32-batch1", "small-b32-batch9", "small-conv", "small-conv-b4-groups",
-    "small-conv-b32-stride",
+    "small-conv-b32-stride", "staged-b32", "staged-conv-1x1", "staged-conv-3x3",
+    "staged-conv-b13-dilated", "odd-b1-batch131", "odd-b4-batch70", "odd-b32-batch67", "odd-conv",
+    "odd-conv-b4-stride-groups",
 }  # fmt: skip
 
 
@@ -163,7 +191,7 @@ def expected(p: Problem, kernel: str) -> torch.Tensor:
         if linear:
             return reference.linear(x, values, *indices, bias, case.out_features, case.relu)
         return reference.conv2d(x, values, *indices, bias, case.geometry, case.relu)
-    if kernel == "dgrad":
+    if kernel in DGRAD_VARIANTS:
         if linear:
             return reference.linear_dgrad(grad, values, *indices, case.in_features)
         size = (case.height, case.width)
@@ -175,12 +203,27 @@ def expected(p: Problem, kernel: str) -> torch.Tensor:
 
 class Call(NamedTuple):
     """A call of the bindings: function, tensors in the order of its arguments (those named out_...
-    are written, the first is the answer), and the arguments after them.
+    are written, the first is the answer), the arguments after them, and the order of rows, which
+    comes last where there is one.
     """
 
     function: str
     tensors: dict[str, torch.Tensor | None]
     rest: tuple[Any, ...]
+    order: torch.Tensor | None = None
+
+
+def by_length(p: Problem, kernel: str) -> torch.Tensor | None:
+    """Rows (for an input gradient: channels) by falling length, as the backend makes it; every
+    second case goes without.
+    """
+    if len(p.case.id) % 2 or kernel not in (*VARIANTS, *DGRAD_VARIANTS):
+        return None
+    crow, _, t_crow, _, _ = p.t["indices"]
+    if kernel in VARIANTS:
+        return _cuda_variants.rows_by_length(crow)
+    groups = 1 if isinstance(p.case, LinearCase) else p.case.geometry.groups
+    return _cuda_variants.channels_by_length(t_crow, p.t["x"].shape[1], groups)
 
 
 def describe(p: Problem, kernel: str, workspace: Callable[..., int], device: int = 0) -> Call:
@@ -193,11 +236,13 @@ def describe(p: Problem, kernel: str, workspace: Callable[..., int], device: int
     if kernel in VARIANTS:
         tensors = {"out_y": nan_like(grad.shape, p.dtype), "x": x, "values": values, "bias": bias}
         rest = (p.geometry, bh, p.case.relu, VARIANTS.index(kernel), element, device, 0)
-        return Call("cuda_product", tensors | {"crow": crow, "col": col}, rest)
-    if kernel == "dgrad":
+        tensors |= {"crow": crow, "col": col}
+        return Call("cuda_product", tensors, rest, by_length(p, kernel))
+    if kernel in DGRAD_VARIANTS:
         tensors = {"out_dx": nan_like(x.shape, p.dtype), "grad": grad, "values": values}
         tensors |= {"t_crow": t_crow, "t_row": t_row, "t_perm": t_perm}
-        return Call("cuda_dgrad", tensors, (p.geometry, bh, element, device, 0))
+        rest = (p.geometry, bh, element, device, 0, DGRAD_VARIANTS.index(kernel))
+        return Call("cuda_dgrad", tensors, rest, by_length(p, kernel))
     size = workspace(p.geometry, bh, len(values))
     tensors = {"out_dvalues": nan_like(values.shape), "grad": grad, "x": x, "crow": crow}
     tensors |= {"col": col, "out_workspace": nan_like((size // 4,))}
@@ -227,8 +272,14 @@ def compute(
         held = call.tensors[shifted]
         assert held is not None
         call.tensors[shifted] = misaligned(held)
-    with registered(seed, **call.tensors) as e:
-        getattr(e, call.function)(kernel, *map(address, call.tensors.values()), *call.rest)
+    return run(call, kernel, seed)
+
+
+def run(call: Call, name: str, seed: int = 0) -> torch.Tensor:
+    """What the emulated kernel makes of a call; ``name`` is that for errors."""
+    last = () if call.order is None else (address(call.order),)
+    with registered(seed, **call.tensors, order=call.order) as e:
+        getattr(e, call.function)(name, *map(address, call.tensors.values()), *call.rest, *last)
     return answer(call)
 
 
@@ -237,21 +288,31 @@ def bound(p: Problem, kernel: str) -> float:
     rows, cols = p.t["matrix"].shape
     points = p.t["grad"].numel() // max(rows, 1)
     taps = 1 if isinstance(p.case, LinearCase) else p.case.geometry.taps
-    length = {"dgrad": rows * taps, "wgrad": points}.get(kernel, cols)
+    if kernel in DGRAD_VARIANTS:
+        length = rows * taps
+    else:
+        length = points if kernel == "wgrad" else cols
     return tolerance(torch.float32 if kernel == "wgrad" else p.dtype, length)
 
 
 def has(case: Case, dtype: torch.dtype, kernel: str) -> bool:
-    """Whether the kernel serves the case: the staged one wants linear layers and whole copies, the
-    small one at most 16 points.
+    """Whether the kernel serves the case: the staged ones want one group and whole copies, the
+    forward blocks of at most 16 rows, the input gradient strides of 1; the small one at most 16
+    points.
     """
     if kernel == "small":
         if isinstance(case, LinearCase):
             return case.batch <= 16
         out_h, out_w = case.geometry.output_size(case.height, case.width)
         return bool(case.batch * out_h * out_w <= 16)
+    if not kernel.startswith("staged"):
+        return True
+    geometry = None if isinstance(case, LinearCase) else case.geometry
     whole = case.batch % (4 if dtype == torch.float32 else 8) == 0
-    return kernel != "staged" or (isinstance(case, LinearCase) and case.block[0] <= 16 and whole)
+    one_group = geometry is None or geometry.groups == 1
+    strides = 1 if geometry is None else geometry.stride_h * geometry.stride_w
+    fits = case.block[0] <= 16 if kernel == "staged" else strides == 1
+    return whole and one_group and fits
 
 
 def check(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import small_grids
+from emulator import load, small_grids
 from problems import (
     DTYPES,
     KERNELS,
@@ -16,10 +16,13 @@ from problems import (
     bound,
     check,
     compute,
+    describe,
     expected,
     has,
     make,
+    misaligned,
     relative_error,
+    run,
     small_cases,
 )
 
@@ -63,6 +66,11 @@ def test_results_do_not_depend_on_the_order_of_warps(kernel: str) -> None:
         ("parts-b4", "product"),
         ("parts-b4", "staged"),
         ("parts-b4", "dgrad"),
+        ("odd-b1-batch258", "product"),
+        ("odd-b1-batch258", "dgrad"),
+        ("parts-b4", "staged_dgrad"),
+        ("staged-conv-3x3", "staged"),
+        ("staged-conv-3x3", "staged_dgrad"),
     ],
 )
 def test_tiles_beyond_the_grid_are_done_in_turns(name: str, kernel: str) -> None:
@@ -77,6 +85,10 @@ def test_tiles_beyond_the_grid_are_done_in_turns(name: str, kernel: str) -> None
     [
         ("product", "x"),
         ("product", "out_y"),
+        ("product", "values"),
+        ("product", "col"),
+        ("dgrad", "t_row"),
+        ("dgrad", "t_perm"),
         ("dgrad", "grad"),
         ("dgrad", "out_dx"),
         ("wgrad", "grad"),
@@ -89,6 +101,37 @@ def test_misaligned_tensors_are_moved_by_elements(
     problem = make(next(c for c in small_cases() if c.id == "b4-batch132"), dtype)
     got, want = compute(problem, kernel, shifted=shifted), expected(problem, kernel)
     assert relative_error(got, want) <= bound(problem, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["product", "staged", "direct_dgrad", "staged_dgrad"])
+@pytest.mark.parametrize("name", ["staged-conv-1x1", "staged-b5", "staged-wide"])
+def test_any_order_of_rows_gives_equal_bits(name: str, kernel: str) -> None:
+    problem = make(next(c for c in all_cases() if c.id == name), torch.float32)
+    call = describe(problem, kernel, load().cuda_wgrad_workspace)
+    crow = problem.t["indices"][0]
+    lists = len(crow) - 1 if kernel in ("product", "staged") else problem.t["x"].shape[1]
+    answers = []
+    for order in (None, torch.arange(lists), torch.randperm(lists)):
+        made = call._replace(order=None if order is None else order.to(torch.int32))
+        answers.append(run(made, kernel).clone())
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+
+
+def test_elements_are_read_four_at_a_time() -> None:
+    """By the emulator's count of accesses: aligned index and values, and the same ones elsewhere."""
+    problem = make(next(c for c in all_cases() if c.id == "staged-dense"), torch.float32)
+    call = describe(problem, "product", load().cuda_wgrad_workspace)
+    counts = []
+    for shifted in ((), ("values", "col")):
+        made = {n: misaligned(t) if n in shifted else t for n, t in call.tensors.items()}  # type: ignore[arg-type]
+        before = load().counters()["accesses"]
+        run(call._replace(tensors=made), "product")
+        counts.append(load().counters()["accesses"] - before)
+    wide, narrow = counts
+    entries = int(problem.t["indices"][0][-1])
+    # 64 points are two tiles of 32 lanes, each of which reads value and column of every entry: one
+    # access for four of them saves three quarters, but for groups at a row's ends.
+    assert narrow - wide > 0.9 * (3 / 4) * 2 * 2 * 32 * entries, (wide, narrow, entries)
 
 
 @pytest.mark.parametrize(

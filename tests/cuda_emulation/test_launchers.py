@@ -56,19 +56,36 @@ def test_the_workspace_is_no_more_than_a_gpu_needs(capacity: int, bh: int) -> No
     assert load().cuda_wgrad_workspace([4096, 4096, 2**20], bh, 1) == 64 * bh * 4
 
 
+def image(batch: int, stride: int = 1, groups: int = 1) -> list[int]:
+    """4 x 4 pixels, 8 channels, 3 x 3 taps."""
+    out = (4 - 1) // stride + 1
+    return [batch, 4, 4, out, out, 8, 8, 3, 3, stride, stride, 1, 1, 1, 1, 1, 1, groups]
+
+
 @pytest.mark.parametrize(
     ("geometry", "bh", "x"),
     [
-        ([1, 4, 4, 4, 4, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1], 1, 64),
+        (image(8, groups=2), 1, 64),
+        (image(6), 1, 64),
         ([64, 64, 8], 17, 64),
         ([64, 64, 7], 1, 64),
         ([64, 64, 8], 1, 68),
     ],
-    ids=["image", "tall blocks", "odd batch", "misaligned"],
+    ids=["groups", "odd images", "tall blocks", "odd batch", "misaligned"],
 )
 def test_what_the_staged_kernel_does_not_serve(geometry: list[int], bh: int, x: int) -> None:
     with pytest.raises(ValueError, match="for the staged kernel"):
         load().cuda_product("linear", 64, x, 64, 0, 64, 64, geometry, bh, False, 2, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "grad"),
+    [(image(8, groups=2), 64), (image(8, stride=2), 64), (image(6), 64), (image(8), 68)],
+    ids=["groups", "stride", "odd images", "misaligned"],
+)
+def test_what_the_staged_input_gradient_does_not_serve(geometry: list[int], grad: int) -> None:
+    with pytest.raises(ValueError, match="for the staged kernel"):
+        load().cuda_dgrad("dgrad", 64, grad, 64, 64, 64, 64, geometry, 1, 0, 0, 0, 2)
 
 
 def test_a_device_that_cannot_run_the_kernels_is_known() -> None:

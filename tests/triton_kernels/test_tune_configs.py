@@ -227,4 +227,5 @@ def test_a_configuration_that_the_chip_refuses_is_left_out(
 
     monkeypatch.setattr(backend, "linear", linear)
     assert others
-    assert list(_tune_configs._calls(site, pattern, torch.device("cpu"))) == [RULE]
+    table = _tune_configs._Table(site, backend)
+    assert list(_tune_configs._calls(table, pattern, torch.device("cpu"))) == [RULE]
