@@ -28,10 +28,7 @@ void CudaProduct(const char* kernel, Address y, Address x, Address values, Addre
                  Address crow, Address col, const std::vector<int64_t>& geometry, int64_t bh,
                  bool relu, int64_t variant, int64_t element, int64_t device, Address stream,
                  Address order) {
-  const ConvGeometry g = CudaGeometry(kernel, geometry);
-  RequirePointer(kernel, "y", y, OutputElements(g));
-  RequirePointer(kernel, "x", x, InputElements(g));
-  RequirePointer(kernel, "crow", crow, 1);
+  const ConvGeometry g = ProductGeometry(kernel, geometry, y, x, crow);
   cuda::product(kernel, {Pointer<void>(y), Pointer<const void>(x), Pointer<const float>(values),
                          Pointer<const float>(bias), Pointer<const int32_t>(crow),
                          Pointer<const int32_t>(col), Pointer<const int32_t>(order), g, bh, relu,
@@ -42,10 +39,7 @@ void CudaProduct(const char* kernel, Address y, Address x, Address values, Addre
 void CudaDgrad(const char* kernel, Address dx, Address grad, Address values, Address t_crow,
                Address t_row, Address t_perm, const std::vector<int64_t>& geometry, int64_t bh,
                int64_t element, int64_t device, Address stream, int64_t variant, Address order) {
-  const ConvGeometry g = CudaGeometry(kernel, geometry);
-  RequirePointer(kernel, "dx", dx, InputElements(g));
-  RequirePointer(kernel, "grad", grad, OutputElements(g));
-  RequirePointer(kernel, "t_crow", t_crow, 1);
+  const ConvGeometry g = DgradGeometry(kernel, geometry, dx, grad, t_crow);
   cuda::dgrad(kernel, {Pointer<void>(dx), Pointer<const void>(grad), Pointer<const float>(values),
                        Pointer<const int32_t>(t_crow), Pointer<const int32_t>(t_row),
                        Pointer<const int32_t>(t_perm), Pointer<const int32_t>(order), g, bh,

@@ -24,6 +24,24 @@ inline ConvGeometry CudaGeometry(const char* kernel, const std::vector<int64_t>&
 
 #if SK_CUDA
 
+// The geometry of a call, and what every kernel of its kind wants of its pointers.
+inline ConvGeometry ProductGeometry(const char* kernel, const std::vector<int64_t>& geometry,
+                                    Address y, Address x, Address crow) {
+  const ConvGeometry g = CudaGeometry(kernel, geometry);
+  RequirePointer(kernel, "y", y, OutputElements(g));
+  RequirePointer(kernel, "x", x, InputElements(g));
+  RequirePointer(kernel, "crow", crow, 1);
+  return g;
+}
+inline ConvGeometry DgradGeometry(const char* kernel, const std::vector<int64_t>& geometry,
+                                  Address dx, Address grad, Address t_crow) {
+  const ConvGeometry g = CudaGeometry(kernel, geometry);
+  RequirePointer(kernel, "dx", dx, InputElements(g));
+  RequirePointer(kernel, "grad", grad, OutputElements(g));
+  RequirePointer(kernel, "t_crow", t_crow, 1);
+  return g;
+}
+
 inline cuda::Element ElementOf(const char* kernel, int64_t element) {
   if (element < 0 || element > 2)
     Refuse(std::string(kernel) +

@@ -19,10 +19,7 @@ namespace {
 void BlockProduct(const char* kernel, Address y, Address x, Address values, Address bias,
                   Address crow, Address col, const std::vector<int64_t>& geometry, int64_t block,
                   bool relu, int64_t element, int64_t device, Address stream) {
-  const ConvGeometry g = CudaGeometry(kernel, geometry);
-  RequirePointer(kernel, "y", y, OutputElements(g));
-  RequirePointer(kernel, "x", x, InputElements(g));
-  RequirePointer(kernel, "crow", crow, 1);
+  const ConvGeometry g = ProductGeometry(kernel, geometry, y, x, crow);
   cuda::block_product(kernel, {Pointer<void>(y), Pointer<const void>(x),
                                Pointer<const void>(values), Pointer<const float>(bias),
                                Pointer<const int32_t>(crow), Pointer<const int32_t>(col), g, block,
@@ -32,10 +29,7 @@ void BlockProduct(const char* kernel, Address y, Address x, Address values, Addr
 void BlockDgrad(const char* kernel, Address dx, Address grad, Address values, Address t_crow,
                 Address t_row, Address t_perm, const std::vector<int64_t>& geometry, int64_t block,
                 int64_t element, int64_t device, Address stream) {
-  const ConvGeometry g = CudaGeometry(kernel, geometry);
-  RequirePointer(kernel, "dx", dx, InputElements(g));
-  RequirePointer(kernel, "grad", grad, OutputElements(g));
-  RequirePointer(kernel, "t_crow", t_crow, 1);
+  const ConvGeometry g = DgradGeometry(kernel, geometry, dx, grad, t_crow);
   cuda::block_dgrad(kernel, {Pointer<void>(dx), Pointer<const void>(grad),
                              Pointer<const void>(values), Pointer<const int32_t>(t_crow),
                              Pointer<const int32_t>(t_row), Pointer<const int32_t>(t_perm), g,

@@ -203,13 +203,14 @@ def expected(p: Problem, kernel: str) -> torch.Tensor:
 
 class Call(NamedTuple):
     """A call of the bindings: function, tensors in the order of its arguments (those named out_...
-    are written, the first is the answer), the arguments after them, and the order of rows, which
-    comes last where there is one.
+    are written, the first is the answer), the arguments after them, of which the stream is the
+    last, the variant of input gradients, and the order of rows, which comes last if there is one.
     """
 
     function: str
     tensors: dict[str, torch.Tensor | None]
     rest: tuple[Any, ...]
+    variant: tuple[int, ...] = ()
     order: torch.Tensor | None = None
 
 
@@ -237,12 +238,13 @@ def describe(p: Problem, kernel: str, workspace: Callable[..., int], device: int
         tensors = {"out_y": nan_like(grad.shape, p.dtype), "x": x, "values": values, "bias": bias}
         rest = (p.geometry, bh, p.case.relu, VARIANTS.index(kernel), element, device, 0)
         tensors |= {"crow": crow, "col": col}
-        return Call("cuda_product", tensors, rest, by_length(p, kernel))
+        return Call("cuda_product", tensors, rest, order=by_length(p, kernel))
     if kernel in DGRAD_VARIANTS:
         tensors = {"out_dx": nan_like(x.shape, p.dtype), "grad": grad, "values": values}
         tensors |= {"t_crow": t_crow, "t_row": t_row, "t_perm": t_perm}
-        rest = (p.geometry, bh, element, device, 0, DGRAD_VARIANTS.index(kernel))
-        return Call("cuda_dgrad", tensors, rest, by_length(p, kernel))
+        rest = (p.geometry, bh, element, device, 0)
+        variant = (DGRAD_VARIANTS.index(kernel),)
+        return Call("cuda_dgrad", tensors, rest, variant, by_length(p, kernel))
     size = workspace(p.geometry, bh, len(values))
     tensors = {"out_dvalues": nan_like(values.shape), "grad": grad, "x": x, "crow": crow}
     tensors |= {"col": col, "out_workspace": nan_like((size // 4,))}
@@ -277,7 +279,7 @@ def compute(
 
 def run(call: Call, name: str, seed: int = 0) -> torch.Tensor:
     """What the emulated kernel makes of a call; ``name`` is that for errors."""
-    last = () if call.order is None else (address(call.order),)
+    last = (*call.variant, *(() if call.order is None else (address(call.order),)))
     with registered(seed, **call.tensors, order=call.order) as e:
         getattr(e, call.function)(name, *map(address, call.tensors.values()), *call.rest, *last)
     return answer(call)

@@ -32,7 +32,9 @@ def on_gpu(p: Problem, kernel: str) -> torch.Tensor:
     call = describe(p, kernel, module.cuda_wgrad_workspace, device)
     placed = {name: None if t is None else t.cuda() for name, t in call.tensors.items()}
     stream = torch.cuda.current_stream().cuda_stream
-    arguments = (*map(address, placed.values()), *call.rest[:-1], stream)
+    order = None if call.order is None else call.order.cuda()
+    last = (*call.variant, *(() if order is None else (address(order),)))
+    arguments = (*map(address, placed.values()), *call.rest[:-1], stream, *last)
     getattr(module, call.function)(kernel, *arguments)
     torch.cuda.synchronize()
     back = {name: None if t is None else t.cpu() for name, t in placed.items()}
