@@ -34,10 +34,10 @@ enum class Element { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int64_t kMaxBlockHeight = 32;
 
-// How a forward or an input gradient is computed. kStaged serves layers of one group whose batch
-// and addresses are multiples of 16 bytes, forward with bh <= 16, input gradients with strides of
-// 1; kSmall serves at most 16 points (output pixels x batch; of the input for gradients). kChosen
-// is kSmall where that serves, else kDirect.
+// How a product is computed. kStaged serves layers of one group whose batch and addresses are
+// multiples of 16 bytes (weight gradients: of 4 bytes), forward with bh <= 16, input gradients with
+// strides of 1; kSmall serves at most 16 points (output pixels x batch; of the input for
+// gradients). kChosen is kSmall where that serves, else kDirect.
 enum class Variant { kChosen = 0, kDirect = 1, kStaged = 2, kSmall = 3 };
 
 struct Place {

@@ -16,11 +16,6 @@ namespace sk::cuda {
   extern template void SmallDgradOf<T, Target>(const CallName&, const DgradArgs&,                \
                                                const DgradShape&);                               \
   extern template void SmallWgradOf<T, Source>(const CallName&, const WgradArgs&, int, int);
-#define SK_STAGED_KERNELS_OF(T, Source, Target)                                    \
-  extern template void StagedOf<T, Source>(const CallName&, const ProductArgs&,    \
-                                           const ProductShape&);                   \
-  extern template void StagedDgradOf<T, Target>(const CallName&, const DgradArgs&, \
-                                                const DgradShape&);
 #define SK_STAGED_WGRAD_OF(T)                                                            \
   extern template void StagedWgradOf<T, LinearSource>(const CallName&, const WgradArgs&, \
                                                       const WgradShape&);                \
@@ -30,6 +25,11 @@ SK_STAGED_WGRAD_OF(float)
 SK_STAGED_WGRAD_OF(__half)
 SK_STAGED_WGRAD_OF(__nv_bfloat16)
 #undef SK_STAGED_WGRAD_OF
+#define SK_STAGED_KERNELS_OF(T, Source, Target)                                    \
+  extern template void StagedOf<T, Source>(const CallName&, const ProductArgs&,    \
+                                           const ProductShape&);                   \
+  extern template void StagedDgradOf<T, Target>(const CallName&, const DgradArgs&, \
+                                                const DgradShape&);
 #define SK_KERNELS_OF(T)                                                               \
   SK_STAGED_KERNELS_OF(T, LinearSource, LinearTarget)                                  \
   SK_STAGED_KERNELS_OF(T, ConvSource, ConvTarget)                                      \

@@ -1,11 +1,11 @@
-"""Which of the native CUDA kernels computes a forward or an input gradient, and in what order of
-rows.
+"""Which of the native CUDA kernels computes a product of a layer, and in what order of rows.
 
 Two variants compute elements and V x 1 blocks, to the same result up to rounding:
 
     direct   every warp reads the rows of x (of grad) that its own blocks need
     staged   a thread block streams all of them through shared memory and its 128 rows (block rows
-             of 128 rows in all; 128 channels in gradients) take what they need from there
+             of 128 rows in all; 128 channels in gradients) take what they need from there; in
+             weight gradients 96 rows of the gradient and 96 columns of x (staged_wgrad.cuh)
 
 At most 16 points (samples x pixels) have a kernel of their own and no choice. ``tune`` races the
 variants on the GPU; a process-wide table by site holds what it found, as for Triton's
@@ -24,7 +24,6 @@ from sparse_kernels.backends.triton.operands import row_order
 DIRECT, STAGED = "direct", "staged"
 #: By name, the numbers of csrc/kernels_cuda.h's Variant; None is the launcher's choice.
 NUMBERS = {None: 0, DIRECT: 1, STAGED: 2}
-WGRAD_NUMBERS = {**NUMBERS, "small": 3}
 
 FEW_POINTS = 16  # kSmallPoints in csrc/cuda/small.cuh
 _STAGED_HEIGHT = 16  # highest block of the staged forward
@@ -46,12 +45,16 @@ def candidates(site: Site) -> tuple[str, ...]:
 
 def serves_staged(site: Site) -> bool:
     """Whether the staged kernel computes it, given 16-byte aligned tensors (torch's own are)."""
-    g, per_copy = site.geometry, 16 // site.dtype.itemsize
-    if g.groups != 1 or site.batch % per_copy or _points(site) <= FEW_POINTS:
+    g, size = site.geometry, site.dtype.itemsize
+    if g.groups != 1 or site.block[1] != 1 or _points(site) <= FEW_POINTS:
+        return False
+    if site.op.endswith("_wgrad"):
+        return site.batch * size % 4 == 0
+    if site.batch * size % 16:
         return False
     if site.op.endswith("_dgrad"):
         return g.stride_h == g.stride_w == 1
-    return not site.op.endswith("_wgrad") and site.block[0] <= _STAGED_HEIGHT
+    return site.block[0] <= _STAGED_HEIGHT
 
 
 def default(site: Site) -> str:
@@ -60,9 +63,11 @@ def default(site: Site) -> str:
     Staging reads every column of x once per thread block, the direct kernel a column for each of
     its blocks. So staging is chosen where a staged row is used at least four times, which is
     density x block rows (channels) of a thread block, and where there are thread blocks enough to
-    fill a large GPU: it takes longer per thread block and keeps fewer warps resident.
+    fill a large GPU: it takes longer per thread block and keeps fewer warps resident.  A weight
+    gradient is direct until it is timed: what staging saves there is at most a factor of three in
+    reads, and the sums that it keeps leave 16 warps per multiprocessor (docs/cuda.md).
     """
-    if not serves_staged(site):
+    if not serves_staged(site) or site.op.endswith("_wgrad"):
         return DIRECT
     g, height = site.geometry, site.block[0]
     rows = -(-g.out_channels // height)
@@ -117,7 +122,7 @@ def number(
 
     Args:
         variant: what the caller asks for; None goes by the table, then by the rule.
-        first: x, or the gradient of an input gradient.
+        first: x, or the gradient of the two gradients.
         stored: the shape of the values; ``image`` and ``geometry`` are those of ``Site``.
 
     Raises:
@@ -138,16 +143,6 @@ def number(
     if chosen == STAGED and first.data_ptr() % 16:  # a view into the midst of a tensor
         chosen = DIRECT
     return NUMBERS[chosen]
-
-
-def wgrad_number(variant: str | None, op: str) -> int:
-    """What the launcher of a weight gradient is told; None is its own choice: direct, or small for
-    few points, until a GPU has said where staged is faster. ValueError if there is none so named.
-    """
-    if variant not in WGRAD_NUMBERS:
-        known = ", ".join(repr(known) for known in WGRAD_NUMBERS)
-        raise ValueError(f"{op}: expected one of the variants {known}, got {variant!r}")
-    return WGRAD_NUMBERS[variant]
 
 
 # -- order of rows ---------------------------------------------------------------------------------

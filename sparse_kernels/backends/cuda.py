@@ -205,14 +205,17 @@ def _wgrad(
     block: tuple[int, int],
     geometry: list[int],
     variant: str | None,
+    site: tuple[Sequence[int], Sequence[int]],
 ) -> Tensor:
-    """Gradient of the values [capacity, bh, 1], float32."""
+    """Gradient of the values [capacity, bh, 1], float32; site: image and convolution."""
     if why := _why_not(kernel, x.dtype, None, block):
         raise ValueError(f"{kernel}: the CUDA backend {why}")
     gs, xs = activation(grad.to(x.dtype)), activation(x)
     capacity = index[1].shape[0]
+    number = _cuda_variants.number(variant, kernel, gs, (capacity, *block), *site)
+    if variant is None and xs.data_ptr() % 16:  # a view, as in `number` for the gradient
+        number = min(number, _cuda_variants.NUMBERS["direct"])
     dvalues = torch.empty((capacity, *block), dtype=torch.float32, device=x.device)
-    number = _cuda_variants.wgrad_number(variant, kernel)
     size = _cuda_native.native().cuda_wgrad_workspace(geometry, block[0], capacity, number)
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
     _cuda_native.native().cuda_wgrad(
@@ -233,12 +236,9 @@ def _wgrad(
     return dvalues
 
 
-def _linear_variant(
-    variant: str | None, op: str, first: Tensor, values: Tensor, rows: int, cols: int
-) -> int:
-    """The launcher's number of a variant of a linear layer, a convolution of one pixel."""
-    geometry = Conv2dGeometry(rows, cols, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
-    return _cuda_variants.number(variant, op, first, values.shape, (1, 1), geometry)
+def _one_pixel(rows: int, cols: int) -> Conv2dGeometry:
+    """A linear layer as the convolution of one pixel that _cuda_variants.py knows it as."""
+    return Conv2dGeometry(rows, cols, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
 
 
 # -- linear ----------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def linear(
 ) -> Tensor:
     """Y = X S^T (+ bias, ReLU); x [N, in] -> y [N, out], feature-major, x's dtype.
 
-    ``variant`` of elements and vectors, as of the three functions like this: "direct" or "staged"
+    ``variant`` of elements and vectors, as of the functions like this: "direct" or "staged"
     (_cuda_variants.py), None for what ``tune`` or the rule chose. ValueError where it does not
     serve the shape.
     """
@@ -270,7 +270,8 @@ def linear(
         )
     batch, cols = x.shape
     shape, geometry = (batch, out_features), [out_features, cols, batch]
-    number = _linear_variant(variant, "linear", x, values, out_features, cols)
+    site = ((1, 1), _one_pixel(out_features, cols))
+    number = _cuda_variants.number(variant, "linear", x, values.shape, *site)
     return _product("linear", x, values, (crow, col), bias, shape, geometry, relu, number)
 
 
@@ -292,7 +293,8 @@ def linear_dgrad(
         return _cuda_blocks.dgrad("linear_dgrad", grad, values, index, size, None)
     batch, rows = grad.shape
     shape, geometry = (batch, in_features), [rows, in_features, batch]
-    number = _linear_variant(variant, "linear_dgrad", grad, values, rows, in_features)
+    site = ((1, 1), _one_pixel(rows, in_features))
+    number = _cuda_variants.number(variant, "linear_dgrad", grad, values.shape, *site)
     index = (t_crow, t_row, t_perm)
     return _dgrad("linear_dgrad", grad, values, index, shape, geometry, 1, number)
 
@@ -310,15 +312,12 @@ def linear_wgrad(
     *,
     variant: str | None = None,
 ) -> Tensor:
-    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside.
-
-    ``variant``: "direct", "staged" (float32, or an even batch), "small" (a batch of at most 16) or
-    None, the launcher's choice; not of tensor-core blocks. ValueError for what is not served.
-    """
+    """dvalues [capacity, bh, bw] float32 = dY^T X at the pattern; zero tail, zero outside."""
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), None)
     geometry = [grad.shape[1], x.shape[1], x.shape[0]]
-    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry, variant)
+    site = ((1, 1), _one_pixel(grad.shape[1], x.shape[1]))
+    return _wgrad("linear_wgrad", grad, x, (crow, col), (bh, bw), geometry, variant, site)
 
 
 # -- convolution -----------------------------------------------------------------------------------
@@ -390,11 +389,9 @@ def conv2d_wgrad(
     *,
     variant: str | None = None,
 ) -> Tensor:
-    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside.
-
-    ``variant`` as in linear_wgrad; "staged" wants one group.
-    """
+    """dvalues [capacity, bh, bw] float32 of the convolution; zero tail, zero outside."""
     if _cuda_blocks.is_served((bh, bw)):
         return _cuda_blocks.wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), geometry)
     sizes = _geometry(x.shape, grad.shape[2:], geometry)
-    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes, variant)
+    site = (x.shape[2:], geometry)
+    return _wgrad("conv2d_wgrad", grad, x, (crow, col), (bh, bw), sizes, variant, site)

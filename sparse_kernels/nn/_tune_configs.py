@@ -65,8 +65,6 @@ class _Table(NamedTuple):
         """
         if self.module is triton:
             return {chosen.name_of(c): {"config": c} for c in chosen.candidates(self.site)}
-        if self.site.op.endswith("_wgrad"):
-            return {RULE: {}}
         return {name: {"variant": name} for name in _cuda_variants.candidates(self.site)}
 
 
