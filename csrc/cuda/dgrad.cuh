@@ -24,9 +24,15 @@ __device__ __forceinline__ int LowerBound(const int32_t* t_row, int begin, int e
   return begin;
 }
 
+// Blocks in several steps unroll their rows, for which ptxas spills on sm_100 at 64 registers.
+template <typename L, bool kElements>
+constexpr int DgradBlocks() {
+  return MinBlocks(!kElements && L::kSteps > 1 ? 9 : L::kPack * L::kSteps);
+}
+
 // kElements: bh is 1. wide_index: t_row and t_perm are 16-byte aligned.
 template <typename T, bool kElements, typename L, typename Target>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, MinBlocks(L::kPack* L::kSteps))
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, (DgradBlocks<L, kElements>()))
     DgradKernel(T* __restrict__ dx, const T* __restrict__ grad, const float* __restrict__ values,
                 const int32_t* __restrict__ t_crow, const int32_t* __restrict__ t_row,
                 const int32_t* __restrict__ t_perm, const int32_t* __restrict__ order,

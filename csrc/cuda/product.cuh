@@ -90,11 +90,14 @@ struct ProductSums {
   }
 };
 
-// Registers for the places of several steps of an image, beside the sums.
+// Registers beside the sums: for the places of several steps of an image, and where there are 8
+// sums, for which ptxas spills on sm_100.
 template <typename L, typename Source>
 constexpr int ProductBlocks(int height) {
   const int sums = height * L::kPack * L::kSteps;
-  return MinBlocks(L::kSteps > 1 && Source::kImage && sums <= 8 ? 9 : sums);
+  const bool places = L::kSteps > 1 && Source::kImage && sums <= 8;
+  const bool full = sums == 8 && (L::kSteps > 1 || (L::kPack == 1 && Source::kImage));
+  return MinBlocks(places || full ? 9 : sums);
 }
 
 // kHeight >= bh: sums of the rows above bh are not stored. wide_index: values and col are 16-byte
