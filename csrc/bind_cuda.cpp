@@ -68,8 +68,11 @@ void CudaWgrad(const char* kernel, Address dvalues, Address grad, Address x, Add
 
 int64_t CudaWgradWorkspace(const std::vector<int64_t>& geometry, int64_t bh, int64_t capacity,
                            int64_t variant) {
-  return cuda::wgrad_workspace(CudaGeometry("cuda_wgrad_workspace", geometry), bh, capacity,
-                               VariantOf("cuda_wgrad_workspace", variant));
+  constexpr char kName[] = "cuda_wgrad_workspace";
+  RequireSize(kName, "bh", bh, 1);
+  RequireSize(kName, "capacity", capacity);
+  return cuda::wgrad_workspace(CudaGeometry(kName, geometry), bh, capacity,
+                               VariantOf(kName, variant));
 }
 
 std::string CudaUnusable(int64_t device) {

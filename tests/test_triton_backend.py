@@ -281,3 +281,15 @@ def test_the_longest_lists_of_an_input_gradient_come_first() -> None:
     t_crow = torch.cat([torch.zeros(1, dtype=torch.int64), counts.flatten().cumsum(0)])
     lengths = block_products.list_lengths(t_crow.int(), g, 2)
     assert lengths.tolist() == counts.flatten().tolist()
+
+
+def test_an_order_first_made_in_inference_mode_serves_training() -> None:
+    from sparse_kernels.backends.triton.operands import row_order
+
+    pointer = torch.tensor([0, 1, 4, 6])
+    with torch.inference_mode():
+        first = row_order(pointer, "inference", pointer.diff)
+    assert first.tolist() == [1, 2, 0]
+    pointer.copy_(torch.tensor([0, 3, 4, 6]))  # a mask update
+    assert row_order(pointer, "inference", pointer.diff) is first
+    assert first.tolist() == [0, 2, 1]

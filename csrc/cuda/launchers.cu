@@ -10,7 +10,7 @@
 
 namespace sk::cuda {
 
-// Instantiated in product_*.cu, staged.cu, gradients_*.cu and small_*.cu.
+// Instantiated in product_*.cu, staged_*.cu, gradients_*.cu and small_*.cu.
 #define SK_SMALL_KERNELS_OF(T, Source, Target)                                                   \
   extern template void SmallProductOf<T, Source>(const CallName&, const ProductArgs&, int, int); \
   extern template void SmallDgradOf<T, Target>(const CallName&, const DgradArgs&,                \

@@ -49,7 +49,8 @@ __device__ __forceinline__ float ScaleOf(const float* weight, float var, float e
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kDenseThreads)
     NormMomentsKernel(float* __restrict__ moments, const T* __restrict__ x, int count, int part) {
-  const int from = static_cast<int>(blockIdx.y) * part, to = min(count, from + part);
+  const int from = static_cast<int>(blockIdx.y) * part;
+  const int to = from + min(count - from, part);  // from + part may wrap near 2^31
   const T* row = x + static_cast<int64_t>(blockIdx.x) * count;
   const int first = from + static_cast<int>(threadIdx.x) * kWidth;
   float sum[1] = {};
@@ -170,7 +171,8 @@ __global__ void __launch_bounds__(kDenseThreads)
                    const float* __restrict__ var, const float* __restrict__ offset, int count,
                    int part, float eps) {
   const int channel = static_cast<int>(blockIdx.x);
-  const int from = static_cast<int>(blockIdx.y) * part, to = min(count, from + part);
+  const int from = static_cast<int>(blockIdx.y) * part;
+  const int to = from + min(count - from, part);  // from + part may wrap near 2^31
   const Affine affine = {mean[channel], ScaleOf(weight, var[channel], eps, channel),
                          offset != nullptr ? offset[channel] : 0.0f};
   const int64_t row = static_cast<int64_t>(channel) * count;

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kDenseThreads)
                        const float* __restrict__ mean, Halved size, int part) {
   const int channel = static_cast<int>(blockIdx.x);
   const int from = static_cast<int>(blockIdx.y) * part;
-  const int to = min(size.out_points, from + part);
+  const int to = from + min(size.out_points - from, part);
   const float middle = mean[channel];
   const T* image = x + static_cast<int64_t>(channel) * size.points;
   const int64_t row = static_cast<int64_t>(channel) * size.out_points;

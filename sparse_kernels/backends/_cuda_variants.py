@@ -14,8 +14,10 @@ configurations (triton/chosen.py). Without an entry the rule of ``default`` serv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sparse_kernels.backends.triton.chosen import Site, site_of
@@ -32,7 +34,7 @@ _ROWS, _POINTS = 128, 64  # of a staged thread block: csrc/cuda/staged.cuh
 # and the thread blocks that keep a large GPU's multiprocessors (132 on an H100) busy.
 _LEAST_REUSE, _LEAST_BLOCKS = 4.0, 132
 
-_table: dict[Site, str] = {}
+_table: dict[Site, str] = {}  # one for all devices: what was timed on one GPU serves all
 
 
 def candidates(site: Site) -> tuple[str, ...]:
@@ -94,6 +96,7 @@ def _points(site: Site) -> int:
 
 def use(site: Site, name: str) -> None:
     """Serve ``site`` from now on by the variant of that name; by the rule if it is no candidate."""
+    site = site._replace(tf32=False)
     if name in candidates(site):
         _table[site] = name
     else:
@@ -102,12 +105,32 @@ def use(site: Site, name: str) -> None:
 
 def used(site: Site) -> str | None:
     """The variant that the table holds for a site; None where the rule serves."""
-    return _table.get(site)
+    return _table.get(site._replace(tf32=False))
 
 
 def clear() -> None:
     """Let every product go by the rule again."""
     _table.clear()
+
+
+# Every call asks: a site takes some 10 us to make, its rule as long.
+@functools.lru_cache(maxsize=4096)
+def _site(
+    op: str,
+    dtype: torch.dtype,
+    batch: int,
+    stored: tuple[int, ...],
+    image: tuple[int, ...],
+    geometry: tuple[int, ...],
+) -> Site:
+    capacity, height, width = stored
+    site = site_of(op, dtype, (height, width), batch, image, geometry, capacity)
+    return site._replace(tf32=False)  # no variant of these kernels depends on it
+
+
+@functools.lru_cache(maxsize=4096)
+def _rule(site: Site) -> str | None:
+    return None if _points(site) <= FEW_POINTS else default(site)
 
 
 def number(
@@ -128,8 +151,7 @@ def number(
     Raises:
         ValueError: there is no such variant, or it does not serve this call.
     """
-    capacity, height, width = stored
-    site = site_of(op, first.dtype, (height, width), first.shape[0], image, geometry, capacity)
+    site = _site(op, first.dtype, first.shape[0], tuple(stored), tuple(image), tuple(geometry))
     if variant is not None:
         if variant not in candidates(site):
             raise ValueError(
@@ -137,9 +159,7 @@ def number(
                 f"got {variant!r}"
             )
         return NUMBERS[variant]
-    if _points(site) <= FEW_POINTS:
-        return NUMBERS[None]
-    chosen = _table.get(site) or default(site)
+    chosen = _table.get(site) or _rule(site)
     if chosen == STAGED and first.data_ptr() % 16:  # a view into the midst of a tensor
         chosen = DIRECT
     return NUMBERS[chosen]

@@ -23,6 +23,8 @@ def convert_once(op: str, x: Tensor, values: Tensor) -> Tensor:
     GPU's; the CPU's own transposition in tiles is faster than that, even twice.
     """
     recorded = x.requires_grad and torch.is_grad_enabled()
+    if recorded and x.device.type == "cpu" and plan.forced() is None:
+        return x
     if not is_plain(x.detach() if recorded else x):
         return x
     wanted = plan.operand_layout(op, x, values)

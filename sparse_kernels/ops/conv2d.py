@@ -163,7 +163,8 @@ def _derivative(
     geometry: Sequence[int],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, values, bias and probe, each by its operator and differentiable again."""
-    grad = convert_once("conv2d_dgrad", grad, values)
+    if needs[0] or needs[1] or needs[3]:
+        grad = convert_once("conv2d_dgrad", grad, values)
     product = caller(grad, x, values, *index)
     dx = dv = None
     if needs[0]:

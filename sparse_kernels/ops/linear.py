@@ -297,7 +297,8 @@ def _derivative(
     grad: Tensor, x: Tensor, values: Tensor, index: Index, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, values, bias and probe, each by its operator and differentiable again."""
-    grad = convert_once("linear_dgrad", grad, values)
+    if needs[0] or needs[1] or needs[3]:
+        grad = convert_once("linear_dgrad", grad, values)
     product = caller(grad, x, values, *index)
     dx = product("linear_dgrad", grad, values, *index, x.shape[1]) if needs[0] else None
     dp = product("linear_wgrad_dense", grad, x) if needs[3] else None

@@ -12,6 +12,8 @@ import torch
 
 # The bindings that queue nothing.
 ASKING = ("_workspace", "_unusable")
+# Where device and stream stand, if they are not the last two arguments.
+PLACES = {"cuda_product": 12, "cuda_dgrad": 10, "cuda_wgrad": 12}
 
 
 class Recording(NamedTuple):
@@ -82,7 +84,8 @@ class Issue:
         if isinstance(args[-1], list):  # element, device, stream
             args[-1] = [args[-1][0], self.device, self.stream]
         else:
-            args[-2:] = [self.device, self.stream]
+            at = PLACES.get(self.recording.function, len(args) - 2)
+            args[at : at + 2] = [self.device, self.stream]
         getattr(emulator.load(), self.recording.function)(*args)
 
     def reset(self) -> None:

@@ -20,6 +20,8 @@ FILES = (
     "test_streams.py",
     "test_kernels.py",
     "test_dense.py",
+    "test_norm_pool.py",
+    "test_staged_wgrad.py",
     "test_launchers.py",
     "test_mma_kernels.py",
     "test_pattern_change.py",

@@ -82,6 +82,9 @@ def row_order(pointer: Tensor, kind: Any, lengths: Callable[[], Tensor]) -> Tens
     to a tensor, which tell a change. A stale order costs time, never correctness: a captured CUDA
     graph goes on reading the same memory, which the next call outside of the graph brings up to
     date. Inference tensors count no writes; theirs is made for each call.
+
+    One stream at a time: a layer's first call, and its first after a change of the pattern, write
+    memory that all its calls read. Order them before calls of the same layer on other streams.
     """
     if pointer.is_inference() or pointer.device.type == "meta":
         return _sorted(lengths())
@@ -89,12 +92,20 @@ def row_order(pointer: Tensor, kind: Any, lengths: Callable[[], Tensor]) -> Tens
     entry = _orders.get(key)
     version = pointer._version
     if entry is not None and entry[0]() is pointer:
-        if entry[1] != version and not _capturing(pointer):
-            entry[2].copy_(_sorted(lengths()))
-            _orders[key] = (entry[0], version, entry[2])
-        return entry[2]
-    order = _sorted(lengths())
-    if not _capturing(pointer):  # memory made in a capture belongs to the graph
+        if entry[1] == version or _capturing(pointer):
+            return entry[2]
+        order = entry[2]
+    else:
+        entry = order = None
+    # Kept for training too, where a tensor made in inference mode could not be written.
+    with torch.inference_mode(False), torch.no_grad():
+        if order is None:
+            order = _sorted(lengths())
+        else:
+            order.copy_(_sorted(lengths()))
+    if entry is not None:
+        _orders[key] = (entry[0], version, order)
+    elif not _capturing(pointer):  # memory made in a capture belongs to the graph
         _orders[key] = (weakref.ref(pointer, lambda _: _orders.pop(key, None)), version, order)
     return order
 

@@ -165,6 +165,7 @@ EMULATION_ATOMIC(atomicExch, int, operand)
 
 namespace emulation {
 cudaError_t CheckLaunch(const void* kernel, const cudaLaunchConfig_t& config);
+size_t SharedRoom(const void* kernel);  // for static and dynamic parts together
 cudaError_t FinishLaunch(bool fine);
 cudaError_t AllowShared(const void* kernel, int bytes);
 }  // namespace emulation
@@ -177,7 +178,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
   const dim3 grid = config->gridDim, block = config->blockDim;
   const size_t shared = config->dynamicSmemBytes;
+  const size_t room = emulation::SharedRoom(reinterpret_cast<const void*>(kernel));
   return emulation::Submit("launch", config->stream, [=] {
+    emulation::shared_room = room;
     return emulation::RunGrid(grid, block, shared, [&] {
       const auto call = [kernel](Parameters... p) {
         emulation::watching = true;

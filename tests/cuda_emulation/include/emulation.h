@@ -72,6 +72,7 @@ int LaneId();
 void* DynamicShared();
 size_t DynamicSharedBytes();
 void* StaticShared(const void* tag, size_t bytes, size_t alignment);
+extern size_t shared_room;  // of the launch that runs: static and dynamic shared memory
 
 // cp.async: the bytes arrive at the wait, not before; until then they read as a fault.
 void CopyStart(void* shared, const void* global, size_t bytes, size_t source_bytes);

@@ -89,6 +89,10 @@ cudaError_t AllowShared(const void* kernel, int bytes) {
   return cudaSuccess;
 }
 
+size_t SharedRoom(const void* kernel) {
+  return allowed_shared.count(kernel) != 0 ? kSharedOptIn : kSharedDefault;
+}
+
 // The limits of the programming guide, table "technical specifications per compute capability".
 cudaError_t CheckLaunch(const void* kernel, const cudaLaunchConfig_t& c) {
   const dim3 &grid = c.gridDim, &block = c.blockDim;

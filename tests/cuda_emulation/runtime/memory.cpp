@@ -219,12 +219,19 @@ void EndShared() {
 void* DynamicShared() { return dynamic.begin; }
 size_t DynamicSharedBytes() { return dynamic.bytes; }
 
+size_t shared_room = 48 << 10;
+
 // Aligned as its type says and no better: what a kernel needs beyond that, it must ask for.
 void* StaticShared(const void* tag, size_t bytes, size_t alignment) {
   Quiet quiet;
   auto found = statics.find(tag);
-  if (found == statics.end()) found = statics.emplace(tag, NewRegion(bytes, alignment % 128)).first;
-  return found->second.begin;
+  if (found != statics.end()) return found->second.begin;
+  size_t total = dynamic.bytes + bytes;
+  for (const auto& entry : statics) total += entry.second.bytes;
+  if (total > shared_room)
+    Fault("%zu bytes of static and dynamic shared memory, %zu are allowed here", total,
+          shared_room);
+  return statics.emplace(tag, NewRegion(bytes, alignment % 128)).first->second.begin;
 }
 
 void CopyStart(void* shared, const void* global, size_t bytes, size_t source_bytes) {
