@@ -122,8 +122,16 @@ def _shape(g: Conv2dGeometry) -> tuple[int, int, int, int]:
 
 
 def _arguments(g: Conv2dGeometry) -> tuple[list[int], list[int], list[int], int]:
-    """Stride, padding, dilation and groups as torch's convolution takes them."""
-    return [g.stride_h, g.stride_w], [g.pad_top, g.pad_left], [g.dilation_h, g.dilation_w], g.groups
+    """Stride, padding, dilation and groups as torch's convolution takes them.
+
+    One tap cannot be dilated: said so, for torch 2.13 (oneDNN) ends the process where images one
+    pixel wide are channels_last, with groups, padding, stride 2 and dilation 2 of a kernel side 1.
+    """
+    dilation = [
+        step if taps > 1 else 1
+        for taps, step in ((g.kernel_height, g.dilation_h), (g.kernel_width, g.dilation_w))
+    ]
+    return [g.stride_h, g.stride_w], [g.pad_top, g.pad_left], dilation, g.groups
 
 
 def _with_batch_stride(images: Tensor) -> Tensor:
