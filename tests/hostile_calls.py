@@ -159,7 +159,21 @@ def one_round(first: int, record: Path, code: str) -> bool:
             **counts, "finding": finding, "rules": made}  # fmt: skip
     with record.open("a") as file:
         file.write(json.dumps(line) + "\n")
+    (HOME / "playing").unlink()
     return finding is None
+
+
+def note_end(record: Path, code: str) -> None:
+    """Record the game in which the last process ended, killed or crashed: --game N tells which."""
+    playing = HOME / "playing"
+    game = playing.read_text().strip() if playing.exists() else ""
+    if game:
+        line = {"time": time.strftime("%F %T"), "sources": code, "first": int(game),
+                "last": int(game), "calls": 0, "refused": 0,
+                "finding": f"game {game}: the process ended", "rules": {}}  # fmt: skip
+        with record.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        playing.unlink()
 
 
 def main() -> None:
@@ -175,6 +189,7 @@ def main() -> None:
     if args.game is not None:
         play(args.game, show=print)
         return
+    note_end(args.record, sources())
     code, end = sources(), time.monotonic() + 60 * args.minutes
     while True:
         entries = recorded(args.record)
