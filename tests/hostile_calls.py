@@ -1,7 +1,7 @@
 """Hostile calls on patterns and layers: any order, right and wrong arguments, a dense model beside.
 
-    python tests/hostile_calls.py --calls 1000000
-    python tests/hostile_calls.py --game 1234
+    PYTHONPATH=. python tests/hostile_calls.py --calls 1000000
+    PYTHONPATH=. python tests/hostile_calls.py --game 1234
 
 The first plays games of 40 rules each until so many calls were made with these sources (the games
 before are in build/hostile/record.jsonl, their number is the seed), the second plays one of them

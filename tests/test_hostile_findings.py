@@ -115,3 +115,21 @@ def test_one_image_one_pixel_wide_through_groups_and_dilation(image_format: str)
         expected = layer.to_dense().double()(x.double())
         for image in (x, x.contiguous(memory_format=torch.channels_last)):
             torch.testing.assert_close(layer(image).double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_free_strides_of_narrow_images_through_groups(dtype: torch.dtype) -> None:
+    """The stride of a side of 1 says nothing; torch 2.13 reads it in the weight's gradient."""
+    layer = SparseConv2d(16, 4, (1, 2), 2, 1, groups=2, density=0.5, dtype=dtype)
+    layer.to_storage_(DENSE_MASKED)
+    dense = layer.to_dense().double()
+    x = torch.randn(8, 16, 6, 1, dtype=dtype)
+    narrow = torch.empty_strided(x.shape, (96, 1, 16, 768), dtype=dtype).copy_(x)
+    dense(x.double()).sum().backward()
+    expected = layer.weight_to_matrix(dense.weight.grad) * layer.mask
+    for probe in (False, True):
+        layer.probe = None
+        if probe:
+            layer.make_probe()
+        (found,) = torch.autograd.grad(layer(narrow).sum(), layer.values)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

@@ -71,8 +71,8 @@ def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor | None:
         and x.is_contiguous(memory_format=FORMATS[image_format])
         and g.pad_top == g.pad_bottom
         and g.pad_left == g.pad_right
-        # See ops.masked_conv2d on single images, and on the dilation of a single tap.
-        and (g.groups == 1 or x.shape[0] > 1)
+        # See ops.masked_conv2d: strides of sides of 1 are free, and a single tap has no dilation.
+        and (g.groups == 1 or 1 not in x.shape)
         and (layer.dilation == (1, 1) or 1 not in layer.kernel_size)
         and "bias" in parameters
     ):
