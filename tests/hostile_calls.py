@@ -1,7 +1,7 @@
 """Hostile calls on patterns and layers: any order, right and wrong arguments, a dense model beside.
 
-    python tests/hostile_calls.py --calls 1000000
-    python tests/hostile_calls.py --game 1234
+    PYTHONPATH=. python tests/hostile_calls.py --calls 1000000
+    PYTHONPATH=. python tests/hostile_calls.py --game 1234
 
 The first plays games of 40 rules each until so many calls were made with these sources (the games
 before are in build/hostile/record.jsonl, their number is the seed), the second plays one of them
@@ -159,7 +159,21 @@ def one_round(first: int, record: Path, code: str) -> bool:
             **counts, "finding": finding, "rules": made}  # fmt: skip
     with record.open("a") as file:
         file.write(json.dumps(line) + "\n")
+    (HOME / "playing").unlink()
     return finding is None
+
+
+def note_end(record: Path, code: str) -> None:
+    """Record the game in which the last process ended, killed or crashed: --game N tells which."""
+    playing = HOME / "playing"
+    game = playing.read_text().strip() if playing.exists() else ""
+    if game:
+        line = {"time": time.strftime("%F %T"), "sources": code, "first": int(game),
+                "last": int(game), "calls": 0, "refused": 0,
+                "finding": f"game {game}: the process ended", "rules": {}}  # fmt: skip
+        with record.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        playing.unlink()
 
 
 def main() -> None:
@@ -175,6 +189,7 @@ def main() -> None:
     if args.game is not None:
         play(args.game, show=print)
         return
+    note_end(args.record, sources())
     code, end = sources(), time.monotonic() + 60 * args.minutes
     while True:
         entries = recorded(args.record)

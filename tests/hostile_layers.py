@@ -155,7 +155,7 @@ class LayerRules:
     def not_a_number(self, draw: Draw) -> None:
         """NaN and infinity in one sample stay in it: no lane of a vector reads its neighbour."""
         shape = self._shape(draw)
-        if len(shape) != (2 if self.linear else 4) or shape[0] < 2:
+        if len(shape) != (2 if self.linear else 4) or shape[0] < 2 or 0 in shape:
             return
         x = self._input(draw, shape)
         try:

@@ -54,6 +54,17 @@ def test_a_finding_names_game_and_step_and_ends_the_round(
     assert "rule convert" in line["finding"]
 
 
+def test_a_process_that_ended_names_its_game(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostile_calls, "HOME", tmp_path)
+    (tmp_path / "playing").write_text("77\n")
+    for _ in range(2):  # told once
+        hostile_calls.note_end(tmp_path / "record.jsonl", "code")
+    (line,) = (json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines())
+    assert line["finding"] == "game 77: the process ended" and line["last"] == 77
+
+
 def test_damage_that_nothing_reads_must_change_nothing() -> None:
     results = [torch.zeros(2), torch.ones(2)]
     Rules()._same_or_legal(results, unused=False)

@@ -101,3 +101,35 @@ def test_gradient_of_an_expanded_image_through_groups(expanded: int, image_forma
         weights = torch.arange(float(y.numel()), dtype=torch.float64).view(y.shape)
         grads.append(torch.autograd.grad(y, image, weights)[0])
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("image_format", ["channels_last", "contiguous"])
+def test_one_image_one_pixel_wide_through_groups_and_dilation(image_format: str) -> None:
+    """torch 2.13's own convolution ends the process here with channels_last memory."""
+    layer = SparseConv2d(12, 14, (3, 1), stride=2, padding=1, dilation=2, groups=2, density=0.5)
+    layer.image_format = image_format
+    layer.to_storage_(DENSE_MASKED)
+    for batch in (1, 2):
+        x = torch.randn(batch, 12, 5, 1)
+        # The dense layer's own dilation of one tap would end the process, in float32.
+        expected = layer.to_dense().double()(x.double())
+        for image in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(layer(image).double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_free_strides_of_narrow_images_through_groups(dtype: torch.dtype) -> None:
+    """The stride of a side of 1 says nothing; torch 2.13 reads it in the weight's gradient."""
+    layer = SparseConv2d(16, 4, (1, 2), 2, 1, groups=2, density=0.5, dtype=dtype)
+    layer.to_storage_(DENSE_MASKED)
+    dense = layer.to_dense().double()
+    x = torch.randn(8, 16, 6, 1, dtype=dtype)
+    narrow = torch.empty_strided(x.shape, (96, 1, 16, 768), dtype=dtype).copy_(x)
+    dense(x.double()).sum().backward()
+    expected = layer.weight_to_matrix(dense.weight.grad) * layer.mask
+    for probe in (False, True):
+        layer.probe = None
+        if probe:
+            layer.make_probe()
+        (found,) = torch.autograd.grad(layer(narrow).sum(), layer.values)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

@@ -71,7 +71,9 @@ def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor | None:
         and x.is_contiguous(memory_format=FORMATS[image_format])
         and g.pad_top == g.pad_bottom
         and g.pad_left == g.pad_right
-        and (g.groups == 1 or x.shape[0] > 1)  # see ops.masked_conv2d on single images
+        # See ops.masked_conv2d: strides of sides of 1 are free, and a single tap has no dilation.
+        and (g.groups == 1 or 1 not in x.shape)
+        and (layer.dilation == (1, 1) or 1 not in layer.kernel_size)
         and "bias" in parameters
     ):
         return None

@@ -80,7 +80,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
         g, memory_format = Conv2dGeometry(*geometry), FORMATS[name]
         ctx.geometry, ctx.memory_format = g, memory_format
         ctx.feature_major = x.shape[0] > 1 and not x.is_contiguous() and is_feature_major(x)
-        image = to_image_format(x, memory_format)
+        image = _plain_strides(to_image_format(x, memory_format), g.groups)
         weight = weight_from_matrix(dense, _shape(g), memory_format)
         # A second derivative must find x itself; without conversion the two are one tensor.
         ctx.save_for_backward(x, dense, mask, image, weight)
@@ -95,7 +95,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
             image, weight = x, weight_from_matrix(dense, _shape(g), torch.channels_last)
         stride, padding, dilation, groups = _arguments(g)
         dx, dweight, db = torch.ops.aten.convolution_backward(
-            to_image_format(grads[0], ctx.memory_format),
+            _plain_strides(to_image_format(grads[0], ctx.memory_format), g.groups),
             image,
             weight,
             [g.out_channels] if needs[3] else None,
@@ -122,8 +122,32 @@ def _shape(g: Conv2dGeometry) -> tuple[int, int, int, int]:
 
 
 def _arguments(g: Conv2dGeometry) -> tuple[list[int], list[int], list[int], int]:
-    """Stride, padding, dilation and groups as torch's convolution takes them."""
-    return [g.stride_h, g.stride_w], [g.pad_top, g.pad_left], [g.dilation_h, g.dilation_w], g.groups
+    """Stride, padding, dilation and groups as torch's convolution takes them.
+
+    One tap cannot be dilated: said so, for torch 2.13 (oneDNN) ends the process where images one
+    pixel wide are channels_last, with groups, padding, stride 2 and dilation 2 of a kernel side 1.
+    """
+    dilation = [
+        step if taps > 1 else 1
+        for taps, step in ((g.kernel_height, g.dilation_h), (g.kernel_width, g.dilation_w))
+    ]
+    return [g.stride_h, g.stride_w], [g.pad_top, g.pad_left], dilation, g.groups
+
+
+def _plain_strides(image: Tensor, groups: int) -> Tensor:
+    """An image (or gradient) in its format with that format's own strides, the same memory.
+
+    Strides of dimensions of size 1 are free, and torch 2.13 reads them: ``_with_batch_stride``.
+    Outside of autograd, or as_strided would have to be differentiated.
+    """
+    if groups == 1 or 1 not in image.shape or torch.is_grad_enabled():
+        return image
+    _, channels, height, width = image.shape
+    size = channels * height * width
+    plain = (size, height * width, width, 1)
+    if not image.is_contiguous():
+        plain = (size, 1, width * channels, channels)
+    return image.as_strided(image.shape, plain)
 
 
 def _with_batch_stride(images: Tensor) -> Tensor:
