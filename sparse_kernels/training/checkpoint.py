@@ -82,7 +82,12 @@ def save_checkpoint(
     job = data_parallel.job_of(model, masks)
     if masks is not None:
         masks.synchronize()
-    state = training_state.pack(data_parallel.unwrapped(model), optimizer, masks)
+
+    def pack() -> dict[str, Any]:
+        return training_state.pack(data_parallel.unwrapped(model), optimizer, masks)
+
+    # What one rank cannot store (an update that was stopped half way), no rank may wait for.
+    state = pack() if job is None else job.everywhere(pack)
     state |= generators.of_all_ranks(job)
     state["others"] = {name: item.state_dict() for name, item in (others or {}).items()}
     state["extra"] = extra

@@ -236,8 +236,10 @@ class SparseMomentum:
             return None
         self._skipped = 0
         self.steps += 1
-        with self._unfinished.update(self.steps):
-            record = self._update() if self.schedule.is_update(self.steps) else None
+        record = None
+        if self.schedule.is_update(self.steps):
+            with self._unfinished.update(self.steps):
+                record = self._update()
         if record is not None or self._windows.due(self.steps + 1):
             self._arm()
         if record is not None and self.on_update is not None:
@@ -381,8 +383,6 @@ class SparseMomentum:
         self.check_state_dict(state)
         warn_of_changes(state, self.config)
         warning = self._limits.load_state(state)
-        if warning is not None:
-            warnings.warn(warning, RuntimeWarning, stacklevel=2)
         for signal in self._signals:
             signal.load_state_dict(state["signals"][signal.name])
         self.steps, self.updates = state["steps"], state["updates"]
@@ -391,3 +391,5 @@ class SparseMomentum:
         self._stepped, self._skipped = False, 0
         self._unfinished.forget()
         self._arm()
+        if warning is not None:  # last: where warnings are errors, all was loaded
+            warnings.warn(warning, RuntimeWarning, stacklevel=2)

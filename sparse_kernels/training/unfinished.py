@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+
+_LOST = (MemoryError, torch.OutOfMemoryError)
+
 
 class Unfinished:
     """Remembers an update whose layers were changed in part, or that never came to change one.
@@ -24,13 +29,14 @@ class Unfinished:
         """Around a mask update after `step` steps.
 
         An error while it is planned (numbers that are not finite, a rule that is wrong) is an
-        answer, and nothing has changed; an interrupt there loses the update.
+        answer, and no layer has changed; an interrupt or a lack of memory there loses the update.
         """
         self._changing = False
         try:
             yield
         except BaseException as error:
-            if self._changing or not isinstance(error, Exception):
+            lost = isinstance(error, _LOST) or not isinstance(error, Exception)
+            if self._changing or lost:
                 self._step, self._cause = step, type(error).__name__
             raise
 
