@@ -80,7 +80,8 @@ def ctrl_c_raises():
 
 
 CASES = [(place, interrupt, KeyboardInterrupt) for place in PLACES] + [
-    (place, no_memory, MemoryError) for place in ("in the plan", "between two layers", "inside of a layer")
+    (place, no_memory, MemoryError)
+    for place in ("in the plan", "between two layers", "inside of a layer")
 ]
 
 

@@ -111,6 +111,7 @@ def used(site: Site) -> str | None:
 def clear() -> None:
     """Let every product go by the rule again."""
     _table.clear()
+    _rule.cache_clear()
 
 
 # Every call asks: a site takes some 10 us to make, its rule as long.

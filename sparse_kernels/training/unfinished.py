@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 
-
 _LOST = (MemoryError, torch.OutOfMemoryError)
 
 

@@ -126,6 +126,7 @@ def test_the_backend_takes_the_name_of_a_variant(
         close(p, run(variant="direct"))
         assert torch.equal(run(variant="direct"), run())
         monkeypatch.setattr(_cuda_variants, "default", lambda site: "staged")  # as if timed
+        _cuda_variants.clear()
         assert torch.equal(run(variant="staged"), run())
         with pytest.raises(
             ValueError, match="wgrad: expected a variant of staged, direct .*'fast'"
@@ -133,6 +134,8 @@ def test_the_backend_takes_the_name_of_a_variant(
             run(variant="fast")
     finally:
         module.set_strict(True)
+        monkeypatch.undo()
+        _cuda_variants.clear()
 
 
 def test_what_it_does_not_serve_is_refused() -> None:

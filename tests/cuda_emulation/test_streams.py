@@ -15,6 +15,8 @@ import mma_problems
 import problems
 import pytest
 import test_dense
+import test_norm_pool
+import test_staged_wgrad
 import torch
 from emulator import add_memory, address, load, nan_like, queued, registered
 from recordings import ASKING, Issue, Recording, record
@@ -245,12 +247,19 @@ SOURCES: dict[str, Callable[[], object]] = {
     "small-dgrad": _product("small-conv-b4-groups", "dgrad", torch.float16),
     "small-wgrad": _product("small-b4-batch2", "wgrad", torch.float32),
     "dgrad": _product("conv-b8-stride-groups", "dgrad", torch.bfloat16),
+    "staged-dgrad": _product("staged-conv-3x3", "staged_dgrad", torch.float32),
     "wgrad": _product("parts-b4", "wgrad", torch.float32),
     "block_product": _blocks("b16-narrow", "block_product", torch.bfloat16),
     "block_dgrad": _blocks("b16-conv-stride2", "block_dgrad", torch.float32),
     "block_wgrad": _blocks("b16-parts", "block_wgrad", torch.float16),
     "batch_norm": lambda: test_dense.test_batch_norm_matches_float64(
         test_dense.Norm((4, 2, 36, 30), relu=True, residual=True), torch.float32
+    ),
+    "norm_pool": lambda: test_norm_pool.test_batch_norm_pool_matches_float64(
+        test_norm_pool.CASES[0], torch.float16
+    ),
+    "staged-wgrad": lambda: test_staged_wgrad.test_staged_wgrad_matches_float64(
+        test_staged_wgrad.find("conv-stride").case, torch.float32
     ),
     "max_pool": lambda: test_dense.test_max_pooling_matches_float64(
         test_dense.WINDOWS[1], torch.float16
