@@ -202,8 +202,8 @@ def faults_of(case: Case, found: dict[str, Any]) -> list[str]:
         faults.append(f"{found['scratch']} bytes of global scratch")
     if not case.tensor_cores and found["tensor"]:
         faults.append(f"tensor cores {found['tensor']} where none should be")
-    if not case.tensor_cores and not found["ffma"] + found["mixed"]:
-        faults.append("no FFMA")
+    if not case.tensor_cores and not found["ffma"] + found["mixed"] + found["apart"]:
+        faults.append("no FFMA, FHFMA or FMUL2")
     if case.precision == "fp32" and found["mixed"]:
         faults.append(f"{found['mixed']} products of 16-bit factors in strict float32")
     if case.tensor_cores and not found["tensor"]:
@@ -261,16 +261,20 @@ def cell(row: dict[str, Any]) -> str:
     """Registers, shared memory and the products' instructions of a compilation, or its faults."""
     if row["faults"]:
         return f"FAULT: {'; '.join(row['faults'])}"
-    counts = row["tensor"] or {"FFMA": row["ffma"], "FHFMA": row.get("mixed", 0)}
+    counts = row["tensor"] or {
+        "FFMA": row["ffma"],
+        "FHFMA": row.get("mixed", 0),
+        "FMUL2": 0 if row["ffma"] else row.get("apart", 0),
+    }
     products = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()) if n)
     return f"{row['registers']} r, {row['shared'] / 1024:.0f} KB, {products}"
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replace the parts of a document between the markers, a table without rows excepted."""
-    vector = {case.key for case in every_case() if case.vector}
+    kinds = {case.key: case.vector for case in every_case()}  # the journal may know others
     for kind, name in MARKERS.items():
-        own = [row for row in rows if (row["key"] in vector) == kind]
+        own = [row for row in rows if kinds.get(row["key"]) == kind]
         exist = sum(case.vector == kind for case in every_case())
         if own:
             replace_part(path, name, f"{summary(own, exist)}\n\n{table(own)}")

@@ -91,6 +91,7 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         "ffma": opcodes["FFMA"] + opcodes["FFMA2"],
         # 16-bit factors, float32 sum: a bfloat16 product needs no conversion on sm_100.
         "mixed": opcodes["FHFMA"],
+        "apart": opcodes["FMUL2"],  # pairs of products whose sums are formed after them
         "async": opcodes["LDGSTS"],
         "instructions": sum(opcodes.values()),
     }
