@@ -7,12 +7,14 @@ on a GPU runs after the call has returned. A kernel that ignores its stream then
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-CYCLES = 50_000_000  # of torch.cuda._sleep: some 25 ms, longer than any launch takes to return
+CYCLES = 200_000_000  # of torch.cuda._sleep: some 100 ms, longer than any launch takes to return
+NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # torch asks whether it is set, whatever its value
 
 
 class CudaLane:
@@ -65,6 +67,15 @@ class HostLane:
     def wait(self) -> None:
         while self.queued:
             self.queued.pop(0)()
+
+
+def still_busy(lane: Any) -> bool:
+    """Whether work on ``lane`` is under way, as far as that can be asked for.
+
+    Under compute-sanitizer torch keeps no freed memory (NO_CACHE). Each temporary that goes is then
+    a cudaFree, which waits for the whole GPU: nothing is under way any more, whatever a kernel did.
+    """
+    return NO_CACHE in os.environ or bool(lane.busy())
 
 
 def lane_on(device: torch.device) -> Any:

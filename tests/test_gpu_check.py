@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,27 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+import torch
+from gpu_check_support import TOOLS, check_modules
+from stream_support import NO_CACHE, lane_on, still_busy
 
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(TOOLS)])
-    import gpu_check
-    import gpu_check_build
-    import gpu_check_parts
-    import gpu_journal
-
-    class Modules:
-        check, build, parts, journal = (
-            gpu_check,
-            gpu_check_build,
-            gpu_check_parts,
-            gpu_journal,
-        )
-
-    return Modules
+    return check_modules(monkeypatch)
 
 
 # -- the journal -----------------------------------------------------------------------------------
@@ -105,13 +90,14 @@ def test_the_fingerprint_follows_the_sources(tools: Any, tmp_path: Path) -> None
 BODY = """
 import pathlib, time
 import pytest
-LOG = pathlib.Path({log!r})
+LOG, HOLD = pathlib.Path({log!r}), pathlib.Path({hold!r})
 
 @pytest.mark.parametrize("i", range({count}))
 def test_one(i):
     with LOG.open("a") as file:
         file.write(f"{{i}}\\n")
-    time.sleep({pause})
+    while i >= 8 and HOLD.exists():
+        time.sleep(0.05)
     assert i != {wrong}
 """
 
@@ -119,9 +105,12 @@ def test_one(i):
 class Suite:
     """A folder of tests that say when they ran, and the part of gpu_check that runs them."""
 
-    def __init__(self, tools: Any, folder: Path, pause: float = 0.0, wrong: int = -1) -> None:
+    def __init__(self, tools: Any, folder: Path, wrong: int = -1) -> None:
         self.log, self.file = folder / "ran.txt", folder / "test_made.py"
-        self.file.write_text(BODY.format(log=str(self.log), count=12, pause=pause, wrong=wrong))
+        self.hold = folder / "hold"  # while it is there the last four tests do not end
+        self.file.write_text(
+            BODY.format(log=str(self.log), hold=str(self.hold), count=12, wrong=wrong)
+        )
         self.tools, self.folder = tools, folder
 
     def line(self, minutes: float) -> list[str]:
@@ -131,7 +120,8 @@ class Suite:
             "import argparse, pathlib, gpu_check_parts as parts, gpu_journal\n"
             f"journal = gpu_journal.Journal(pathlib.Path({str(self.folder / 't.jsonl')!r}), {{}})\n"
             "options = argparse.Namespace(jobs=2)\n"
-            f"chosen = [{str(self.file)!r}, '--rootdir', {str(self.folder)!r}, '-c', '/dev/null']\n"
+            f"folder = {str(self.folder)!r}\n"
+            "chosen = [folder, '--rootdir', folder, '-c', '/dev/null']\n"
             f"deadline = time.monotonic() + 60 * {minutes}\n"
             "print(parts._recorded('gpu ', chosen, journal, options, deadline))"
         )
@@ -149,15 +139,16 @@ class Suite:
 
 
 def test_tests_that_were_killed_go_on_and_lose_one_case_each(tools: Any, tmp_path: Path) -> None:
-    suite = Suite(tools, tmp_path, pause=0.3)
+    suite = Suite(tools, tmp_path)
+    suite.hold.touch()  # so that it is not done before it is killed, however slow this process is
     process = subprocess.Popen(suite.line(5.0), start_new_session=True)
     end = time.monotonic() + 120
     while len(suite.ran()) < 4 and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)  # as a lent machine ends a call
     process.wait()
-    before = suite.ran()
-    assert 4 <= len(before) < 12
+    suite.hold.unlink()
+    assert 4 <= len(suite.ran()) < 12
     out = suite.run()
     assert "Outcome(failures=[], complete=True)" in out
     ran = suite.ran()
@@ -180,6 +171,22 @@ def test_a_failed_test_is_told_and_hides_no_other(tools: Any, tmp_path: Path) ->
         out = suite.run()
         assert "test_one[3]: assert 3 != 3" in out and "complete=True" in out
         assert suite.ran() == Counter({str(i): 1 for i in range(12)})
+
+
+def test_a_file_that_cannot_be_collected_is_a_failure_and_hides_no_test(
+    tools: Any, tmp_path: Path
+) -> None:
+    suite = Suite(tools, tmp_path)
+    other = tmp_path / "test_absent.py"
+    other.write_text("import a_module_that_is_absent")
+    for _ in range(2):
+        out = suite.run()
+        assert "13 of 13 gpu tests are done" in out and "complete=True" in out
+        assert "a_module_that_is_absent" in out and "collection of test_absent.py" in out
+        assert suite.ran() == Counter({str(i): 1 for i in range(12)})
+    other.write_text("def test_there():\n    pass\n")
+    out = suite.run()
+    assert "13 of 13 gpu tests are done" in out and "Outcome(failures=[], complete=True)" in out
 
 
 # -- compute-sanitizer -----------------------------------------------------------------------------
@@ -231,6 +238,16 @@ def test_what_the_sanitizer_finds_is_told_again_and_not_run_again(sanitizer: Any
         assert "Invalid write" in outcome.failures[0]
 
 
+def test_a_case_that_dies_by_a_signal_is_a_failure(sanitizer: Any) -> None:
+    """A tool that cannot start on any case must not look like one that found nothing."""
+    run, ran, status = sanitizer
+    status.update(dict.fromkeys("abc", -11))
+    for _ in range(2):
+        outcome = run(deadline=1e9)
+        assert outcome.complete and len(outcome.failures) == len(ran) == 6
+        assert "exit status -11" in outcome.failures[0]
+
+
 def test_a_case_killed_for_its_time_is_tried_once_more(sanitizer: Any) -> None:
     run, ran, status = sanitizer
     status["a"] = -9
@@ -238,6 +255,30 @@ def test_a_case_killed_for_its_time_is_tried_once_more(sanitizer: Any) -> None:
     status["a"] = 0
     assert run(deadline=1e9) == ([], True)
     assert Counter(ran)["memcheck", "a"] == 2 and sum(Counter(ran).values()) == 7
+
+
+def test_a_case_killed_for_its_time_twice_is_given_up(sanitizer: Any) -> None:
+    run, ran, status = sanitizer
+    status["a"] = -9
+    for count in (1, 2):
+        assert not run(deadline=60 * len(ran) + 59).complete and len(ran) == count
+    outcome = run(deadline=1e9)
+    assert outcome.complete and outcome.failures[0].startswith("sanitizer: memcheck a: the process")
+    assert Counter(ran)["memcheck", "a"] == 2
+
+
+def test_a_stream_is_asked_for_its_work_unless_every_free_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lane = lane_on(torch.device("cpu"))
+    monkeypatch.delenv(NO_CACHE, raising=False)
+    assert not still_busy(lane)
+    lane.submit(lambda: None)
+    assert still_busy(lane)
+    lane.wait()
+    assert not still_busy(lane)
+    monkeypatch.setenv(NO_CACHE, "1")
+    assert still_busy(lane)
 
 
 # -- benchmarks ------------------------------------------------------------------------------------
@@ -249,6 +290,7 @@ class Bench:
     def __init__(self, tools: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.statuses: list[tuple[int, bool]] = []
         self.lines: list[list[str]] = []
+        self.part = "bench"
         self.options = tools.check.parsed(["--state", str(folder), "--device", "cpu", "--again"])
         self.parts = tools.parts
         monkeypatch.setattr(tools.parts, "run_step", self.step)
@@ -263,7 +305,7 @@ class Bench:
 
     def run(self, *statuses: tuple[int, bool]) -> Any:
         self.statuses = list(statuses)
-        return self.parts.benchmark("bench", self.options, time.monotonic() + 1000)
+        return self.parts.benchmark(self.part, self.options, time.monotonic() + 1000)
 
 
 @pytest.fixture
@@ -277,65 +319,21 @@ def test_a_broken_context_costs_one_case(bench: Bench) -> None:
     assert bench.run((4, True), (3, True)) == ([], False)
 
 
+def test_rows_that_are_left_hide_no_failed_row(bench: Bench, tools: Any) -> None:
+    journal = tools.journal.Journal(bench.options.state / "bench.jsonl", {"gpu": "a"})
+    journal.finish("vgg: a", "failed", why="wrong")
+    journal.finish("vgg: b", "passed")
+    journal.finish("ops: c", "failed", why="wrong too")
+    journal.finish(f"{tools.journal.FAULT}vgg: b: dense", "failed", why="its row goes on")
+    assert bench.run((3, False)) == (["vgg: a: wrong"], False)
+    assert bench.run((1, False)).failures[1:] == ["vgg: a: wrong"]
+    bench.part = "ops"
+    assert bench.run((3, False)) == (["ops: c: wrong too"], False)
+    bench.part = "smoke"
+    assert bench.run((3, False)) == ([], False)
+
+
 def test_a_benchmark_that_cannot_start_is_no_endless_loop(bench: Bench) -> None:
     outcome = bench.run((-11, False))
     assert outcome.complete and "exit status -11" in outcome.failures[0]
     assert "exit status 1" in bench.run((1, True)).failures[0]
-
-
-# -- the whole -------------------------------------------------------------------------------------
-
-
-def test_what_is_told_in_the_end(
-    tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
-    found = {"smoke": tools.parts.Outcome(["smoke: wrong"], True)}
-    deadlines: dict[str, float] = {}
-
-    def check(part: str, options: Any, deadline: float) -> Any:
-        deadlines[part] = deadline - time.monotonic()
-        return found.get(part, tools.parts.Outcome([], part != "tests"))
-
-    monkeypatch.setattr(tools.check, "check", check)
-    monkeypatch.setattr(tools.check, "describe_machine", lambda device: None)
-    common = ["--device", "cpu", "--state", str(tmp_path), "--total", "2"]
-    assert tools.check.main(common) == 1
-    out = capsys.readouterr().out
-    assert "FAILED smoke: wrong" in out and "left in: tests" in out
-    assert list(deadlines) == list(tools.check.PARTS)
-    assert max(deadlines.values()) <= 120
-    found.clear()
-    assert tools.check.main(common) == tools.check.LEFT
-    found["tests"] = tools.parts.Outcome([], True)
-    assert tools.check.main(common) == 0
-    assert "passed on cpu" in capsys.readouterr().out
-
-
-def test_the_built_package_travels(
-    tools: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Built once, packed, unpacked on a machine without it; other sources build again."""
-    built: list[str] = []
-    monkeypatch.setattr(tools.build, "WORK", tmp_path / "work")
-    monkeypatch.setattr(tools.build, "SITE", tmp_path / "work" / "site")
-
-    def install(device: str) -> None:
-        built.append(device)
-        tools.build.SITE.mkdir(parents=True)
-        (tools.build.SITE / "module.txt").write_text("built")
-
-    monkeypatch.setattr(tools.build, "_install", install)
-    monkeypatch.setattr(tools.build, "_show", lambda: None)
-    for _ in range(2):
-        tools.build.build("cpu", tmp_path)
-        shutil.rmtree(tools.build.WORK)
-    tools.build.build("cpu", tmp_path)
-    tools.build.build("cpu", tmp_path)
-    assert built == ["cpu"]
-    assert (tools.build.SITE / "module.txt").read_text() == "built"
-    stamp = tools.build.SITE / tools.build.STAMP
-    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "sources": "other"}))
-    (tmp_path / tools.build.PACKED).write_bytes(b"cut off")
-    shutil.rmtree(tools.build.WORK)
-    tools.build.build("cpu", tmp_path)
-    assert built == ["cpu", "cpu"]

@@ -19,9 +19,9 @@ Every part but build stops after --minutes: 8; on a GPU, where all parts are run
 and 6 for targets. No case begins later. What is done is in journals in the state folder (--state,
 build/gpu-check/state), line by line, so that the same command goes on where it stopped or was
 killed: on the same kind of GPU and with the same sources nothing is run twice. --total bounds the
-whole call. A failed case is noted and the rest goes on; it is tried again only with --again, or
-when sources change. Exit status: 0 all passed, 1 something failed (listed last), 3 nothing failed
-and cases are left.
+whole call. A failed case is noted and the rest goes on, after a part that cannot run too; it is
+tried again only with --again, or when sources change. Exit status: 0 all passed, 1 something failed
+(listed last), 3 nothing failed and cases are left.
 
 On a lent machine (the tool `run`: 10 minutes a call, 30 in all, 2 to 3 of them for starting; every
 machine is bare, and what comes back is 8 files of 16 MiB below $OUT). The state folder is $OUT
@@ -56,6 +56,7 @@ import argparse
 import importlib.util
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -142,23 +143,48 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def check_parts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """What failed, a line each, and the parts in which cases are left.
+
+    An error ends its own part; without the package nothing else can run. A part that would begin
+    after the call's time is left as it is.
+    """
+    failures: list[str] = []
+    left: list[str] = []
+    end = time.monotonic() + 60 * options.total
+    for part in [options.part] if options.part else PARTS:
+        if time.monotonic() >= end:
+            left.append(part)
+            continue
+        lent = options.device.startswith("cuda") and not options.part
+        minutes = min(options.minutes, MOST.get(part, options.minutes) if lent else math.inf)
+        try:
+            outcome = check(part, options, min(time.monotonic() + 60 * minutes, end))
+        except CheckError as error:
+            failures.append(f"{part}: {error}")
+            if part == "build":
+                break
+            continue
+        failures += outcome.failures
+        left += [] if outcome.complete else [part]
+    return list(dict.fromkeys(failures)), left  # targets and bench tell of the same rows
+
+
+def _stopped(number: int, _: object) -> None:
+    """The end of a call by SIGTERM (timeout) must end what it has started, as ^C does."""
+    sys.exit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 only if every part passed, 3 if cases are left, else 1."""
     options = parsed(arguments)
     start = time.monotonic()
-    failures: list[str] = []
-    left: list[str] = []
+    failures, left = [], []
     try:
         describe_machine(options.device)
-        for part in [options.part] if options.part else PARTS:
-            lent = options.device.startswith("cuda") and not options.part
-            minutes = min(options.minutes, MOST.get(part, options.minutes) if lent else math.inf)
-            deadline = min(time.monotonic() + 60 * minutes, start + 60 * options.total)
-            outcome = check(part, options, deadline)
-            failures += outcome.failures
-            left += [] if outcome.complete else [part]
+        failures, left = check_parts(options)
     except CheckError as error:
-        failures.append(str(error))
+        failures = [str(error)]
     seconds = time.monotonic() - start
     for line in failures:
         print(f"FAILED {line}")
@@ -175,4 +201,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stopped)
     sys.exit(main())

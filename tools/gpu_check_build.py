@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 from gpu_journal import BUILT, ROOT, fingerprint
 
@@ -22,6 +27,12 @@ MOST_BYTES = 15 * 2**20  # of a file that a lent machine sends back
 # `python -c` and `-m` put the working directory, here the source tree, first on sys.path: the
 # built package counts.
 DROP_SOURCE_TREE = "import sys; sys.path[:] = [path for path in sys.path if path]; "
+
+
+# process_group is of Python 3.11.
+OWN_GROUP: dict[str, Any] = (
+    {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+)
 
 
 class CheckError(RuntimeError):
@@ -47,17 +58,22 @@ def run_step(
 ) -> int:
     """Run one command from the repository's root, its output shown; returns the exit status.
 
-    After ``timeout`` seconds it is killed: -9.
+    After ``timeout`` seconds it is killed, and the processes that it has started: -9. They are a
+    process group, not a session of their own: a lent machine ends what a call leaves running,
+    except other sessions.
     """
     shown = " ".join(line)
     print(f"\n=== {name}: {shown[:500]}{' ...' if len(shown) > 500 else ''}", flush=True)
     start = time.monotonic()
-    process = subprocess.Popen(line, cwd=ROOT, env=environment)
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, **OWN_GROUP)
     try:
         status = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    except BaseException as error:  # ^C goes to this group alone
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
     print(f"=== {name}: exit status {status}, {time.monotonic() - start:.0f} s", flush=True)
     return status
 
@@ -72,7 +88,6 @@ def build(device: str, state: Path) -> None:
     wanted = _stamp(device)
     packed = state / PACKED
     if _found(SITE / STAMP) != wanted and packed.is_file():
-        shutil.rmtree(SITE, ignore_errors=True)
         _unpack(packed)
     if _found(SITE / STAMP) == wanted:
         print(f"\n=== build: {SITE} holds the package of these sources already", flush=True)
@@ -142,9 +157,22 @@ def _pack(packed: Path) -> None:
 
 
 def _unpack(packed: Path) -> None:
-    WORK.mkdir(parents=True, exist_ok=True)
+    """Put the packed package into SITE: all of it, or nothing where the archive is damaged.
+
+    The stamp comes first in the archive: what was unpacked by half would be taken for a package.
+    """
+    partial = SITE.with_name("site.part")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
+        with gzip.open(packed) as file:
+            while file.read(2**20):  # to its end, where the checksum is; tarfile may stop before
+                pass
         with tarfile.open(packed) as archive:
-            archive.extractall(WORK, filter="data")
-    except (OSError, tarfile.TarError, EOFError) as error:  # cut off while it was written
+            archive.extractall(partial, filter="data")
+        shutil.rmtree(SITE, ignore_errors=True)
+        (partial / "site").rename(SITE)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        # Cut off while it was written, or on its way.
         print(f"=== build: {packed} is not used: {error}", flush=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

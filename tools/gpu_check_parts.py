@@ -24,6 +24,7 @@ from gpu_check_build import (
 from gpu_journal import (
     BUILT,
     DEADLINE,
+    FAULT,
     IDENTITY,
     PATH,
     PREFIX,
@@ -31,6 +32,7 @@ from gpu_journal import (
     SHARE,
     Journal,
     fingerprint,
+    last_of,
 )
 
 LEFT, BROKEN = 3, 4  # exit statuses of tools/gpu_bench
@@ -89,15 +91,31 @@ def benchmark(part: str, options: argparse.Namespace, deadline: float) -> Outcom
         before = _size(journal)
         here = [*line, "--minutes", f"{minutes:.3f}"]
         status = run_step(part, here, environment, timeout(deadline))
-        if status in (0, LEFT):
-            return Outcome([], status == 0)
+        if status == 0:
+            return Outcome([], True)
         broke = status == BROKEN or status < 0
-        if broke and time.monotonic() > deadline:
-            return Outcome([], False)
+        if status == LEFT or (broke and time.monotonic() > deadline):
+            return Outcome(failed_rows(journal, part, options.any_sources), False)
         if not broke or _size(journal) == before:
-            return Outcome([f"{part}: exit status {status}, see its output above"], True)
+            first = f"{part}: exit status {status}, see its output above"
+            return Outcome([first, *failed_rows(journal, part, options.any_sources)], True)
         # What broke the process is in the journal: on with the next case.
         line = [word for word in line if word != "--again"]
+
+
+def failed_rows(path: Path, part: str, any_sources: bool) -> list[str]:
+    """What the journal of a benchmark has noted as failed: an exit status tells of one thing alone.
+
+    targets are rows of bench: both tell of the same ones.
+    """
+    try:
+        journal = last_of(path, ("sources",) if any_sources else ())
+    except (FileNotFoundError, ValueError):  # it ended before it began a case
+        return []
+    if part == "smoke":
+        return [f"smoke: {line}" for line in journal.failures()]
+    found = [line for line in journal.failures() if not line.startswith(FAULT)]
+    return [line for line in found if line.startswith("ops: ") == (part == "ops")]
 
 
 def _size(path: Path) -> int:
@@ -142,7 +160,7 @@ def _recorded(
         if time.monotonic() > deadline:
             return Outcome(failures, False)
         if (done, sum(journal.begun.values())) == before:
-            raise CheckError(f"tests: no test was run; pytest ended with {statuses}, see above")
+            raise CheckError(f"no test was run; pytest ended with {statuses}, see above")
 
 
 def _count(journal: Journal, prefix: str) -> int:
@@ -161,7 +179,8 @@ def _pytest(
         DEADLINE: str(until),
         PREFIX: prefix,
     }
-    line = command("-c", PYTEST, "-p", "no:cacheprovider", "-p", "gpu_recorder", "-q", *chosen)
+    line = command("-c", PYTEST, "-p", "no:cacheprovider", "-p", "gpu_recorder", "-q")
+    line += ["--continue-on-collection-errors", *chosen]
     print(f"\n=== tests: {options.jobs} x pytest {' '.join(chosen)}", flush=True)
     processes = [
         subprocess.Popen(line, cwd=ROOT, env={**environment, SHARE: f"{index}/{options.jobs}"})
@@ -250,10 +269,10 @@ def run_sanitizer(
         line += ["--log-file", str(log)]
         line += command("-c", PYTEST, "-p", "no:cacheprovider", "-q", *case)
         status = run_step(f"compute-sanitizer {check}", line, environment, timeout(deadline))
-        if status >= 0:
-            _note(journal, key, status, log)
-        elif time.monotonic() > deadline:
+        if status < 0 and time.monotonic() > deadline:
             waiting += 1  # killed for its time; a second time gives it up
+        else:
+            _note(journal, key, status, log)
     print(f"=== sanitizer: {len(keys) - waiting} of {len(keys)} cases are done", flush=True)
     return Outcome([f"sanitizer: {line}" for line in journal.failures()], waiting == 0)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTEMPTS = 2
+FAULT = "fault: "  # begins the keys of contenders that broke a process; their rows go on without
 # Variables for gpu_recorder.py: the journal's path, its identity as JSON, the seconds since 1970
 # after which no test begins, a process's share of the tests as "i/n", what precedes names as keys.
 PATH, IDENTITY, DEADLINE, SHARE, PREFIX = (
@@ -145,6 +146,20 @@ class Journal:
             for e in self.entries.values()
             if e.outcome == "failed" and e.key.startswith(prefix)
         ]
+
+
+def last_of(path: Path, ignoring: Sequence[str] = ()) -> Journal:
+    """The journal at ``path`` as it was last written to. Raises FileNotFoundError, or ValueError
+    where nothing was written.
+    """
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:  # the line that was being written when the run was cut off
+            continue
+        if "identity" in found:
+            return Journal(path, found["identity"], ignoring)
+    raise ValueError(f"expected a journal's identity in {path}, found none: nothing was run there")
 
 
 def left(journal: Journal, keys: Iterable[str]) -> list[str]:

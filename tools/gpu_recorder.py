@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from gpu_journal import DEADLINE, IDENTITY, PATH, PREFIX, SHARE, Journal, cuda_works, left, share
 
+COLLECTED = "collection of "
+
 
 class Recorder:
     """Leaves out tests that the journal has, notes the others, stops when time is up.
@@ -25,12 +27,18 @@ class Recorder:
         self.journal, self.deadline, self.prefix = journal, deadline, prefix
         self.index, self.count = index, count
         self.reports: list[Any] = []
+        self.uncollected: dict[str, str] = {}  # files that cannot be imported, and why
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.uncollected[COLLECTED + report.nodeid] = _why(report)
 
     @pytest.hookimpl(trylast=True)  # after -m and -k
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         names = [item.nodeid for item in items]
         if self.index == 0:
-            self.journal.count(self.prefix, len(names))
+            self._note_uncollected()
+            self.journal.count(self.prefix, len(names) + len(self.uncollected))
         mine = set(share(names, self.index, self.count))
         todo = set(left(self.journal, (self.prefix + n for n in names if n in mine)))
         if time.time() > self.deadline:
@@ -39,6 +47,15 @@ class Recorder:
             items=[i for i in items if self.prefix + i.nodeid not in todo]
         )
         items[:] = [item for item in items if self.prefix + item.nodeid in todo]
+
+    def _note_uncollected(self) -> None:
+        """A failed collection is a failed case; one that works now is no case any more."""
+        mine = self.prefix + COLLECTED
+        for key in [k for k in self.journal.entries if k.startswith(mine)]:
+            if key.removeprefix(self.prefix) not in self.uncollected:
+                self.journal.forget(key)
+        for name, why in self.uncollected.items():
+            self.journal.finish(self.prefix + name, "failed", why=why)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.reports.clear()

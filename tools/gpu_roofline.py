@@ -154,12 +154,15 @@ def shared_memory_floor(layer: Layer, side: int, density: float, itemsize: int, 
     Per point and stored block at least one number is read there (in the input gradient V of dY:
     a block's V numbers meet in one sum), for V multiply-adds; weights, indices and sums are in
     registers. For elements in float32 a quarter of the peak. Issue 5 wants 60 % of this.
+
+    "fp32 arithmetic" is at the peak of the plain cores, whatever the precision: a kernel that
+    multiplies on tensor cores (16-bit types, TF32) may take less than this.
     """
     blocks = density * layer.taps * layer.inputs * layer.outputs / side
     reads = blocks * layer.points * itemsize * (side if name == "dgrad" else 1)
     moved = layer.points * (layer.inputs + layer.outputs) * itemsize + blocks * side * 4
     parts = {
-        "arithmetic": 2.0 * blocks * side * layer.points / PEAK["fp32"],
+        "fp32 arithmetic": 2.0 * blocks * side * layer.points / PEAK["fp32"],
         "shared memory": reads / SHARED_BYTES_PER_SECOND,
         "memory": moved / MEMORY_BYTES_PER_SECOND,
         "launch": LAUNCH_SECONDS,

@@ -11,7 +11,8 @@ GPU time of replayed CUDA graphs. A row that is finished is in the journal <stat
 (smoke.jsonl); the same command goes on from there, on the same GPU with the same sources, and
 --any-sources takes over rows of other sources too (a table names them). Contenders that break the
 CUDA context are noted, and left out when the row is tried again. Exit status: 0 done, 3 time is
-up and rows are left, 4 the CUDA context broke: run the same command again; 1 an error.
+up and rows are left (lines FAILED say what failed), 4 the CUDA context broke: run the same command
+again; 1 an error.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,11 @@ from sparse_kernels.workbench.bench.results import markdown, milliseconds
 from tools.gpu_bench.state import HEADER, ROOT, gpu_journal
 
 PASSES = ("forward", "dgrad", "wgrad", "forward+wgrad", "training")
+FLOOR_NOTE = (
+    "Of roofline: the least time of a kernel on the plain fp32 cores whose activations come out of "
+    "shared memory (tools/gpu_roofline.py). Tensor cores are not in it: a kernel that multiplies "
+    "on them may pass 100 %."
+)
 PARTS = ("elements", "products", "update", "steps", "vgg", "wrn", "resnet", "tuned", "ops")
 
 
@@ -51,24 +55,15 @@ def publish(journal: Any, options: argparse.Namespace, device: torch.device) -> 
 
 
 def from_folder(state: Path, folder: Path | None) -> list[Path]:
-    """Tables of the journal that a GPU machine has sent back. Raises FileNotFoundError."""
-    path = state / "bench.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    identities = [found["identity"] for found in map(_parsed, lines) if "identity" in found]
-    journal = gpu_journal.Journal(path, identities[-1], ("sources",))
+    """Tables of the journal that a GPU machine has sent back. Raises FileNotFoundError, ValueError
+    where nothing is in it.
+    """
+    journal = gpu_journal.last_of(state / "bench.jsonl", ("sources",))
     header = journal.entries[HEADER].row
     name = header["gpu"] or header["cpu"]
     if folder is None:
         folder = ROOT / "benchmarks/results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return _publish(journal, folder, state / "report.md")
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError:  # the line that was being written when the run was cut off
-        return {}
-    return dict(found)
 
 
 def _publish(journal: Any, folder: Path, everything: Path) -> list[Path]:
@@ -122,6 +117,7 @@ def table(part: str, found: dict[str, Any]) -> str:
         "",
         *markdown(head, lines, left=4),
         "",
+        *([FLOOR_NOTE] if part == "elements" else []),
         *notes,
         *(f"Missing: {line}." for line in missing),
     ])  # fmt: skip
@@ -141,7 +137,8 @@ def _row_lines(row: dict[str, Any], lines: list[list[str]], missing: list[str]) 
             gain = entry["speedups"].get(name)
             if gain is None and name != entry["dense_best"]:
                 continue
-            share = entry.get("shares", {}).get(name)
+            # The bound is of our kind of kernel: it says nothing about dense.
+            share = None if gain is None else entry.get("shares", {}).get(name)
             lines.append([
                 row["shape"], row["precision"], which, name.removesuffix(" forward"),
                 milliseconds(timing), f"{gain:.2f}x" if gain else "best dense",

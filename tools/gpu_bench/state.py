@@ -18,7 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "tools"))  # gpu_check.py and pytest's plugin import it by this name
 import gpu_journal  # type: ignore[import-not-found]  # noqa: E402
 
-SOURCES = (*gpu_journal.BUILT, "tools/gpu_bench")
+# What a row depends on: the tests' table of cases too, which smoke runs.
+SOURCES = (
+    *gpu_journal.BUILT,
+    "tools/gpu_bench",
+    "tools/gpu_journal.py",
+    "tools/gpu_roofline.py",
+    "tests/cases.py",
+)
 HEADER = "machine"  # key of the entry that holds the machine's header
 
 
@@ -49,7 +56,7 @@ def open_journal(options: argparse.Namespace, device: torch.device, name: str) -
 
 
 def fault_key(key: str, contender: str) -> str:
-    return f"fault: {key}: {contender}"
+    return f"{gpu_journal.FAULT}{key}: {contender}"
 
 
 def faults(journal: Any, key: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparse_kernels import plan_variants, tune
 from sparse_kernels._load import native_or_none
+from sparse_kernels.backends import _cuda_variants
 from sparse_kernels.backends.triton import chosen
 from sparse_kernels.nn.base import DENSE_MASKED
 from sparse_kernels.workbench.bench.contest import make_sparse
@@ -77,6 +78,7 @@ def autocast(device: torch.device, on: bool) -> Any:
 def forget_choices() -> None:
     """Built-in rules and default configurations again, for the whole process."""
     chosen.clear()
+    _cuda_variants.clear()
     if native_or_none() is not None:
         plan_variants.clear()
 
