@@ -96,8 +96,9 @@ def wgrad_candidates(problem: Problem) -> tuple[VectorWgradConfig, ...]:
         if v > 8:  # tl.dot without tensor cores: sums shared by the threads, no padding
             return VectorWgradConfig(32, 32, True, 4, 2), VectorWgradConfig(32, 16, True, 4, 2)
         # One warp holds whole rows of points: no sum crosses warps until the end.
-        wide = VectorWgradConfig(128, max(1, 16 // v), False, 1, 1)
-        return wide, wide._replace(per=max(1, 8 // v), tile_m=256 if v == 8 else 128)
+        # 64 points of 16 rows, or 128 of 8: more spills where a batch is odd.
+        wide = VectorWgradConfig(64, max(1, 16 // v), False, 1, 1)
+        return wide, wide._replace(per=max(1, 8 // v), tile_m=128)
     deep = 128 if problem.dtype != torch.float32 else 64
     wide = VectorWgradConfig(deep, 64, True, 4, 3)
     return wide, wide._replace(per=32), wide._replace(per=16)
