@@ -17,7 +17,7 @@ from torch import _C, Tensor
 from torch.nn import functional
 
 from sparse_kernels import ops
-from sparse_kernels.ops.masked_conv2d import FORMATS, weight_from_matrix
+from sparse_kernels.ops.masked_conv2d import FORMATS, sees_no_column, weight_from_matrix
 
 if TYPE_CHECKING:
     from sparse_kernels.nn.base import SparseLayer
@@ -71,9 +71,10 @@ def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor | None:
         and x.is_contiguous(memory_format=FORMATS[image_format])
         and g.pad_top == g.pad_bottom
         and g.pad_left == g.pad_right
-        # See ops.masked_conv2d: strides of sides of 1 are free, and a single tap has no dilation.
+        # See ops.masked_conv2d: strides of sides of 1 are free, a single tap has no dilation, and
+        # dilated ones may see nothing but padding.
         and (g.groups == 1 or 1 not in x.shape)
-        and (layer.dilation == (1, 1) or 1 not in layer.kernel_size)
+        and (layer.dilation == (1, 1) or _dilates(layer, x))
         and "bias" in parameters
     ):
         return None
@@ -96,6 +97,10 @@ def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor | None:
         return torch.conv2d(x, weight, bias, layer.stride, pads, layer.dilation, layer.groups)
     except RuntimeError:
         return None  # whoever checks shape and device says it better
+
+
+def _dilates(layer: SparseConv2d, x: Tensor) -> bool:
+    return 1 not in layer.kernel_size and not sees_no_column(layer.geometry, x.shape[3])
 
 
 def _is_usual(layer: SparseLayer, values: Tensor | None, x: Tensor) -> bool:

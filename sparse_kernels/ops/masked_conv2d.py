@@ -46,7 +46,7 @@ def _transposed(source: Tensor, rows: int, cols: int) -> Tensor | None:
 def weight_from_matrix(matrix: Tensor, shape: tuple[int, ...], memory_format: Any) -> Tensor:
     """The tap-major matrix as a weight of ``shape`` [out, in/groups, kh, kw] in that format."""
     out, channels, height, width = shape
-    if memory_format == torch.contiguous_format and height * width == 1:
+    if memory_format == torch.contiguous_format and 1 in (height * width, channels):
         # Not the view below: torch reads channels_last from its strides, whatever the image says.
         return matrix.reshape(shape)
     view = matrix.reshape(out, height, width, channels).permute(0, 3, 1, 2)
@@ -92,7 +92,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
         x, dense, mask, image, weight = ctx.saved_tensors
         g, needs = ctx.geometry, ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph: what was converted has no history
-            image, weight = x, weight_from_matrix(dense, _shape(g), torch.channels_last)
+            image, weight = x, _weight_with_history(dense, g)
         stride, padding, dilation, groups = _arguments(g)
         dx, dweight, db = torch.ops.aten.convolution_backward(
             _plain_strides(to_image_format(grads[0], ctx.memory_format), g.groups),
@@ -134,10 +134,17 @@ def _arguments(g: Conv2dGeometry) -> tuple[list[int], list[int], list[int], int]
     return [g.stride_h, g.stride_w], [g.pad_top, g.pad_left], dilation, g.groups
 
 
+def _weight_with_history(matrix: Tensor, g: Conv2dGeometry) -> Tensor:
+    """The weight for images whose strides stay as they came; contiguous where they matter."""
+    name = torch.channels_last if g.groups == 1 else torch.contiguous_format
+    return weight_from_matrix(matrix, _shape(g), name)
+
+
 def _plain_strides(image: Tensor, groups: int) -> Tensor:
     """An image (or gradient) in its format with that format's own strides, the same memory.
 
-    Strides of dimensions of size 1 are free, and torch 2.13 reads them: ``_with_batch_stride``.
+    Strides of dimensions of size 1 are free, but torch 2.13 reads them in convolutions with groups
+    and a channels_last weight, and forms a wrong gradient of the weight; not with a contiguous one.
     Outside of autograd, or as_strided would have to be differentiated.
     """
     if groups == 1 or 1 not in image.shape or torch.is_grad_enabled():
@@ -150,18 +157,21 @@ def _plain_strides(image: Tensor, groups: int) -> Tensor:
     return image.as_strided(image.shape, plain)
 
 
-def _with_batch_stride(images: Tensor) -> Tensor:
-    """A single image whose batch stride is its size; the same memory where that is dense.
+def sees_no_column(g: Conv2dGeometry, width: int) -> bool:
+    """Whether a dilated kernel meets no column of images so wide, only their padding.
 
-    The stride of a dimension of size 1 is free, but torch 2.13 reads it in float64 convolutions
-    with groups and a channels_last weight, and then forms a wrong gradient of the weight.
+    There torch 2.13 (oneDNN) ends the process in float32 where images are channels_last, or may be
+    read so.  Tried: widths 1 to 4, 1 to 3 taps, strides and dilations 1 to 4, padding 0 to 5.
     """
-    if images.shape[0] != 1 or images.stride(0) == images.numel():
-        return images
-    if not (images.is_contiguous() or images.is_contiguous(memory_format=torch.channels_last)):
-        # Of memory that stands for several pixels (expand), as_strided's own gradient is another.
-        return images.contiguous()
-    return images.as_strided(images.shape, (images.numel(), *images.stride()[1:]))
+    if g.dilation_w == 1 or g.kernel_width == 1:
+        return False
+    taps = range(0, g.kernel_width * g.dilation_w, g.dilation_w)
+    start = -g.pad_left
+    while start + taps[-1] < width + g.pad_right:  # compares only: a symbolic width stays symbolic
+        if any(0 <= start + tap < width for tap in taps):
+            return False
+        start += g.stride_w
+    return True
 
 
 def masked_conv2d(
@@ -194,17 +204,16 @@ def masked_conv2d(
     x = autocast(x, dense)
     dense, bias = in_dtype_of(x, dense, bias)
     g = Conv2dGeometry(*geometry)
-    if (g.pad_top, g.pad_left) != (g.pad_bottom, g.pad_right):
-        # "same" with an even kernel, where torch's convolution pads both sides alike.
+    uneven = (g.pad_top, g.pad_left) != (g.pad_bottom, g.pad_right)
+    if uneven or sees_no_column(g, x.shape[-1]):
+        # Uneven: "same" with an even kernel, where torch's convolution pads both sides alike.
         x = functional.pad(x, (g.pad_left, g.pad_right, g.pad_top, g.pad_bottom))
         g = g._replace(pad_top=0, pad_left=0, pad_bottom=0, pad_right=0)
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    if g.groups > 1:
-        images = _with_batch_stride(images)
     weight = transformed_weight(dense, mask, probe)
     if weight is None:
         y = MaskedConv2dFunction.apply(images, dense, mask, bias, probe, tuple(g), image_format)
     else:
-        taps = weight.unflatten(1, (g.kernel_height, g.kernel_width, -1)).permute(0, 3, 1, 2)
+        taps = _weight_with_history(weight, g)
         y = functional.conv2d(images, taps, bias, *_arguments(g))
     return y if x.dim() == 4 else y.squeeze(0)
