@@ -240,3 +240,27 @@ def test_the_model_does_not_read_free_strides() -> None:
     expected = torch.stack([2 * (x[:, 2 * g : 2 * g + 2] * x[:, 2 * g : 2 * g + 2].sum(1, True))
                             .sum(0) for g in (0, 1)]).flatten()  # fmt: skip
     torch.testing.assert_close(flat, expected)
+
+
+@pytest.mark.parametrize("image_format", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_one_tap_with_stride_over_few_channels(padding: int, image_format: str) -> None:
+    """Game 2073: torch 2.13 writes past the weight's gradient, and ends later."""
+    layer = SparseConv2d(4, 7, 1, 2, padding, density=0.5).to_storage_(DENSE_MASKED)
+    layer.image_format = image_format
+    asked = []
+    convolution_of_torch = torch.conv2d
+
+    def conv2d(*arguments: object) -> torch.Tensor:
+        asked.append(arguments[3])
+        return convolution_of_torch(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "conv2d", conv2d)
+        patch.setattr(torch.nn.functional, "conv2d", conv2d)
+        for shape in ((9, 4, 8, 6), (5, 4, 5, 4), (1, 4, 7, 1), (4, 6, 6)):
+            x = torch.randn(shape)
+            _near_the_model(layer, x)
+            if x.dim() == 4:
+                _near_the_model(layer, x.contiguous(memory_format=torch.channels_last))
+    assert {tuple(stride) for stride in asked} == {(1, 1)}

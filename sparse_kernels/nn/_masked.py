@@ -17,7 +17,12 @@ from torch import _C, Tensor
 from torch.nn import functional
 
 from sparse_kernels import ops
-from sparse_kernels.ops.masked_conv2d import FORMATS, sees_no_column, weight_from_matrix
+from sparse_kernels.ops.masked_conv2d import (
+    FORMATS,
+    sees_no_column,
+    skips_pixels,
+    weight_from_matrix,
+)
 
 if TYPE_CHECKING:
     from sparse_kernels.nn.base import SparseLayer
@@ -72,9 +77,10 @@ def conv2d(layer: SparseConv2d, x: Tensor) -> Tensor | None:
         and g.pad_top == g.pad_bottom
         and g.pad_left == g.pad_right
         # See ops.masked_conv2d: strides of sides of 1 are free, a single tap has no dilation, and
-        # dilated ones may see nothing but padding.
+        # dilated ones may see nothing but padding, strided ones skip pixels.
         and (g.groups == 1 or 1 not in x.shape)
         and (layer.dilation == (1, 1) or _dilates(layer, x))
+        and (layer.stride == (1, 1) or not skips_pixels(g))
         and "bias" in parameters
     ):
         return None

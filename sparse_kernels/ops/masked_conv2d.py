@@ -174,6 +174,16 @@ def sees_no_column(g: Conv2dGeometry, width: int) -> bool:
     return True
 
 
+def skips_pixels(g: Conv2dGeometry) -> bool:
+    """Whether one tap strides over images of fewer than 8 channels.
+
+    There torch 2.13 (oneDNN) writes past the memory of the weight's gradient in float32 where
+    images are channels_last.  Tried: 3 and 4 channels do, 8, 12 and 16 do not, nor stride 1.
+    """
+    strides = g.stride_h > 1 or g.stride_w > 1
+    return strides and g.kernel_height == g.kernel_width == 1 and g.in_channels < 8 * g.groups
+
+
 def masked_conv2d(
     x: Tensor,
     dense: Tensor,
@@ -205,10 +215,13 @@ def masked_conv2d(
     dense, bias = in_dtype_of(x, dense, bias)
     g = Conv2dGeometry(*geometry)
     uneven = (g.pad_top, g.pad_left) != (g.pad_bottom, g.pad_right)
-    if uneven or sees_no_column(g, x.shape[-1]):
+    if uneven or skips_pixels(g) or sees_no_column(g, x.shape[-1]):
         # Uneven: "same" with an even kernel, where torch's convolution pads both sides alike.
         x = functional.pad(x, (g.pad_left, g.pad_right, g.pad_top, g.pad_bottom))
         g = g._replace(pad_top=0, pad_left=0, pad_bottom=0, pad_right=0)
+    if skips_pixels(g):
+        x = x[..., :: g.stride_h, :: g.stride_w]  # what is read, the padding among it
+        g = g._replace(stride_h=1, stride_w=1)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     weight = transformed_weight(dense, mask, probe)
     if weight is None:
