@@ -14,6 +14,7 @@ struct WarpSums {
 };
 
 // Adds each of sums[] over the threads of the block, in an order of its own; all get the result.
+// Once in a kernel for each kCount: no barrier stands between this and another use of its place.
 template <int kCount>
 __device__ __forceinline__ void BlockSums(float (&sums)[kCount]) {
   WarpSums<kCount>& shared = StaticShared<WarpSums<kCount>>();
@@ -31,7 +32,6 @@ __device__ __forceinline__ void BlockSums(float (&sums)[kCount]) {
     sums[i] = 0.0f;
     for (int warp = 0; warp < kDenseThreads / kWarp; ++warp) sums[i] += shared.of[warp][i];
   }
-  __syncthreads();  // the next sums go to the same place
 }
 
 // Of one channel: y = (x - mean) * scale + offset. Forward and backward both come here, so that the

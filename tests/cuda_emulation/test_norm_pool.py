@@ -33,12 +33,15 @@ class Pooled(NamedTuple):
 
 
 MANY = Pooled((12, 257, 2, 2))  # more channels than a thread block settles: float32 is enough
+# float16 does not reach; the mean loses so much by rounding that gradients tell.
+FAR = Pooled((16, 2, 4, 4), center=1e5)
 CASES = (
     Pooled((6, 3, 4, 6)),
     Pooled((7, 2, 5, 3)),  # an odd image: its last row and column are in no window
     Pooled((33, 2, 2, 2), affine=False),
     Pooled((4, 2, 72, 60)),  # two parts of 4096 elements of y and five of x
     MANY,
+    FAR,
     Pooled((16, 3, 4, 4), center=1000.0),
     Pooled((9, 4, 7, 2), training=False),
     Pooled((8, 3, 4, 4), training=False, affine=False),
@@ -109,7 +112,7 @@ def double(x: torch.Tensor | None) -> torch.Tensor | None:
 @pytest.mark.filterwarnings("ignore:var_mean")  # torch's word on the variance of nothing
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(c, d) for c in CASES for d in (DTYPES[:1] if c is MANY else DTYPES)],
+    [(c, d) for c in CASES for d in (DTYPES[:1] if c in (MANY, FAR) else DTYPES)],
     ids=lambda v: str(v).removeprefix("torch."),
 )
 def test_batch_norm_pool_matches_float64(case: Pooled, dtype: torch.dtype) -> None:
