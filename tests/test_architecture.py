@@ -211,3 +211,9 @@ def test_the_installed_package_is_under_test() -> None:
     from sparse_kernels import _load
 
     assert "site-packages" in Path(_load.native().__file__).resolve().parts
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """Of two files of one name, pytest imports the first and refuses the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
