@@ -163,10 +163,10 @@ def batch_major(op: str, x: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def operand_layout(op: str, x: torch.Tensor, values: torch.Tensor) -> str | None:
-    """ "feature-major" or "batch-major" (of images channels_last): what the kernels of the backend
-    chosen for ``op`` read without a copy.
+    """What the kernels of the backend chosen for ``op`` read without a copy.
 
-    None where it is neither, or where nobody serves these tensors.
+    "feature-major", "batch-major" (of images channels_last), or None where it is neither or nobody
+    serves these tensors.
     """
     try:
         module = choose(op, x, values)

@@ -52,6 +52,18 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def strict_products() -> Iterator[None]:
+    """Products of float32 on a GPU in float32, not in TF32."""
+    holders = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [holder.fp32_precision for holder in holders]
+    for holder in holders:
+        holder.fp32_precision = "ieee"
+    yield
+    for holder, precision in zip(holders, before, strict=True):
+        holder.fp32_precision = precision
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """A generator of its own, seeded, so that a test's draws do not depend on what torch draws."""
     return torch.Generator().manual_seed(20)

@@ -32,6 +32,7 @@ BACKENDS = [
     pytest.param("triton", id="triton", marks=ON_GPU),
 ]
 BLOCKS = [(1, 1), (4, 1), (16, 16)]
+pytestmark = pytest.mark.usefixtures("strict_products")
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 Tensors = tuple[torch.Tensor, ...]
 
@@ -41,17 +42,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything is served by this one."""
     with plan.use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def strict_products() -> Iterator[None]:
-    holders = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [holder.fp32_precision for holder in holders]
-    for holder in holders:
-        holder.fp32_precision = "ieee"
-    yield
-    for holder, precision in zip(holders, before, strict=True):
-        holder.fp32_precision = precision
 
 
 def device_of(backend: str, index: int = 0) -> torch.device:

@@ -9,10 +9,7 @@ for the package where the package is not installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from interpreter_support import INTERPRETING, correct_interpreter
 
 from sparse_kernels.backends import triton as backend
@@ -22,12 +19,5 @@ if INTERPRETING and backend.installed():
 
 
 @pytest.fixture(autouse=True)
-def strict_products() -> Iterator[None]:
+def in_float32(strict_products: None) -> None:
     """float32 means float32, whatever ran before; the interpreter knows no TF32 anyway."""
-    holders = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [holder.fp32_precision for holder in holders]
-    for holder in holders:
-        holder.fp32_precision = "ieee"
-    yield
-    for holder, precision in zip(holders, before, strict=True):
-        holder.fp32_precision = precision
