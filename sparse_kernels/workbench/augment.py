@@ -6,6 +6,7 @@ horizontal flip, then subtract mean and divide by standard deviation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +20,15 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
             f"normalize: images have {images.shape[1]} channels, mean {len(mean)}, std {len(std)}; "
             "expected three equal numbers"
         )
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std))
+    return images.to(torch.float32).mul_(scale).sub_(shift)
+
+
+@functools.lru_cache(maxsize=8)  # made for every batch, they took as long as the batch itself
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     scale = torch.tensor([1.0 / (255.0 * s) for s in std]).view(1, -1, 1, 1)
     shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, -1, 1, 1)
-    return images.to(torch.float32).mul_(scale).sub_(shift)
+    return scale, shift
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
