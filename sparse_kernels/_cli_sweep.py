@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ._cli_errors import one_line_errors
+from ._cli_train import settings_of
 
 
 @click.command("sweep", context_settings={"ignore_unknown_options": True})
@@ -32,6 +33,9 @@ from ._cli_errors import one_line_errors
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1,
               show_default="the cores", help="Runs at a time, one thread each.")  # fmt: skip
 @click.option("--out", default="runs/sweep", show_default=True, help="Directory of the sweep.")
+@click.option("--reuse", "others", multiple=True, type=click.Path(file_okay=False),
+              help="Directory of another sweep: what it has of these runs is not trained again. "
+              "Repeatable.")  # fmt: skip
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 @one_line_errors
@@ -45,6 +49,7 @@ def sweep_command(
     variants: tuple[str, ...],
     jobs: int,
     out: str,
+    others: tuple[str, ...],
     options: tuple[str, ...],
 ) -> None:
     """Train nets x methods x densities x seeds x variants; started again, it skips what is done.
@@ -61,6 +66,14 @@ def sweep_command(
         raise WorkbenchError(f"--seeds: expected a list such as 0,1,2, got {seeds!r}") from error
     wanted = sweep.tasks(nets, methods, densities, numbers, options,
                          sweep.parse_variants(vary, variants))  # fmt: skip
+    for task in wanted:  # before hours of training, not after them
+        try:
+            settings_of(task.words(Path(out))[1:])
+        except (click.UsageError, WorkbenchError) as error:
+            raise WorkbenchError(f"{task.name}: {getattr(error, 'message', error)}") from error
+    for other in others:
+        count = sweep.reuse(Path(out), wanted, Path(other), settings_of)
+        click.echo(f"{count} runs taken over from {other}")
     failures = sweep.run(Path(out), wanted, jobs, click.echo)
     if len(failures) < len(wanted):
         show(*sweep_report.write(Path(out)))

@@ -68,6 +68,40 @@ def test_a_sweep_trains_skips_what_is_done_and_reports(tmp_path: Path) -> None:
         )
 
 
+def test_runs_of_another_sweep_are_taken_over_by_their_settings(tmp_path: Path) -> None:
+    words = ["sweep", "--method", "static", "--jobs", "1"]
+    first = CliRunner().invoke(
+        cli.main, [*words, "--seeds", "0,1", "--out", str(tmp_path / "a"), "--", *FAST]
+    )
+    assert first.exit_code == 0, first.output
+    # The same settings under other names: 0.9 is the default. A third seed is not there.
+    more = ["--vary", "momentum=0.9", "--seeds", "0,1,2", "--reuse", str(tmp_path / "a")]
+    end = ["--out", str(tmp_path / "b"), "--", *FAST]
+    again = CliRunner().invoke(cli.main, [*words, *more, *end])
+    assert again.exit_code == 0 and "2 runs taken over" in again.output, again.output
+    assert "2 of 3 runs are done" in again.output
+    rows = {row["seed"]: row for row in sweep.read(tmp_path / "b")}
+    before = {row["seed"]: row for row in sweep.read(tmp_path / "a")}
+    assert [rows[seed].get("made_in") for seed in (0, 1, 2)] == [str(tmp_path / "a")] * 2 + [None]
+    assert rows[0]["variant"] == "momentum=0.9" and rows[0]["name"].endswith("momentum=0.9")
+    assert all(rows[s]["test_accuracy"] == before[s]["test_accuracy"] for s in (0, 1))
+    # Other settings are other runs; a second call takes nothing twice.
+    other = CliRunner().invoke(cli.main, [*words, "--vary", "momentum=0.8", *more[2:], *end])
+    assert "0 runs taken over" in other.output
+    twice = CliRunner().invoke(cli.main, [*words, *more, *end])
+    assert "0 runs taken over" in twice.output and len(sweep.read(tmp_path / "b")) == 6
+
+
+def test_wrong_settings_end_a_sweep_before_its_first_run(tmp_path: Path) -> None:
+    words = ["sweep", "--variant", "prune-rate=0.2", "--variant", "prune-rate=2"]
+    done = CliRunner().invoke(cli.main, [*words, "--out", str(tmp_path / "s"), "--", *FAST])
+    assert done.exit_code == 1 and "prune-rate=2: --prune-rate: expected" in done.output
+    words = ["sweep", "--variant", "prune-rat=0.2", "--out", str(tmp_path / "s")]
+    done = CliRunner().invoke(cli.main, words)
+    assert done.exit_code == 1 and "No such option" in done.output
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_run_that_fails_is_told_and_leaves_no_line(tmp_path: Path) -> None:
     wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0], ["--lr", "-1"])
     failures = sweep.run(tmp_path, wanted, 1, lambda text: None)

@@ -18,6 +18,9 @@ DISTRIBUTIONS = ("uniform", "er", "erk")
 INITS = ("dense", "scaled")
 DENSE_LAYOUTS = ("contiguous", "channels_last", "compile", "compile_channels_last")
 DENSE_BASELINES = ("auto", *DENSE_LAYOUTS)
+FREE_SETTINGS = frozenset({"data_dir", "download", "out", "name", "checkpoint_dir",
+                           "checkpoint_every", "keep", "tensorboard"})  # fmt: skip
+"""Settings that change no weight: two runs that differ in these only are the same run."""
 _MAX_THREADS = 1024
 _CHOICES = {
     "signal": SIGNALS,
@@ -43,6 +46,7 @@ class TrainConfig:
     data_dir: str | None = None
     download: bool = False
     width: int | None = None  # of wide-mlp's hidden layers
+    hidden_layers: int | None = None  # of wide-mlp
     density: float = 0.05
     block: str = "1x1"
     distribution: str = "uniform"
@@ -89,7 +93,8 @@ class TrainConfig:
 
     def net_options(self) -> dict[str, Any]:
         """Keyword arguments of the net's builder."""
-        return {} if self.width is None else {"width": self.width}
+        options = {"width": self.width, "hidden_layers": self.hidden_layers}
+        return {name: value for name, value in options.items() if value is not None}
 
     def run_name(self) -> str:
         """The directory below ``out``: ``name``, or one made of net, data and density."""

@@ -15,7 +15,7 @@ import torch
 from ..training import CheckpointError, checkpoint_files, generators, training_state
 from ..training.checkpoint import newest_good
 from . import account
-from .config import TrainConfig
+from .config import FREE_SETTINGS, TrainConfig
 from .contenders import Contender
 from .datasets import BatchLoader
 from .errors import TrainingError, TrainingStopped, WorkbenchError
@@ -25,9 +25,6 @@ from .stopping import StopSignals
 CHECKPOINT_FOLDER = "checkpoints"
 PATIENCE = 60.0
 """Seconds between checkpoints where --checkpoint-every is not given: at the ends of epochs."""
-# Settings that a resumed run may have otherwise than the checkpoint: they change no weight.
-_FREE = {"data_dir", "download", "out", "name", "checkpoint_dir",
-         "checkpoint_every", "keep", "tensorboard"}  # fmt: skip
 
 
 @dataclass
@@ -224,7 +221,7 @@ class Session:
         changed = [
             f"--{name.replace('_', '-')} {then.get(name)} -> {now[name]}"
             for name in now
-            if name not in _FREE and then.get(name) != now[name]
+            if name not in FREE_SETTINGS and then.get(name) != now[name]
         ]
         if changed:
             raise WorkbenchError(

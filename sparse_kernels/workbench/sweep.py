@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training import METHODS
+from .config import FREE_SETTINGS, TrainConfig
 from .errors import WorkbenchError
 from .models import spec
 from .stopping import ending_by_exception
@@ -58,6 +60,13 @@ class Task:
         changed = "".join(f"-{option}={value}" for option, value in self.variant)
         whole = f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
         return re.sub(r"[^\w.,+=-]", "_", whole)  # what `train --name` takes
+
+    def line(self) -> dict[str, Any]:
+        """What its line in the results file says of it before it is trained."""
+        variant = " ".join(f"{option}={value}" for option, value in self.variant)
+        return {"name": self.name, "net": self.net, "method": self.method,
+                "density_asked": self.density, "seed": self.seed, "options": list(self.options),
+                "variant": variant}  # fmt: skip
 
     def words(self, out: Path) -> list[str]:
         """Arguments of `sparse-kernels`."""
@@ -152,6 +161,16 @@ def _parsed(text: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _append_whole(path: Path, more: Sequence[dict[str, Any]]) -> None:
+    """Append lines, and drop one that was cut off: nothing is appended to a broken line."""
+    rows = [*_parsed(_text(path)), *more]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def run(
     folder: Path, wanted: Sequence[Task], jobs: int, say: Callable[[str], None] = print
 ) -> list[str]:
@@ -163,19 +182,47 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LINES
-    rows = list(_parsed(path.read_text(encoding="utf-8"))) if path.exists() else []
-    done = {row["name"]: row["options"] for row in rows}
+    done = {row["name"]: row["options"] for row in _parsed(_text(path))}
     for task in wanted:
         if done.get(task.name, list(task.options)) != list(task.options):
             raise WorkbenchError(
                 f"{path}: {task.name} was made with {done[task.name]}, now {list(task.options)} "
                 "is asked for; give another --out"
             )
-    # Whole lines only, so that nothing is appended to a broken one.
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    _append_whole(path, [])
     left = [task for task in wanted if task.name not in done]
     say(f"{len(wanted) - len(left)} of {len(wanted)} runs are done")
     return _train_all(path, left, jobs, say)
+
+
+def reuse(
+    folder: Path,
+    wanted: Sequence[Task],
+    other: Path,
+    settings_of: Callable[[Sequence[str]], TrainConfig],
+) -> int:
+    """Take over from the sweep in `other` the lines of runs with the very settings of those that
+    are wanted and not done, whatever they are called there; returns their number.
+
+    settings_of: the settings of words of `sparse-kernels train`. Raises WorkbenchError if `other`
+    holds no finished run.
+    """
+
+    def key(words: Sequence[str]) -> dict[str, Any]:
+        settings = settings_of(words).as_dict()
+        return {name: settings[name] for name in sorted(settings.keys() - FREE_SETTINGS)}
+
+    made = {json.dumps(key(shlex.split(row["command"])[2:])): row for row in read(other)}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LINES
+    done = {row["name"] for row in _parsed(_text(path))}
+    taken = []
+    for task in wanted:
+        row = made.get(json.dumps(key(task.words(folder)[1:])))
+        if row is not None and task.name not in done:
+            taken.append({**row, **task.line(), "made_in": str(other)})
+    _append_whole(path, taken)
+    return len(taken)
 
 
 def _train_all(
@@ -273,8 +320,5 @@ def _train(out: Path, task: Task, children: _Children) -> _Outcome:
         return task, None, f"exit code {code}: {said}"
     found = json.loads(results.read_text(encoding="utf-8"))
     sparse = next(entry for entry in found["runs"] if entry["contender"] == "sparse")
-    row = {"name": task.name, "net": task.net, "method": task.method, "density_asked": task.density,
-           "seed": task.seed, "options": list(task.options),
-           "variant": " ".join(f"{option}={value}" for option, value in task.variant)}  # fmt: skip
-    row |= {key: sparse[key] for key in _KEPT}
+    row = {**task.line(), **{key: sparse[key] for key in _KEPT}}
     return task, {**row, "command": found["command"], "machine": found["machine"]}, ""
