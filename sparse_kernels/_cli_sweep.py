@@ -12,7 +12,8 @@ from ._cli_train import settings_of
 
 
 @click.command("sweep", context_settings={"ignore_unknown_options": True})
-@click.option("--net", "nets", multiple=True, default=("lenet-300-100",), show_default=True)
+@click.option("--net", "nets", multiple=True, default=("lenet-300-100",), show_default=True,
+              help='Repeatable; with its own options: "wide-mlp width=256".')  # fmt: skip
 @click.option("--method", "methods", multiple=True, default=("sparse-momentum",), show_default=True)
 @click.option("--density", "densities", type=float, multiple=True, default=(0.05,),
               show_default=True)  # fmt: skip

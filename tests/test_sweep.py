@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from sparse_kernels import cli
-from sparse_kernels.workbench import sweep, sweep_report
+from sparse_kernels.workbench import sweep, sweep_report, sweep_tables
 from sparse_kernels.workbench.config import TrainConfig
 from sparse_kernels.workbench.errors import WorkbenchError
 
@@ -174,7 +174,7 @@ def test_means_errors_and_paired_tests() -> None:
     ours, theirs = [0.95, 0.96, 0.97], [0.90, 0.93, 0.93]
     rows = [row("sparse-momentum", i, a) for i, a in enumerate(ours)]
     rows += [row("set", i, a) for i, a in enumerate(theirs)] + [row("set", 0, 0.5, 0.1)]
-    head, *lines = sweep_report.table(rows)
+    head, *lines = sweep_tables.table(rows)
     found = {(line[1], line[2]): dict(zip(head, line, strict=True)) for line in lines}
     base = found["5 %", "sparse-momentum"]
     error = statistics.stdev([5.0, 4.0, 3.0]) / 3**0.5
@@ -183,6 +183,12 @@ def test_means_errors_and_paired_tests() -> None:
     assert other["error minus sparse-momentum"] == "+4.00 (n = 3)"
     p = stats.ttest_rel(theirs, ours).pvalue
     assert other["p (paired t)"] == f"{p:.3g}"
+    head, line = sweep_tables.pooled(rows)
+    over = dict(zip(head, line, strict=True))
+    assert (over["method"], over["pairs"]) == ("set", "3")
+    bound = 4.0 + stats.t.ppf(0.95, 2) * statistics.stdev([5.0, 3.0, 4.0]) / 3**0.5
+    assert over["95 % bound"] == f"< {bound:+.3f}"
+    assert over["error of sparse-momentum relative to it"] == f"{100 * (4 / 8 - 1):+.1f} %"
     lone = found["10 %", "set"]
     assert lone["test error in %"] == "50.00" and lone["p (paired t)"] == ""
 
@@ -212,6 +218,20 @@ def test_variants_are_runs_of_their_own() -> None:
     for text in ("prune-rate", "=3", "prune-rate="):
         with pytest.raises(WorkbenchError, match="--vary: expected text such as"):
             sweep.parse_variants([text], [])
+
+
+def test_nets_have_options_of_their_own(tmp_path: Path) -> None:
+    narrow = "wide-mlp width=8 hidden-layers=1"
+    done = CliRunner().invoke(
+        cli.main, ["sweep", "--net", narrow, "--out", str(tmp_path), "--jobs", "1", "--", *FAST]
+    )
+    assert done.exit_code == 0, done.output
+    (made,) = sweep.read(tmp_path)
+    assert made["net"] == narrow and "--width 8 --hidden-layers 1" in made["command"]
+    assert made["name"] == "wide-mlp-width=8-hidden-layers=1-sparse-momentum-d0.05-s0"
+    for text in ("wide-mlp width", "narrow-mlp width=8", " "):
+        with pytest.raises(WorkbenchError, match="expected"):
+            sweep.tasks([text], ["static"], [0.05], [0])[0].words(tmp_path)
 
 
 def test_a_label_that_no_run_has_is_refused(tmp_path: Path) -> None:
@@ -248,7 +268,7 @@ def test_sensitivity_is_of_options_varied_alone(tmp_path: Path) -> None:
     rows.append({**row("sparse-momentum", 0, 0.9), "variant": "signal=exact"})
     rows.append({**row("sparse-momentum", 0, 0.9), "variant": "signal=window momentum=0.5"})
     rows.append(row("sparse-momentum", 0, 0.97))
-    (lines,) = sweep_report.sensitivity(rows).values()
+    (lines,) = sweep_tables.sensitivity(rows).values()
     (points,) = lines.values()
     assert [p[0] for p in points] == [0.2, 0.5]
     assert [p[1] for p in points] == pytest.approx([3.5, 1.5])
@@ -258,7 +278,7 @@ def test_sensitivity_is_of_options_varied_alone(tmp_path: Path) -> None:
     shown, written, missing = sweep_report.write(tmp_path, against)
     assert f"error minus {against}" in shown and "+2.00 (n = 2)" not in shown
     assert missing or tmp_path / "sweep-sensitivity.png" in written
-    head, *lines = sweep_report.table(rows, against)
+    head, *lines = sweep_tables.table(rows, against)
     found = {line[2]: dict(zip(head, line, strict=True)) for line in lines}
     assert found[against][head[-2]] == "" and set(found) == {
         against, "sparse-momentum prune-rate=0.2", "sparse-momentum signal=exact",

@@ -35,6 +35,7 @@ _PROGRAM = (
 )
 Variant = tuple[tuple[str, str], ...]
 """Options of `train` and their values; () is the method as it is."""
+NET_EXAMPLE = "wide-mlp width=256 hidden-layers=3"
 _STOPPED = "stopped"
 _STOPS = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 _KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "flops_density")
@@ -42,8 +43,10 @@ _KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "f
 
 @dataclass(frozen=True)
 class Task:
-    """One run of `sparse-kernels train`. options: its further words, as on the command line.
+    """One run of `sparse-kernels train`.
 
+    net: its name, and its options if it has any, such as "wide-mlp width=256".
+    options: further words, as on the command line.
     variant: what it has otherwise than the other runs of its method.
     """
 
@@ -58,7 +61,8 @@ class Task:
     def name(self) -> str:
         """Of its directory, and the key of its line."""
         changed = "".join(f"-{option}={value}" for option, value in self.variant)
-        whole = f"{self.net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
+        net = "-".join(self.net.split())
+        whole = f"{net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
         return re.sub(r"[^\w.,+=-]", "_", whole)  # what `train --name` takes
 
     def line(self) -> dict[str, Any]:
@@ -70,11 +74,14 @@ class Task:
 
     def words(self, out: Path) -> list[str]:
         """Arguments of `sparse-kernels`."""
-        fixed = {"net": self.net, "method": self.method, "density": f"{self.density:g}",
+        net, *shape = self.net.split()
+        of_net = [_assignment(text, "--net", NET_EXAMPLE) for text in shape]
+        fixed = {"net": net, "method": self.method, "density": f"{self.density:g}",
                  "seeds": str(self.seed), "threads": "1", "name": self.name,
                  "out": str(out)}  # fmt: skip
         named = [word for key, value in fixed.items() for word in (f"--{key}", value)]
-        changed = [word for option, value in self.variant for word in (f"--{option}", value)]
+        changed = [word for option, value in (*of_net, *self.variant)
+                   for word in (f"--{option}", value)]  # fmt: skip
         return ["train", *self.options, *changed, *named, "--resume"]
 
 
@@ -96,7 +103,7 @@ def tasks(
     that would share a directory.
     """
     for net in nets:
-        spec(net)
+        spec(net.split(maxsplit=1)[0] if net.strip() else net)
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise WorkbenchError(f"--method: expected some of {', '.join(METHODS)}, got {unknown}")

@@ -1,0 +1,140 @@
+"""Numbers of a sweep: mean +- standard error, n, and tests over pairs of one seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+def label_of(row: Row) -> str:
+    """The method, and what the run has otherwise."""
+    return f"{row['method']} {row.get('variant', '')}".strip()
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
+    """Rows by (net, density, label), each group in order of its seeds."""
+    groups: dict[tuple[str, float, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda r: (r["net"], r["density_asked"], r["seed"])):
+        groups.setdefault((row["net"], row["density_asked"], label_of(row)), []).append(row)
+    return groups
+
+
+class Paired(NamedTuple):
+    """Test errors in % of two labels over the pairs that both have.
+
+    Attributes:
+        pairs: their number; difference: mean of theirs minus the base's, in points.
+        bound: the mean lies below it with 95 % confidence (one-sided, Student's t).
+        p: two-sided, of the paired t-test.
+        ratio: mean error of the base over theirs.
+    """
+
+    pairs: int
+    difference: float
+    bound: float
+    p: float
+    ratio: float
+
+
+def paired(mine: Sequence[Row], base: Sequence[Row]) -> Paired | None:
+    """Of rows of one label against those of another, by density and seed.
+
+    None for fewer than two pairs, and where all differences are equal, for which the test says
+    nothing. Raises ImportError without scipy.
+    """
+    theirs = {(row["density_asked"], row["seed"]): _error(row) for row in base}
+    keys = [(row["density_asked"], row["seed"]) for row in mine]
+    both = [(_error(r), theirs[k]) for r, k in zip(mine, keys, strict=True) if k in theirs]
+    differences = [a - b for a, b in both]
+    if len(both) < 2 or max(differences) == min(differences):
+        return None
+    from scipy.stats import ttest_1samp
+
+    test = ttest_1samp(differences, 0.0)
+    bound = float(ttest_1samp(differences, 0.0, alternative="less").confidence_interval(0.95).high)
+    totals = [statistics.fmean(errors) for errors in zip(*both, strict=True)]
+    ratio = totals[1] / totals[0] if totals[0] else math.nan
+    return Paired(len(both), statistics.fmean(differences), bound, float(test.pvalue), ratio)
+
+
+def _error(row: Row) -> float:
+    """Test error in %."""
+    return 100.0 * (1.0 - row["test_accuracy"])
+
+
+def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[str]]:
+    """Head and lines: a line per net, density and label; `against` is a label."""
+    head = ["net", "density", "method", "n", "test error in %", "training in s", "FLOPs density",
+            f"error minus {against}", "p (paired t)"]  # fmt: skip
+    lines, groups = [head], grouped(rows)
+    for (net, density, name), members in groups.items():
+        errors = [_error(row) for row in members]
+        seconds = [row["seconds"] for row in members]
+        flops = statistics.fmean(row["flops_density"] for row in members)
+        base = groups.get((net, density, against))
+        test = None
+        if base is not None and name != against:
+            try:
+                test = paired(members, base)
+            except ImportError:
+                head[-1] = "p (needs scipy)"
+        lines.append([net, f"{100 * density:g} %", name, str(len(members)), spread_of(errors, 2),
+                      spread_of(seconds, 1), f"{100 * flops:.2f} %",
+                      "" if test is None else f"{test.difference:+.2f} (n = {test.pairs})",
+                      "" if test is None else f"{test.p:.3g}"])  # fmt: skip
+    return lines
+
+
+def spread_of(values: Sequence[float], digits: int) -> str:
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" +- {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+    return text
+
+
+def pooled(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[str]]:
+    """Head and lines: `against` beside each other label of a net, over all densities and seeds that
+    both have. Without lines where nothing can be compared, or without scipy.
+    """
+    head = ["net", "method", "pairs", f"error minus {against}", "95 % bound", "p (paired t)",
+            f"error of {against} relative to it"]  # fmt: skip
+    lines = [head]
+    by_net: dict[str, dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda r: (r["net"], label_of(r))):
+        by_net.setdefault(row["net"], {}).setdefault(label_of(row), []).append(row)
+    for net, labels in by_net.items():
+        for name, members in labels.items():
+            try:
+                test = paired(members, labels.get(against, [])) if name != against else None
+            except ImportError:
+                return [head]
+            if test is not None:
+                lines.append([net, name, str(test.pairs), f"{test.difference:+.3f}",
+                              f"< {test.bound:+.3f}", f"{test.p:.2g}",
+                              f"{100 * (test.ratio - 1):+.1f} %"])  # fmt: skip
+    return lines
+
+
+def sensitivity(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
+    """By option, where it alone was varied over numbers: per net, density and method (value, mean
+    test error in %, its standard error or 0), by value.
+    """
+    found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for (net, density, _), members in grouped(rows).items():
+        option, equals, text = members[0].get("variant", "").partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            continue
+        if not equals:
+            continue
+        errors = [_error(row) for row in members]
+        spread = statistics.stdev(errors) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
+        line = f"{members[0]['method']}, {net}, {100 * density:g} %"
+        point = (value, statistics.fmean(errors), spread)
+        found.setdefault(option, {}).setdefault(line, []).append(point)
+    return {option: {k: sorted(v) for k, v in lines.items()} for option, lines in found.items()}
