@@ -90,8 +90,9 @@ def test_the_committed_index_lists_what_lies_there() -> None:
     text = (RESULTS / "README.md").read_text()
     between = text.split(index.BEGIN)[1].split(index.END)[0].strip()
     assert between == "\n".join(index.lines(RESULTS)), "run `sparse-kernels bench index`"
-    for table in RESULTS.glob("*/*.md"):
-        assert f"]({table.parent.name}/{table.name})" in between
+    tables = [*RESULTS.glob("*/*.md"), *RESULTS.glob("*/*/sweep.md")]
+    for table in tables:
+        assert f"]({table.relative_to(RESULTS).as_posix()})" in between
 
 
 def test_an_index_tells_result_headline_and_command(tmp_path: Path) -> None:
@@ -110,8 +111,15 @@ def test_an_index_tells_result_headline_and_command(tmp_path: Path) -> None:
         whole = {"machine": header, "settings": {"net": "net"}, "command": f"do {name}", **found}
         (tmp_path / "some-cpu" / f"{name}.md").write_text("table")
         (tmp_path / "some-cpu" / f"{name}.json").write_text(json.dumps(whole))
+    made = tmp_path / "some-cpu" / "mnist"
+    made.mkdir()
+    run = {"name": "a", "net": "wide-mlp width=8", "machine": header}
+    (made / "sweep.jsonl").write_text(json.dumps(run) + "\n" + json.dumps({**run, "name": "b"}))
     assert invoke("index", tmp_path).exit_code == 0
     text = readme.read_text()
+    assert (
+        "| [mnist](some-cpu/mnist/sweep.md) | sweep: 2 runs of wide-mlp | 2026-01-02, abc |" in text
+    )
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     for name, (_, headline) in kinds.items():
         row = f"| [{name}](some-cpu/{name}.md) | {headline} | 2026-01-02, abc | `do {name}` |"

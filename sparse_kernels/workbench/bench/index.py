@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .. import sweep
 from ..errors import WorkbenchError
 from ..fetch import write_atomically
 from .results import markdown
@@ -50,6 +51,7 @@ def lines(root: Path) -> list[str]:
     made: list[str] = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         rows = [_row(table, folder.name) for table in sorted(folder.glob("*.md"))]
+        rows += [_sweep(path.parent, root) for path in sorted(folder.glob(f"*/{sweep.LINES}"))]
         if rows:
             made += [f"### {folder.name}", ""]
             made += [*markdown(["result", "what", "of", "command"], rows, left=4), ""]
@@ -70,6 +72,18 @@ def _row(table: Path, folder: str) -> list[str]:
     header = results["machine"]
     of = f"{header['date'][:10]}, {header['commit']}"
     return [link, headline(table.stem, results), of, _code(results.get("command"))]
+
+
+def _sweep(folder: Path, root: Path) -> list[str]:
+    """Of a sweep's directory, as `sparse-kernels sweep` leaves it (without its runs)."""
+    runs = sweep.read(folder)
+    nets = sorted({row["net"].split()[0] for row in runs})
+    machines = [row["machine"] for row in runs]
+    commits = sorted({header["commit"] for header in machines})
+    of = f"{max(header['date'][:10] for header in machines)}, {', '.join(commits)}"
+    link = f"[{folder.name}]({folder.relative_to(root).as_posix()}/sweep.md)"
+    text = f"sweep: {len(runs)} runs of {', '.join(nets)}"
+    return [link, text, of, f"`sparse-kernels report {folder.name}`"]
 
 
 def _code(command: str | None) -> str:
