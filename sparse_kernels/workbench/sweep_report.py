@@ -18,8 +18,8 @@ _NOTE = (
     "confidence (one-sided t over pairs of one density and seed). "
 )
 _FIGURES = (
-    ("density", "density_asked", 100.0, "density in %", "Accuracy over density"),
-    ("time", "seconds", 1.0, "training time in seconds", "Accuracy over training time"),
+    ("density", "density_asked", 100.0, "density in %", "Test error over density"),
+    ("time", "seconds", 1.0, "training time in seconds", "Test error over training time"),
 )
 
 
@@ -67,21 +67,27 @@ def _draw(
 
     names = sorted({label_of(row) for row in rows})
     for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
+        lowest = math.inf
         for i, name in enumerate(names):
             points = []
             for (own, _, called), group in grouped(rows).items():
                 if (own, called) == (net, name):
-                    accuracy = [100 * row["test_accuracy"] for row in group]
-                    spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
+                    errors = [100 * (1 - row["test_accuracy"]) for row in group]
+                    spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
                     where = scale * statistics.fmean(row[key] for row in group)
-                    mean = statistics.fmean(accuracy)
-                    points.append((where, mean, spread / math.sqrt(len(accuracy))))
+                    mean = statistics.fmean(errors)
+                    points.append((where, mean, spread / math.sqrt(len(errors))))
             if points:
                 xs, ys, bars = zip(*sorted(points), strict=True)
+                lowest = min(lowest, *(y - bar for y, bar in zip(ys, bars, strict=True)))
                 colour = colormaps["tab10"](i % 10)
                 axes.errorbar(xs, ys, bars, color=colour, marker="osv^D"[i % 5], label=name)
-        axes.set(xlabel=label, ylabel="test accuracy in %", title=f"{title}: {net}")
-        axes.grid(alpha=0.3)
+        axes.set(xlabel=label, ylabel="test error in %", title=f"{title}: {net}")
+        # A method that fails must not press all others into one line; 0 % has no logarithm.
+        axes.set_yscale("log" if lowest > 0 else "linear")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figures.save_figure(figure, path)
     return None
