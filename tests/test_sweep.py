@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from sparse_kernels import cli
-from sparse_kernels.workbench import sweep, sweep_report, sweep_tables
+from sparse_kernels._cli_train import settings_of
+from sparse_kernels.workbench import models, sweep, sweep_report, sweep_tables
 from sparse_kernels.workbench.config import TrainConfig
 from sparse_kernels.workbench.errors import WorkbenchError
 
@@ -69,27 +70,30 @@ def test_a_sweep_trains_skips_what_is_done_and_reports(tmp_path: Path) -> None:
 
 
 def test_runs_of_another_sweep_are_taken_over_by_their_settings(tmp_path: Path) -> None:
-    words = ["sweep", "--method", "static", "--jobs", "1"]
-    first = CliRunner().invoke(
-        cli.main, [*words, "--seeds", "0,1", "--out", str(tmp_path / "a"), "--", *FAST]
-    )
-    assert first.exit_code == 0, first.output
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.mkdir()
+    made = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0, 1], FAST)
+    with (a / "sweep.jsonl").open("w") as file:
+        for task in made:
+            ran = row("static", task.seed, 0.9 + task.seed / 100)
+            command = settings_of(task.words(a)[1:]).command()
+            file.write(json.dumps({**ran, **task.line(), "command": command}) + "\n")
     # The same settings under other names: 0.9 is the default. A third seed is not there.
-    more = ["--vary", "momentum=0.9", "--seeds", "0,1,2", "--reuse", str(tmp_path / "a")]
-    end = ["--out", str(tmp_path / "b"), "--", *FAST]
-    again = CliRunner().invoke(cli.main, [*words, *more, *end])
-    assert again.exit_code == 0 and "2 runs taken over" in again.output, again.output
-    assert "2 of 3 runs are done" in again.output
-    rows = {row["seed"]: row for row in sweep.read(tmp_path / "b")}
-    before = {row["seed"]: row for row in sweep.read(tmp_path / "a")}
-    assert [rows[seed].get("made_in") for seed in (0, 1, 2)] == [str(tmp_path / "a")] * 2 + [None]
-    assert rows[0]["variant"] == "momentum=0.9" and rows[0]["name"].endswith("momentum=0.9")
-    assert all(rows[s]["test_accuracy"] == before[s]["test_accuracy"] for s in (0, 1))
-    # Other settings are other runs; a second call takes nothing twice.
-    other = CliRunner().invoke(cli.main, [*words, "--vary", "momentum=0.8", *more[2:], *end])
-    assert "0 runs taken over" in other.output
-    twice = CliRunner().invoke(cli.main, [*words, *more, *end])
-    assert "0 runs taken over" in twice.output and len(sweep.read(tmp_path / "b")) == 6
+    for option, count in (("momentum=0.9", 2), ("momentum=0.8", 0)):
+        variants = sweep.parse_variants([option], [])
+        wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0, 1, 2], FAST, variants)
+        assert sweep.reuse(b, wanted, a, settings_of) == count
+        assert sweep.reuse(b, wanted, a, settings_of) == 0  # nothing twice
+    rows = sweep.read(b)
+    assert [r["seed"] for r in rows] == [0, 1] and {r["made_in"] for r in rows} == {str(a)}
+    assert all(r["variant"] == "momentum=0.9" and r["name"].endswith("momentum=0.9") for r in rows)
+    assert [r["test_accuracy"] for r in rows] == [0.9, 0.91]
+    with pytest.raises(WorkbenchError, match="expected a sweep"):
+        sweep.reuse(b, made, tmp_path / "none", settings_of)
+    words = ["sweep", "--method", "static", "--seeds", "0,1", "--out", str(tmp_path / "c")]
+    done = CliRunner().invoke(cli.main, [*words, "--reuse", str(a), "--", *FAST])
+    assert done.exit_code == 0 and "2 runs taken over" in done.output, done.output
+    assert "2 of 2 runs are done" in done.output
 
 
 def test_wrong_settings_end_a_sweep_before_its_first_run(tmp_path: Path) -> None:
@@ -222,13 +226,13 @@ def test_variants_are_runs_of_their_own() -> None:
 
 def test_nets_have_options_of_their_own(tmp_path: Path) -> None:
     narrow = "wide-mlp width=8 hidden-layers=1"
-    done = CliRunner().invoke(
-        cli.main, ["sweep", "--net", narrow, "--out", str(tmp_path), "--jobs", "1", "--", *FAST]
-    )
-    assert done.exit_code == 0, done.output
-    (made,) = sweep.read(tmp_path)
-    assert made["net"] == narrow and "--width 8 --hidden-layers 1" in made["command"]
-    assert made["name"] == "wide-mlp-width=8-hidden-layers=1-sparse-momentum-d0.05-s0"
+    (task,) = sweep.tasks([narrow], ["static"], [0.05], [0], FAST)
+    assert task.name == "wide-mlp-width=8-hidden-layers=1-static-d0.05-s0"
+    assert task.line()["net"] == narrow
+    settings = settings_of(task.words(tmp_path)[1:])
+    assert (settings.net, settings.net_options()) == ("wide-mlp", {"width": 8, "hidden_layers": 1})
+    net = models.build(settings.net, **settings.net_options())
+    assert [layer.out_features for layer in net[1::2]] == [8, 10]
     for text in ("wide-mlp width", "narrow-mlp width=8", " "):
         with pytest.raises(WorkbenchError, match="expected"):
             sweep.tasks([text], ["static"], [0.05], [0])[0].words(tmp_path)
