@@ -24,7 +24,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.to(torch.float32).mul_(scale).sub_(shift)
 
 
-@functools.lru_cache(maxsize=8)  # made for every batch, they took as long as the batch itself
+@functools.lru_cache(maxsize=8)  # once per data set, not per batch
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     scale = torch.tensor([1.0 / (255.0 * s) for s in std]).view(1, -1, 1, 1)
     shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, -1, 1, 1)

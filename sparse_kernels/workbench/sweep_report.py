@@ -11,7 +11,16 @@ from pathlib import Path
 
 from . import figures, machine, sweep
 from .errors import WorkbenchError
-from .sweep_tables import Row, grouped, label_of, pooled, sensitivity, table
+from .sweep_tables import (
+    Row,
+    error_of,
+    grouped,
+    label_of,
+    pooled,
+    sensitivity,
+    standard_error,
+    table,
+)
 
 _NOTE = (
     "+-: standard error over the seeds. 95 % bound: the mean difference lies below it with 95 % "
@@ -72,11 +81,10 @@ def _draw(
             points = []
             for (own, _, called), group in grouped(rows).items():
                 if (own, called) == (net, name):
-                    errors = [100 * (1 - row["test_accuracy"]) for row in group]
-                    spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
+                    errors = [error_of(row) for row in group]
                     where = scale * statistics.fmean(row[key] for row in group)
                     mean = statistics.fmean(errors)
-                    points.append((where, mean, spread / math.sqrt(len(errors))))
+                    points.append((where, mean, standard_error(errors)))
             if points:
                 xs, ys, bars = zip(*sorted(points), strict=True)
                 lowest = min(lowest, *(y - bar for y, bar in zip(ys, bars, strict=True)))

@@ -46,9 +46,9 @@ def paired(mine: Sequence[Row], base: Sequence[Row]) -> Paired | None:
     None for fewer than two pairs, and where all differences are equal, for which the test says
     nothing. Raises ImportError without scipy.
     """
-    theirs = {(row["density_asked"], row["seed"]): _error(row) for row in base}
+    theirs = {(row["density_asked"], row["seed"]): error_of(row) for row in base}
     keys = [(row["density_asked"], row["seed"]) for row in mine]
-    both = [(_error(r), theirs[k]) for r, k in zip(mine, keys, strict=True) if k in theirs]
+    both = [(error_of(r), theirs[k]) for r, k in zip(mine, keys, strict=True) if k in theirs]
     differences = [a - b for a, b in both]
     if len(both) < 2 or max(differences) == min(differences):
         return None
@@ -61,18 +61,13 @@ def paired(mine: Sequence[Row], base: Sequence[Row]) -> Paired | None:
     return Paired(len(both), statistics.fmean(differences), bound, float(test.pvalue), ratio)
 
 
-def _error(row: Row) -> float:
-    """Test error in %."""
-    return 100.0 * (1.0 - row["test_accuracy"])
-
-
 def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[str]]:
     """Head and lines: a line per net, density and label; `against` is a label."""
     head = ["net", "density", "method", "n", "test error in %", "training in s", "FLOPs density",
             f"error minus {against}", "p (paired t)"]  # fmt: skip
     lines, groups = [head], grouped(rows)
     for (net, density, name), members in groups.items():
-        errors = [_error(row) for row in members]
+        errors = [error_of(row) for row in members]
         seconds = [row["seconds"] for row in members]
         flops = statistics.fmean(row["flops_density"] for row in members)
         base = groups.get((net, density, against))
@@ -89,10 +84,20 @@ def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[st
     return lines
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for a single value, which has none to show."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def error_of(row: Row) -> float:
+    """Test error in %."""
+    return 100.0 * (1.0 - row["test_accuracy"])
+
+
 def spread_of(values: Sequence[float], digits: int) -> str:
     text = f"{statistics.fmean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" +- {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+        text += f" +- {standard_error(values):.{digits}f}"
     return text
 
 
@@ -132,8 +137,8 @@ def sensitivity(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, fl
             continue
         if not equals:
             continue
-        errors = [_error(row) for row in members]
-        spread = statistics.stdev(errors) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
+        errors = [error_of(row) for row in members]
+        spread = standard_error(errors)
         line = f"{members[0]['method']}, {net}, {100 * density:g} %"
         point = (value, statistics.fmean(errors), spread)
         found.setdefault(option, {}).setdefault(line, []).append(point)
