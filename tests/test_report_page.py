@@ -41,6 +41,13 @@ def test_a_browser_shows_tables_figures_and_commands(tmp_path: Path) -> None:
         for s in (0, 1)
         for p in (0.2, 0.5)
     ]
+    rows[0]["command"] = f"sparse-kernels train --out {tmp_path} --name run"
+    layer = {"0": 0.05}
+    run = {"contender": "sparse", "initial_layers": layer,
+           "layers": [{"name": "0", "shape": [2, 3]}],
+           "epochs": [{"epoch": 1, "density": 0.05, "layers": layer}]}  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"runs": [run]}))
     (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     sweep_report.write(tmp_path)
     page = tmp_path / "looked.html"
@@ -57,8 +64,9 @@ def test_a_browser_shows_tables_figures_and_commands(tmp_path: Path) -> None:
     assert match is not None, done.stderr[-2000:]
     seen = json.loads(html.unescape(match[1]))
     assert seen["images"] == [
-        ["sweep-density", True], ["sweep-time", True], ["sweep-sensitivity", True]
+        ["sweep-density", True], ["sweep-time", True], ["sweep-sensitivity", True],
+        ["sweep-layers", True],
     ]  # fmt: skip
     assert seen["outside"] == [] and seen["mode"] == "CSS1Compat" and not seen["wide"]
-    assert seen["rows"] == 1 + 4 and seen["title"] == "Sweep"
-    assert seen["commands"] == ["sparse-kernels train <&>"] * len(rows)
+    assert seen["rows"] == (1 + 4) + (1 + 3) and seen["title"] == "Sweep"
+    assert seen["commands"] == [row["command"] for row in rows]

@@ -30,7 +30,8 @@ def row(method: str, seed: int, accuracy: float, density: float = 0.05) -> dict:
         "name": f"lenet-{method}-{density}-{seed}", "net": "lenet-300-100", "method": method,
         "density_asked": density, "seed": seed, "options": [], "test_accuracy": accuracy,
         "seconds": 2.0 + seed, "mean_step_seconds": 0.1, "steps": 10, "density": density,
-        "flops_density": density, "command": "sparse-kernels train <&>", "machine": MACHINE,
+        "flops_density": density, "machine": MACHINE,
+        "command": "sparse-kernels train '<&>' --out nowhere --name none",
     }  # fmt: skip
 
 
@@ -62,7 +63,10 @@ def test_a_sweep_trains_skips_what_is_done_and_reports(tmp_path: Path) -> None:
     assert rows[1]["test_accuracy"] == json.loads(lines[1])["test_accuracy"]
     path = tmp_path / "runs" / rows[0]["name"] / "table.md"
     assert path.stat().st_mtime_ns == stamp
-    assert CliRunner().invoke(cli.main, ["report", str(tmp_path)]).exit_code == 0
+    (tmp_path / "sweep-layers.png").unlink(missing_ok=True)
+    told = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
+    assert told.exit_code == 0
+    assert ("sweep-layers.png" in told.output) != ("matplotlib is not installed" in told.output)
     with pytest.raises(WorkbenchError, match="give another --out"):
         sweep.run(
             tmp_path, sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0], ["--lr", "1"]), 1
@@ -197,13 +201,22 @@ def test_means_errors_and_paired_tests() -> None:
     assert lone["test error in %"] == "50.00" and lone["p (paired t)"] == ""
 
 
+def test_differences_that_cannot_be_tested_are_shown() -> None:
+    pytest.importorskip("scipy.stats", reason="the paired test is scipy's")
+    base = [row("sparse-momentum", seed, 0.75) for seed in (0, 1)]
+    for others in ([row("set", 0, 0.5), row("set", 1, 0.5)], [row("set", 1, 0.5)]):
+        rows, n = base + others, str(len(others))
+        assert sweep_tables.table(rows)[-1][-2:] == [f"+25.00 (n = {n})", ""]
+        assert sweep_tables.pooled(rows)[-1][1:] == ["set", n, "+25.000", "", "", "-50.0 %"]
+
+
 def test_the_page_needs_no_network(tmp_path: Path) -> None:
     rows = [row(m, s, 0.9 + s / 100) for m in ("set", "sparse-momentum") for s in (0, 1)]
     (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     _, written, missing = sweep_report.write(tmp_path)
     page = (tmp_path / "sweep.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in page
-    assert "&lt;&amp;&gt;" in page and page.count("<tr>") == 3
+    assert "&lt;&amp;&gt;" in page and page.count("<tr>") == 5
     assert page.count("data:image/png;base64,") == (0 if missing else 2)
     assert all(path.is_file() for path in written)
 
@@ -280,7 +293,7 @@ def test_sensitivity_is_of_options_varied_alone(tmp_path: Path) -> None:
     (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     against = "sparse-momentum prune-rate=0.5"
     shown, written, missing = sweep_report.write(tmp_path, against)
-    assert f"error minus {against}" in shown and "+2.00 (n = 2)" not in shown
+    assert f"error minus {against}" in shown and "+2.00 (n = 2)" in shown
     assert missing or tmp_path / "sweep-sensitivity.png" in written
     head, *lines = sweep_tables.table(rows, against)
     found = {line[2]: dict(zip(head, line, strict=True)) for line in lines}

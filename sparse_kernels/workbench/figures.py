@@ -101,17 +101,21 @@ def _draw_accuracy(axes: Any, results: dict[str, Any]) -> None:
 
 
 def _draw_density(axes: Any, results: dict[str, Any]) -> None:
-    sparse = [run for run in results["runs"] if run["contender"] == "sparse"]
     axes.set_title("Density per layer over time", fontsize=10)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("density in %")
-    axes.grid(alpha=0.3)
-    if not sparse:
-        return
+    sparse = [run for run in results["runs"] if run["contender"] == "sparse"]
+    if sparse:
+        draw_layers(axes, sparse[0])
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def draw_layers(axes: Any, run: dict[str, Any]) -> None:
+    """Density of each layer over the epochs of a sparse run, and of the whole net."""
     from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    run = sparse[0]
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("density in %")
+    axes.grid(alpha=0.3)
     epochs = [0, *(record["epoch"] for record in run["epochs"])]
     layers = [run["initial_layers"], *(record["layers"] for record in run["epochs"])]
     palette = colormaps["viridis"]  # ordered by depth, and readable in grey
@@ -133,4 +137,3 @@ def _draw_density(axes: Any, results: dict[str, Any]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

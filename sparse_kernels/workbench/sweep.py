@@ -28,6 +28,7 @@ from .models import spec
 from .stopping import ending_by_exception
 
 LINES = "sweep.jsonl"
+_RESULTS = "results.json"
 # Without the working directory: in a checkout, the sources there are not the package in use.
 _PROGRAM = (
     "import sys; sys.path[:] = [path for path in sys.path if path]; "
@@ -156,6 +157,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if not rows:
         raise WorkbenchError(f"{folder / LINES}: no finished run yet; let the sweep go on")
     return rows
+
+
+def results_file(row: dict[str, Any]) -> Path:
+    """Where the run of a line, of this sweep or taken over, wrote its results; it may be gone."""
+    words = shlex.split(row["command"])
+    out, name = (words[words.index(option) + 1] for option in ("--out", "--name"))
+    return Path(out) / name / _RESULTS
 
 
 def _parsed(text: str) -> Iterator[dict[str, Any]]:
@@ -322,7 +330,7 @@ def _train(out: Path, task: Task, children: _Children) -> _Outcome:
     code, said = children.run([sys.executable, "-c", _PROGRAM, *task.words(out)], environment)
     if code in _STOPS:
         return task, None, f"{_STOPPED}; the same command goes on with it"
-    results = out / task.name / "results.json"
+    results = out / task.name / _RESULTS
     if code or not results.is_file():
         return task, None, f"exit code {code}: {said}"
     found = json.loads(results.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ _NOTE = (
     "+-: standard error over the seeds. 95 % bound: the mean difference lies below it with 95 % "
     "confidence (one-sided t over pairs of one density and seed). "
 )
+_PANELS = 16
+"""More do not fit into a picture that can be read."""
+
 _FIGURES = (
     ("density", "density_asked", 100.0, "density in %", "Test error over density"),
     ("time", "seconds", 1.0, "training time in seconds", "Test error over training time"),
@@ -53,8 +57,13 @@ def write(folder: Path, against: str | None = None) -> tuple[str, list[Path], st
         missing = _draw(rows, key, scale, label, title, folder / f"sweep-{name}.png")
         if missing is None:
             written.append(folder / f"sweep-{name}.png")
-    if missing is None and _draw_sensitivity(rows, folder / "sweep-sensitivity.png"):
-        written.append(folder / "sweep-sensitivity.png")
+    if missing is None:
+        more = {
+            "sensitivity": lambda path: _draw_sensitivity(rows, path),
+            "layers": lambda path: _draw_layers(rows, path),
+        }
+        paths = {folder / f"sweep-{name}.png": draw for name, draw in more.items()}
+        written += [path for path, draw in paths.items() if draw(path)]
     page = folder / "sweep.html"
     page.write_text(_page(tables, note, rows, written[1:]), encoding="utf-8")
     return markdown, [*written, page], missing
@@ -115,6 +124,36 @@ def _draw_sensitivity(rows: Sequence[Row], path: Path) -> bool:
         axes.set(xlabel=option, ylabel="test error in %", title=f"Sensitivity to {option}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    figures.save_figure(figure, path)
+    return True
+
+
+def _draw_layers(rows: Sequence[Row], path: Path) -> bool:
+    """Where the weights went: density per layer over the epochs, a panel for the first seed of each
+    net, density and label whose results are at hand; False where none are.
+    """
+    found = []
+    for (net, density, name), members in grouped(rows).items():
+        results = map(sweep.results_file, members)
+        first = next((file for file in results if file.is_file()), None)
+        if first is not None:
+            found.append((f"{net}, {100 * density:g} %\n{name}", first))
+    if not found:
+        return False
+    shown = found[:_PANELS]
+    columns = min(4, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure = figures.new_figure((4.4 * columns, 3.6 * lines))
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, (title, file) in zip(panels, shown, strict=False):
+        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        figures.draw_layers(axes, next(run for run in runs if run["contender"] == "sparse"))
+        axes.set_title(title, fontsize=9)
+        axes.legend(fontsize=6)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    rest = f", {len(shown)} of {len(found)}" if len(found) > len(shown) else ""
+    figure.suptitle(f"Density per layer over time, first seed{rest}")
     figures.save_figure(figure, path)
     return True
 

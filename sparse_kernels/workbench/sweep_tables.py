@@ -29,36 +29,39 @@ class Paired(NamedTuple):
     Attributes:
         pairs: their number; difference: mean of theirs minus the base's, in points.
         bound: the mean lies below it with 95 % confidence (one-sided, Student's t).
-        p: two-sided, of the paired t-test.
+        p: two-sided, of the paired t-test. Both are None for a single pair, and where all
+            differences are equal: the test says nothing there.
         ratio: mean error of the base over theirs.
     """
 
     pairs: int
     difference: float
-    bound: float
-    p: float
+    bound: float | None
+    p: float | None
     ratio: float
 
 
 def paired(mine: Sequence[Row], base: Sequence[Row]) -> Paired | None:
-    """Of rows of one label against those of another, by density and seed.
+    """Of rows of one label against those of another, by density and seed; None without a pair.
 
-    None for fewer than two pairs, and where all differences are equal, for which the test says
-    nothing. Raises ImportError without scipy.
+    Raises ImportError without scipy.
     """
     theirs = {(row["density_asked"], row["seed"]): error_of(row) for row in base}
     keys = [(row["density_asked"], row["seed"]) for row in mine]
     both = [(error_of(r), theirs[k]) for r, k in zip(mine, keys, strict=True) if k in theirs]
     differences = [a - b for a, b in both]
-    if len(both) < 2 or max(differences) == min(differences):
+    if not both:
         return None
     from scipy.stats import ttest_1samp
 
-    test = ttest_1samp(differences, 0.0)
-    bound = float(ttest_1samp(differences, 0.0, alternative="less").confidence_interval(0.95).high)
+    bound = p = None
+    if max(differences) > min(differences):
+        p = float(ttest_1samp(differences, 0.0).pvalue)
+        below = ttest_1samp(differences, 0.0, alternative="less").confidence_interval(0.95)
+        bound = float(below.high)
     totals = [statistics.fmean(errors) for errors in zip(*both, strict=True)]
     ratio = totals[1] / totals[0] if totals[0] else math.nan
-    return Paired(len(both), statistics.fmean(differences), bound, float(test.pvalue), ratio)
+    return Paired(len(both), statistics.fmean(differences), bound, p, ratio)
 
 
 def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[str]]:
@@ -80,7 +83,7 @@ def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[st
         lines.append([net, f"{100 * density:g} %", name, str(len(members)), spread_of(errors, 2),
                       spread_of(seconds, 1), f"{100 * flops:.2f} %",
                       "" if test is None else f"{test.difference:+.2f} (n = {test.pairs})",
-                      "" if test is None else f"{test.p:.3g}"])  # fmt: skip
+                      _or_empty(test and test.p, ".3g")])  # fmt: skip
     return lines
 
 
@@ -92,6 +95,10 @@ def standard_error(values: Sequence[float]) -> float:
 def error_of(row: Row) -> float:
     """Test error in %."""
     return 100.0 * (1.0 - row["test_accuracy"])
+
+
+def _or_empty(value: float | None, form: str, before: str = "") -> str:
+    return "" if value is None else f"{before}{value:{form}}"
 
 
 def spread_of(values: Sequence[float], digits: int) -> str:
@@ -119,7 +126,7 @@ def pooled(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[s
                 return [head]
             if test is not None:
                 lines.append([net, name, str(test.pairs), f"{test.difference:+.3f}",
-                              f"< {test.bound:+.3f}", f"{test.p:.2g}",
+                              _or_empty(test.bound, "+.3f", "< "), _or_empty(test.p, ".2g"),
                               f"{100 * (test.ratio - 1):+.1f} %"])  # fmt: skip
     return lines
 
