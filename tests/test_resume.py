@@ -275,3 +275,19 @@ def test_large_gradients_are_not_infinite_ones() -> None:
         model.bias.grad = torch.zeros(2)
         assert finite.gradients_finite(model) is expected
         assert finite.bad_gradients(torch.nn.Sequential(model)) == ([] if expected else ["0"])
+
+
+def test_the_accuracy_of_an_epoch_is_that_before_its_mask_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates: list[int] = []
+    real = contenders.Contender.accuracy
+
+    def accuracy(net: contenders.Contender, batches: Any) -> float:
+        assert net.masking is not None
+        updates.append(len(net.masking.history))
+        return real(net, batches)
+
+    monkeypatch.setattr(contenders.Contender, "accuracy", accuracy)
+    assert invoke(tmp_path, "--epochs", "3", "--update-every", "4").exit_code == 0
+    assert updates == [0, 1, 2, 2]  # held-out data after each epoch, the test set at the end

@@ -43,9 +43,12 @@ class Contender:
     signal_peak: int = 0  # most bytes that the growth signal held so far
     ranks: Ranks = field(default_factory=Ranks)
 
-    def step(self, images: Tensor, labels: Tensor) -> float:
+    def step(
+        self, images: Tensor, labels: Tensor, before_update: Callable[[], None] | None = None
+    ) -> float:
         """One whole step; returns the loss. Raises TrainingError before a bad loss is learnt.
 
+        before_update: called between the optimizer's step and a mask update, if one is due.
         Several ranks each take their share of the batch; the loss is the whole batch's.
         """
         self._set_learning_rate()
@@ -73,12 +76,18 @@ class Contender:
             self.optimizer.step()
             self._note_signal()
             if self.masking is not None:
+                if before_update is not None and self._update_is_due():
+                    before_update()
                 self.masking.step()
         except (FloatingPointError, RuntimeError) as error:
             # What the growth signal or a mask update cannot use; its message says why.
             raise TrainingError(f"{self.name}: step {self.steps_done + 1}: {error}") from error
         self.steps_done += 1
         return value
+
+    def _update_is_due(self) -> bool:
+        assert self.masking is not None
+        return self.masking.schedule.is_update(self.steps_done + 1)
 
     def _check_gradients(self) -> None:
         """Every few steps: a bad gradient makes a bad loss one step later in all but odd cases."""

@@ -202,15 +202,24 @@ def _train_epoch(session: Session, run: Run, total: int, progress: TrainingProgr
         return
     start = time.perf_counter()
     for images, labels in run.train:
-        begin = time.perf_counter()
-        loss = contender.step(images, labels)
-        now = time.perf_counter()
+        begin, looked = time.perf_counter(), 0.0
+
+        def look() -> None:
+            """The net as it was trained, before a mask update takes half of its weights."""
+            nonlocal looked
+            began = time.perf_counter()
+            run.accuracy = _accuracy(session, run, run.validation or run.test, whole=True)
+            looked = time.perf_counter() - began
+
+        last = run.train.position == length
+        loss = contender.step(images, labels, look if last else None)
+        now = time.perf_counter() - looked
         run.step_times.append(now - begin)
         run.losses.append(loss)
         run.saved_memory = None
         run.elapsed += now - start
         progress.advance(contender.name, loss)
-        session.after_step(run, run.train.position == length)
+        session.after_step(run, last)
         if contender.steps_done >= total:
             break
         start = time.perf_counter()  # a checkpoint is no part of the training's time
@@ -219,7 +228,9 @@ def _train_epoch(session: Session, run: Run, total: int, progress: TrainingProgr
 def _evaluate_epoch(session: Session, run: Run, last: bool) -> None:
     """Make the epoch's record and append it to the CSV log.
 
-    With held-out data the test set is looked at once, at the end; without, after every epoch.
+    With held-out data the test set is looked at once, at the end; without, after every epoch. Where
+    the epoch ended with a mask update, the accuracy is of the net before it, as in the official
+    code: what the update takes and grows is not trained yet.
     """
     contender, times = run.contender, run.step_times[-len(run.losses) :]
     costs = account.layer_costs(contender.model, run.positions)
@@ -236,27 +247,36 @@ def _evaluate_epoch(session: Session, run: Run, last: bool) -> None:
             float(contender.masking.prune_rate) if contender.masking is not None else None
         ),
     }
-    record["validation_accuracy"] = _accuracy(session, run, run.validation)
-    look = last or run.validation is None
-    record["test_accuracy"] = _accuracy(session, run, run.test) if look else None
+    watched = run.accuracy
+    if watched is None:
+        watched = _accuracy(session, run, run.validation or run.test)
+    held_out = run.validation is not None
+    record["validation_accuracy"] = watched if held_out else None
+    if held_out:
+        record["test_accuracy"] = _accuracy(session, run, run.test) if last else None
+    else:
+        record["test_accuracy"] = watched
     record["density"] = account.weight_density(costs)
     record["flops_density"] = account.flops_density(costs)
     record["executed_flops_density"] = account.executed_flops_density(costs)
     record["layers"] = {cost.name: cost.density for cost in costs}
     run.seconds += run.elapsed
     run.epochs.append(record)
-    run.in_epoch = False
+    run.in_epoch, run.accuracy = False, None
     _write_csv(run.log, run.epochs)
     if session.config.tensorboard:
         write_tensorboard(run.log, run.epochs)
 
 
-def _accuracy(session: Session, run: Run, batches: BatchLoader | None) -> float | None:
-    """The accuracy, unless a signal comes: it stops here, and the evaluation is made again."""
-    if batches is None:
-        return None
+def _accuracy(session: Session, run: Run, batches: BatchLoader, whole: bool = False) -> float:
+    """The accuracy, unless a signal comes: it stops here, and the evaluation is made again.
+
+    whole: a signal waits, for within a step there is nothing to save.
+    """
     if session.ranks.world > 1:  # a signal waits: all ranks stop after the same step
         return session.ranks.on_rank_0(lambda: run.contender.accuracy(batches))
+    if whole:
+        return run.contender.accuracy(batches)
     try:
         return run.contender.accuracy(session.stop.watch(batches))
     except StopRequested:

@@ -45,6 +45,7 @@ class Run:
     in_epoch: bool = False  # from an epoch's first batch until its record is complete
     losses: list[float] = field(default_factory=list)  # of the present epoch, as elapsed
     elapsed: float = 0.0
+    accuracy: float | None = None  # at this epoch's end, where a mask update came after it
     saved_memory: dict[str, int] | None = None  # the checkpoint's, until a step is taken
 
     def memory(self) -> dict[str, int]:
@@ -64,6 +65,7 @@ class Run:
             "in_epoch": self.in_epoch,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "elapsed": self.elapsed,
+            "accuracy": self.accuracy,
             "loader": self.train.state_dict(self.in_epoch),
             "initial_layers": self.initial_layers,
             "memory": self.memory(),
@@ -78,6 +80,7 @@ class Run:
         self.step_times, self.losses = state["step_times"].tolist(), state["losses"].tolist()
         self.seconds, self.elapsed = float(state["seconds"]), float(state["elapsed"])
         self.in_epoch = bool(state["in_epoch"])
+        self.accuracy = state.get("accuracy")  # not in checkpoints of earlier versions
         self.initial_layers = dict(state["initial_layers"])
         self.saved_memory = dict(state["memory"]) if self.contender.steps_done else None
 
