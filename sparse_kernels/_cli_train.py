@@ -10,7 +10,9 @@ import click
 from click.core import ParameterSource
 
 from ._cli_errors import one_line_errors
+from .training.methods import METHODS
 from .workbench.config import (
+    COSTS,
     DENSE_BASELINES,
     DISTRIBUTIONS,
     INITS,
@@ -57,8 +59,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option(
     "--preset", type=click.Choice(["demo"]), help="Settings of `make demo`; other options override."
 )
-@click.option("--method", default=None, help="Settings of a method: sparse-momentum, snfs, set, "
-              "rigl, static, dsr, gmp (docs/training.md); other options override.")  # fmt: skip
+@click.option("--method", default=None, help=f"Settings of a method: {', '.join(METHODS)} "
+              "(docs/training.md); other options override.")  # fmt: skip
 @click.option("--net", default="lenet-300-100", show_default=True,
               help=", ".join(NETS) + ".")  # fmt: skip
 @click.option(
@@ -135,9 +137,11 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option("--start-density", type=float, default=None,
               help="Gradual pruning, from this density to --density.")  # fmt: skip
 @click.option("--cost-weight", type=float, default=0.0, show_default=True,
-              help="Power of a weight's FLOPs that importance is divided by.")  # fmt: skip
-@click.option("--flops-budget", default=None,
-              help="Share of the dense FLOPs never to exceed, or start.")  # fmt: skip
+              help="Power of a weight's cost that importance is divided by.")  # fmt: skip
+@click.option("--cost", type=click.Choice(COSTS), default="flops", show_default=True,
+              help="What a weight costs: FLOPs, or time, measured before training.")  # fmt: skip
+@click.option("--flops-budget", "--cost-budget", "flops_budget", default=None,
+              help="Share of the dense net's cost never to exceed, or start.")  # fmt: skip
 @click.option(
     "--holdout", type=float, default=0.1, show_default=True, help="Share held out for validation."
 )
@@ -179,7 +183,10 @@ def train_command(context: click.Context, preset: str | None, resume: bool, **op
     def choose_folder() -> Path:
         found = folder_to_resume(config) if resume else None
         if found is None:
-            found = _run_folder(Path(config.out) / config.run_name(), overwrite=demo)
+            folder = Path(config.out) / config.run_name()
+            # Cut off before its first checkpoint: begun again in its place, not beside it.
+            begun = resume and not (folder / report.RESULTS).exists()
+            found = folder if begun else _run_folder(folder, overwrite=demo)
         found.mkdir(parents=True, exist_ok=True)
         return found
 

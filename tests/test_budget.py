@@ -127,6 +127,18 @@ def test_a_training_never_costs_more_than_its_first_pattern(block) -> None:
     assert moved != masks.history[0].nnz_before, "a budget must not stop redistribution"
 
 
+def test_a_share_of_the_cost_is_of_the_weights_inside_the_matrix() -> None:
+    """Blocks of 4 rows reach beyond a matrix of 10; stored ones count as whole, all as they are."""
+    share = Fraction(1, 2)
+    model, _, held = trained({"cost_budget": 0.5, "redistribution": "momentum"}, block=(4, 1))
+    shapes = [layer.matrix_shape for layer in sparse(model)]
+    costs = [Fraction(cost) for cost in COSTS.values()]
+    assert any(rows % 4 for rows, _ in shapes)
+    dense = sum(c * rows * cols for c, (rows, cols) in zip(costs, shapes, strict=True))
+    assert max(held) * 4 <= share * dense
+    assert sum(c * x.nnz for c, x in zip(costs, sparse(model), strict=True)) <= max(held) * 4
+
+
 def test_no_weight_and_no_budget_is_the_papers_training() -> None:
     model, _, _ = trained({"cost_weight": 0.0})
     plain, _, _ = trained({}, cost=None)
@@ -163,6 +175,8 @@ def test_costs_of_weights_by_count_and_by_clock() -> None:
     assert model.training
     times = time_per_weight(model, example, repeats=2)
     assert list(times) == ["0", "3", "5"] and all(0 < t < math.inf for t in times.values())
+    model[0].requires_grad_(False)  # then nothing of it is differentiated
+    assert all(0 < t < math.inf for t in time_per_weight(model, example, repeats=2).values())
     with pytest.raises(ValueError, match=r"did not reach \['5'\]"):
         model.forward = lambda x: model[3](model[0](x))
         flops_per_weight(model, torch.randn(2, 3, 8, 8))

@@ -165,6 +165,11 @@ def test_a_run_is_kept_when_its_name_comes_again(
     assert not (tmp_path / "demo-2").exists()
     invoke(*demo, "--name", "tiny")
     assert (tmp_path / "tiny-4").is_dir()
+    # One that was cut off before its first checkpoint is begun again in its place.
+    assert "is kept" not in invoke(*words, "--resume").stdout
+    assert (tmp_path / "tiny" / "log.csv").read_text() == "5"
+    (tmp_path / "tiny" / "results.json").write_text("{}")
+    assert "is kept" in invoke(*words, "--resume").stdout
 
 
 def test_a_report_of_nothing_is_one_line(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparse_kernels.nn.distribution import LayerSize, erk_densities
 from sparse_kernels.training import METHODS, SparseMomentumConfig, method
 from sparse_kernels.training.apply_change import STORAGE_HYSTERESIS
 from sparse_kernels.training.limits import shared
+from sparse_kernels.training.update import regain
 from sparse_kernels.workbench.config import TrainConfig, method_settings
 
 STEPS, EVERY = 40, 4
@@ -98,7 +100,11 @@ def test_only_sparse_momentum_spares_nearly_dense_layers(name) -> None:
 def test_dsr_prunes_globally_and_regrows_by_what_layers_hold() -> None:
     _, masks, _, counts, _ = trained("dsr")
     assert len(set(counts)) > 1
-    assert masks.config.redistribution == "nonzero"
+    assert masks.config.redistribution == "survivors"
+    rule_set = SparseMomentumConfig(10, 1, **method("dsr").options).rule_set()
+    layers = [SimpleNamespace(name=name, nnz=100, blocks=1000) for name in "ab"]
+    grown, _ = regain(layers, [99, 1], [0.5, 0.5], rule_set, None)
+    assert grown == [1, 99]
 
 
 def test_gradual_pruning_follows_the_cubic_to_the_very_end() -> None:
@@ -131,6 +137,21 @@ def test_gradual_pruning_with_regrowth_ends_at_its_density(rule, redistribution)
     alone = rule == "magnitude" and redistribution == "none"
     assert (list(counts[-1]) == wanted) is alone  # else layers end at densities of their own
     assert masks.history[-1].removed > 0
+
+
+def test_gradual_pruning_keeps_the_proportions_of_its_start() -> None:
+    model = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5))
+    sparsify(model, density={"0": 0.2, "2": 0.8})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"total_steps": 9, "update_every": 2, "final_density": 0.1}
+    masks = SparseMomentum(model, optimizer, **options, prune_rate=0.0, redistribution="none")
+    assert [layer.nnz for layer in sparse(model)] == [80, 80]
+    for _ in range(9):
+        optimizer.zero_grad()
+        model(torch.randn(4, 20)).square().mean().backward()
+        optimizer.step()
+        masks.step()
+    assert [layer.nnz for layer in sparse(model)] == [25, 25]
 
 
 def test_gradual_pruning_of_sparse_momentum_ends_at_its_density() -> None:
@@ -204,13 +225,31 @@ def test_growth_by_neuron_needs_a_signal() -> None:
     with pytest.raises(ValueError, match="growth='neuron' ranks rows by a dense signal"):
         SparseMomentumConfig(total_steps=4, update_every=1, growth="neuron", signal="random")
     for growth in ("fan_in", "groups:4"):  # draw at random instead
-        SparseMomentumConfig(total_steps=4, update_every=1, growth=growth, signal="random")
+        SparseMomentumConfig(
+            total_steps=4, update_every=1, growth=growth, signal="random", redistribution="none"
+        )
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown method 'rigel'; expected one of sparse-mom"):
         method("rigel")
     for bad in ({"update_until": 0.0}, {"final_density": 2.0}, {"cost_weight": -1.0},
-                {"cost_budget": "end"}, {"prune": "groups:0"}, {"growth": "fanin"}):  # fmt: skip
+                {"cost_budget": "end"}, {"prune": "groups:0"}, {"growth": "fanin"},
+                {"growth": "groups:4"}, {"final_density": 0.1, "update_until": 0.25},
+                {"redistribution": "none", "prune": "global_magnitude", "growth": "groups:4"},
+                ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))):
             SparseMomentumConfig(total_steps=4, update_every=1, **bad)
+
+
+def test_a_training_too_short_for_an_update_says_so(caplog) -> None:
+    for name, told in (("rigl-itop", True), ("static", False)):
+        caplog.clear()
+        SparseMomentumConfig(total_steps=4000, update_every=4000, **method(name).options)
+        assert ("no mask update falls into 4000 steps" in caplog.text) is told
+
+
+@pytest.mark.parametrize(("until", "steps"), [(0.55, 55), (0.75, 75), (1.0, 100), (0.001, 1)])
+def test_masks_stay_after_a_share_of_the_steps(until: float, steps: int) -> None:
+    config = SparseMomentumConfig(total_steps=100, update_every=1, update_until=until)
+    assert config.schedule().total_steps == steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -62,8 +63,8 @@ class MaskedDense:
         new_masks, removed, free = [], [], []
         for w, mask, share in zip(self.weights, self.masks, shares, strict=True):
             nnz, total = int(mask.sum()), mask.numel()
-            sparsity = (total - nnz) / total
-            tweak = sparsity < 0.2 and share > 1 / len(shares)
+            sparsity = Fraction(total - nnz, total)
+            tweak = sparsity < Fraction(1, 5) and share > 1 / len(shares)
             count = math.ceil((min(sparsity, p) if tweak else p) * nnz)
             flat = mask.flatten().tolist()
             size = w.abs().flatten().tolist()

@@ -22,7 +22,7 @@ def mlp() -> nn.Sequential:
         (lambda: sparsify(mlp(), density=2), r"\(0, 1\]"),
         (lambda: sparsify(mlp(), density={"0": 1.5}), r"density\['0'\]"),
         (lambda: sparsify(mlp(), density={"0": 0.5}, distribution="erk"), "drop distribution"),
-        (lambda: sparsify(mlp(), distribution="even"), "'uniform' or 'erk'"),
+        (lambda: sparsify(mlp(), distribution="even"), "one of uniform, er, erk"),
         (lambda: sparsify(mlp(), keep="best"), "'random'"),
         (lambda: sparsify(mlp(), block=(0, 2)), "block must be"),
         (lambda: sparsify(nn.Linear(4, 4)), "SparseLinear.from_dense"),

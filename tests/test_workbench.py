@@ -191,6 +191,9 @@ def test_a_run_is_rendered_again_from_its_results(
     (tmp_path / "results.json").write_text((folder / "results.json").read_text())
     written = report.render(tmp_path, report.read_run(tmp_path))
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert page == (folder / "report.html").read_text() and "<td>training time</td>" in page
+    assert page.count('src="data:image/png;base64,') == (tmp_path / "figure.png").exists()
     for run in (older := report.read_run(tmp_path))["runs"]:  # as the first version wrote it
         for key in ("mean_step_seconds", "executed_flops_density"):
             del run[key]
@@ -211,7 +214,8 @@ def test_without_matplotlib_everything_but_the_figure_is_written(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     written = report.render(tmp_path, finished[1])
-    assert {p.name for p in written} == {"table.md", "reproduce.txt"}
+    assert {p.name for p in written} == {"table.md", "reproduce.txt", "report.html"}
+    assert "<img" not in (tmp_path / "report.html").read_text()
     assert "pip install matplotlib" in capsys.readouterr().out
 
 

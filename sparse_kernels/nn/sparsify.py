@@ -144,7 +144,8 @@ def _check_arguments(
             "SparseLinear.from_dense or SparseConv2d.from_dense, or wrap it in nn.Sequential"
         )
     if distribution not in get_args(Distribution):
-        raise ValueError(f"distribution must be 'uniform' or 'erk', got {distribution!r}")
+        names = ", ".join(get_args(Distribution))
+        raise ValueError(f"distribution must be one of {names}, got {distribution!r}")
     if block != "auto":
         check_block(block, _ANY_SEGMENT)
     check_keep(keep)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from .rules import (
@@ -20,6 +22,8 @@ from .schedule import DECAYS, Decay, UpdateSchedule
 from .signals import SIGNALS
 from .structured import GrowInGroups, PruneInGroups, group_size, grow_neurons, is_structured
 from .update import RuleSet
+
+logger = logging.getLogger(__name__)
 
 _GROWTH: dict[str, GrowthRule] = {**GROWTH_RULES, "neuron": grow_neurons}
 _IN_GROUPS: dict[str, Any] = {"prune": PruneInGroups, "growth": GrowInGroups}
@@ -49,17 +53,24 @@ class SparseMomentumConfig:
 
     def __post_init__(self) -> None:
         UpdateSchedule(self.total_steps, self.update_every)
+        self._check_ranges()
+        self._check_costs()
+        self._check_rules()
+        self._check_updates()
+
+    def _check_ranges(self) -> None:
         for name in ("prune_rate", "final_prune_rate", "dense_above", "final_density"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}")
         if not 0.0 < self.update_until <= 1.0:
             raise ValueError(f"update_until must be in (0, 1], got {self.update_until!r}")
-        self._check_costs()
         if not 0.0 < self.window_tolerance < 1.0:
             raise ValueError(f"window_tolerance must be in (0, 1), got {self.window_tolerance!r}")
         if not 0.0 < self.sample_share <= 1.0:
             raise ValueError(f"sample_share must be in (0, 1], got {self.sample_share!r}")
+
+    def _check_rules(self) -> None:
         tables = (("decay", DECAYS), ("prune", PRUNE_RULES), ("growth", _GROWTH))
         for name, table in (*tables, ("redistribution", REDISTRIBUTION_RULES)):
             _look_up(name, getattr(self, name), table)
@@ -70,12 +81,31 @@ class SparseMomentumConfig:
                 f"growth={self.growth!r} compares whole rows, of which signal='sampled' knows a "
                 "sample; choose 'exact', 'window' or 'gradient'"
             )
-
+        moves = self.redistribution != "none" or self.prune == "global_magnitude"
+        if moves and str(self.growth).startswith("groups:"):
+            raise ValueError(
+                f"growth={self.growth!r} keeps N weights in every group only while a layer keeps "
+                f"its number of weights; choose redistribution='none' (got "
+                f"{self.redistribution!r}) and prune='groups:M', 'magnitude' or 'set' (got "
+                f"{self.prune!r})"
+            )
         if self.signal == "random" and self.growth == "neuron":
             raise ValueError(
                 "growth='neuron' ranks rows by a dense signal, but signal='random' has none; "
                 "choose signal='exact', 'window' or 'gradient'"
             )
+
+    def _check_updates(self) -> None:
+        if self.schedule().next_update(1) is not None:
+            return
+        what = (
+            f"no mask update falls into {self._mask_steps} steps with update_every="
+            f"{self.update_every}"
+        )
+        if self.final_density is not None:
+            raise ValueError(f"{what}: final_density={self.final_density} would not be reached")
+        if self.prune_rate > 0:
+            logger.warning("%s: the masks stay as they are", what)
 
     def _check_costs(self) -> None:
         if not 0.0 <= self.cost_weight < float("inf"):
@@ -95,7 +125,8 @@ class SparseMomentumConfig:
 
     @property
     def _mask_steps(self) -> int:
-        return max(1, math.ceil(self.update_until * self.total_steps))
+        # As it is written: 0.55 of 100 are 55 steps, in floating point 56.
+        return max(1, math.ceil(Fraction(repr(float(self.update_until))) * self.total_steps))
 
     def density_progress(self, step: int) -> float:
         """How far gradual pruning is after `step` steps, in [0, 1]; 1 at the last update."""

@@ -24,7 +24,8 @@ def flops_per_weight(model: nn.Module, example: Any) -> dict[str, float]:
     """FLOPs of one weight in a forward pass of one example, by sparse layer: 2 x its uses.
 
     A weight of a convolution is used once per output pixel, one of a linear layer once per row of
-    its input. The backward passes cost the same again twice, which changes no ratio.
+    its input. The backward passes cost the same again twice (once in the layer whose input needs no
+    gradient), and are left out, as in the FLOPs of the field's papers.
     example: input of `model`, a batch of any size. A layer that is called twice counts twice.
     Names and forward pass are of the model itself where it is a DistributedDataParallel.
     Raises ValueError for a layer that the pass does not reach.
@@ -36,15 +37,19 @@ def flops_per_weight(model: nn.Module, example: Any) -> dict[str, float]:
         outputs = output.numel() / (layer.matrix_shape[0] * len(output))
         uses[name] = uses.get(name, 0.0) + 2.0 * outputs
 
-    _pass(model, example, note)
+    with torch.no_grad():
+        _pass(model, example, note)
     return _of_all(model, uses)
 
 
 def time_per_weight(model: nn.Module, example: Any, repeats: int = 5) -> dict[str, float]:
     """Seconds of forward and backward per stored weight, by sparse layer: the least of `repeats`.
 
-    A time per weight at the density of now; a layer has fixed costs too, so that it falls where
-    the layer gets denser. Measured on this machine: two runs differ a little, and so do the masks
+    All of the time over all weights, at the density of now. A layer has fixed costs too, so one
+    weight more costs less than this, and a budget of such times is kept in this unit, not by the
+    clock. The gradient of an input is timed where training computes it.
+
+    Measured on this machine: two runs differ a little, and so do the masks
     that follow; take `flops_per_weight` where runs must be equal. Of a DistributedDataParallel as
     there; each rank measures, and SparseMomentum takes what rank 0 has found.
     Raises ValueError for a layer that the pass does not reach, or one without a weight.
@@ -53,9 +58,11 @@ def time_per_weight(model: nn.Module, example: Any, repeats: int = 5) -> dict[st
     inputs: dict[str, list[tuple[SparseLayer, Tensor]]] = {}
 
     def note(name: str, layer: SparseLayer, arguments: Any, output: Tensor) -> None:
-        inputs.setdefault(name, []).append((layer, arguments[0].detach()))
+        x = arguments[0]
+        inputs.setdefault(name, []).append((layer, x.detach().requires_grad_(x.requires_grad)))
 
-    _pass(model, example, note)
+    with torch.enable_grad():
+        _pass(model, example, note)
     found = {}
     for name, calls in inputs.items():
         seconds = sum(_least(layer, x, repeats) for layer, x in calls)
@@ -69,12 +76,13 @@ def _least(layer: SparseLayer, x: Tensor, repeats: int) -> float:
     best = float("inf")
     with torch.enable_grad():
         for _ in range(max(2, repeats)):
-            leaf = x.clone().requires_grad_()
+            leaf = x.detach().clone().requires_grad_(x.requires_grad)
             _wait(x)
             start = time.perf_counter()
             output = layer(leaf)
             wanted = [t for t in (leaf, layer.values) if t.requires_grad]
-            torch.autograd.grad(output, wanted, torch.ones_like(output))
+            if wanted:
+                torch.autograd.grad(output, wanted, torch.ones_like(output))
             _wait(x)
             best = min(best, time.perf_counter() - start)
     return best
@@ -92,7 +100,7 @@ def _pass(model: nn.Module, example: Any, note: Callable[..., None]) -> None:
         for name, layer in sparse_layers(model)
     ]
     try:
-        with torch.no_grad(), _evaluating(model):
+        with _evaluating(model):
             model(example)
     finally:
         for handle in handles:

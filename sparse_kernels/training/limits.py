@@ -132,19 +132,22 @@ class Limits:
         moving = [s for s in self.signals if not s.frozen]
         for block in {s.layer.block: None for s in moving}:
             members = [s for s in moving if s.layer.block == block]
+            first = [start[s.name] for s in members]
+            # Where the start is not uniform, neither is the end: layers keep their proportions.
+            total = round(density * sum(self.blocks[s.name] for s in members))
+            last = shared(min(total, sum(first)), first)
             over = [
-                s.layer.pattern.nnzb
-                - self._wanted(density, self.blocks[s.name], start[s.name], step)
-                for s in members
+                s.layer.pattern.nnzb - self._wanted(begin, end, step)
+                for s, begin, end in zip(members, first, last, strict=True)
             ]
             shrink.update(zip((s.name for s in members), shared(sum(over), over), strict=True))
         return shrink
 
-    def _wanted(self, density: float, blocks: int, start: int, step: int) -> int:
-        """Blocks of a layer whose density falls from its start by a cubic, as in Zhu & Gupta 2017
+    def _wanted(self, start: int, final: int, step: int) -> int:
+        """Blocks of a layer on its way from `start` to `final`, by a cubic as in Zhu & Gupta 2017
         (arXiv 1710.01878).
         """
-        final = min(start, max(1, round(density * blocks)))
+        final = min(start, max(1, final))
         rest = (1.0 - self.config.density_progress(step)) ** 3
         return final + round(rest * (start - final))
 
@@ -173,7 +176,15 @@ class Limits:
             return None
         if isinstance(wanted, str):
             return self._total(start)
-        return Fraction(wanted) * self._total(self.blocks)
+        return Fraction(wanted) * self._dense()
+
+    def _dense(self) -> Fraction:
+        """Of all elements inside the matrices, of which partial blocks have few: a stored block
+        counts as a whole one, so what is kept under a share of this is under it in fact.
+        """
+        layers = ((s.name, s.layer.matrix_shape) for s in self.signals)
+        return sum((math.prod(shape) * Fraction(self.costs[name]) for name, shape in layers),
+                   Fraction(0))  # fmt: skip
 
     def _total(self, counts: Mapping[str, int]) -> Fraction:
         per_block = self._per_block
@@ -219,7 +230,7 @@ class Limits:
         now = self._now()
         budget, held = self._budget(now), self._total(now)
         if budget is not None and held > budget:
-            share = float(held / self._total(self.blocks))
+            share = float(held / self._dense())
             raise ValueError(
                 f"the pattern costs {share:.6g} of the dense layers, above cost_budget="
                 f"{self.config.cost_budget}; start sparser, raise the budget, or pass "

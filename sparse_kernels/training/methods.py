@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
         {
             "prune": "global_magnitude",
             "growth": "random",
-            "redistribution": "nonzero",
+            "redistribution": "survivors",
             "spare_dense": False,
         },
     ),

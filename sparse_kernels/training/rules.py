@@ -132,10 +132,12 @@ def prune_counts(
     """
     counts = []
     for stored, total, share in zip(nnz, blocks, shares, strict=True):
-        sparsity = 1.0 - stored / total
-        wanted = spare_dense and sparsity < NEARLY_DENSE and share > 1.0 / len(nnz)
-        rate = min(sparsity, prune_rate) if wanted else prune_rate
-        counts.append(min(stored, math.ceil(rate * stored)))
+        free = total - stored
+        wanted = spare_dense and free / total < NEARLY_DENSE and share > 1.0 / len(nnz)
+        if wanted and free / total < prune_rate:
+            counts.append(-(-free * stored // total))  # whole numbers: no rounding up of 6.000001
+        else:
+            counts.append(min(stored, math.ceil(prune_rate * stored)))
     return counts
 
 
@@ -192,10 +194,20 @@ def prune_magnitude(layers: Sequence[LayerState], counts: Sequence[int]) -> list
 
 
 def prune_global_magnitude(layers: Sequence[LayerState], counts: Sequence[int]) -> list[Tensor]:
-    """The sum(counts) blocks of smallest mean |value| over all layers; ties to the first layer."""
-    scores = [s.magnitudes() for s in layers]
+    """The sum(counts) blocks of smallest mean |value| over all layers; ties to the first layer.
+
+    The largest of each layer goes last of all: an emptied layer passes nothing on, and where
+    survivors decide what grows it would stay empty.
+    """
+    scores = [_largest_last(s.magnitudes()) for s in layers]
     chosen = select_smallest(torch.cat(scores), sum(counts))
     return list(chosen.split([s.numel() for s in scores]))
+
+
+def _largest_last(scores: Tensor) -> Tensor:
+    if scores.numel() == 0:
+        return scores
+    return scores.index_fill(0, scores.argmax().reshape(1), math.inf)
 
 
 def prune_set(layers: Sequence[LayerState], counts: Sequence[int]) -> list[Tensor]:
@@ -292,8 +304,13 @@ def importance_magnitude(layers: Sequence[LayerState]) -> Tensor:
 
 
 def importance_nonzero(layers: Sequence[LayerState]) -> Tensor:
-    """Number of stored blocks of each layer, float64 [layers]."""
+    """Number of blocks of each layer before pruning, float64 [layers]: the official code's mode."""
     return torch.tensor([float(s.nnz) for s in layers], dtype=torch.float64)
+
+
+def importance_survivors(layers: Sequence[LayerState]) -> Tensor:
+    """As importance_nonzero; regrowth goes by what pruning has left, as in DSR (see `regain`)."""
+    return importance_nonzero(layers)
 
 
 PRUNE_RULES: dict[str, PruneRule] = {
@@ -311,5 +328,6 @@ REDISTRIBUTION_RULES: dict[str, RedistributionRule | None] = {
     "momentum": importance_momentum,
     "magnitude": importance_magnitude,
     "nonzero": importance_nonzero,
+    "survivors": importance_survivors,
     "none": None,
 }

@@ -62,7 +62,8 @@ class SparseMomentum:
         prune: "magnitude", "set", "global_magnitude", "fan_in", "groups:M" or a rules.PruneRule.
         growth: "momentum" (largest signal), "gradient" (RigL), "random" (SET), "neuron",
             "fan_in", "groups:M" (structured.py) or a rules.GrowthRule.
-        redistribution: "momentum", "magnitude", "nonzero", "none" or a rules.RedistributionRule.
+        redistribution: "momentum", "magnitude", "nonzero" (what layers held), "survivors" (what
+            pruning left), "none" or a rules.RedistributionRule.
         signal: "exact" (momentum from every step), "window" (from the last steps before an
             update), "sampled" (as "window", of a random sample of the places: no dense tensor),
             "gradient" (the last gradient alone) or "random" (none: grows at random); see

@@ -3,9 +3,9 @@
 A group is a row of the weight matrix (all inputs of one output: constant fan-in) or ``size``
 neighbouring places of a row (N:M: N weights in each M places). Rules here level the groups: what
 goes leaves the fullest groups first, what comes enters the emptiest first, and among places that
-are alike in this the weight, or the signal, decides. So whatever the pattern was, after one update
-with a prune rate above 0 the groups differ by at most one block where they had room, and hold
-exactly N where the total is N per group.
+are alike in this the weight, or the signal, decides. So a pattern whose groups differ by at most
+one block (`arrange` makes it) stays so, with exactly N where the total is N per group; any other
+comes nearer to it with each update, as far as the prune rate reaches.
 
 Sources: constant fan-in: SRigL, Lasby et al. 2023 (arXiv 2305.02299); N:M: Mishra et al. 2021
 (arXiv 2104.08378), Zhou et al. 2021 (arXiv 2102.04010); growth by neuron: the mode

@@ -162,6 +162,9 @@ def regain(
     gone = [rule_set.shrink.get(state.name, 0) for state in states]
     total = max(0, sum(removed) - sum(gone))
     if rule_set.redistribution is not None:
+        if rule_set.redistribution is rules.importance_survivors:
+            left = [s.nnz - r for s, r in zip(states, removed, strict=True)]
+            shares = rules.normalise(left, left)
         free = [s.blocks - s.nnz + r for s, r in zip(states, removed, strict=True)]
         if rule_set.costs is None:
             return rules.redistribute(total, shares, free), None

@@ -11,11 +11,12 @@ from ..training import METHODS, SparseMomentumConfig, method
 from .errors import WorkbenchError
 from .models import spec
 
-REDISTRIBUTIONS = ("momentum", "magnitude", "nonzero", "none")
+REDISTRIBUTIONS = ("momentum", "magnitude", "nonzero", "survivors", "none")
 SIGNALS = ("exact", "window", "sampled", "gradient", "random")
 PRUNE_SCHEDULES = ("cosine", "linear", "constant")
 DISTRIBUTIONS = ("uniform", "er", "erk")
 INITS = ("dense", "scaled")
+COSTS = ("flops", "time")
 DENSE_LAYOUTS = ("contiguous", "channels_last", "compile", "compile_channels_last")
 DENSE_BASELINES = ("auto", *DENSE_LAYOUTS)
 FREE_SETTINGS = frozenset({"data_dir", "download", "out", "name", "checkpoint_dir",
@@ -27,6 +28,7 @@ _CHOICES = {
     "redistribution": REDISTRIBUTIONS,
     "prune_schedule": PRUNE_SCHEDULES,
     "distribution": DISTRIBUTIONS,
+    "cost": COSTS,
     "method": tuple(METHODS),
     "init": INITS,
     "compare": ("dense",),
@@ -73,8 +75,9 @@ class TrainConfig:
     final_prune_rate: float = 0.005
     update_until: float = 1.0  # share of the training after which masks stay
     start_density: float | None = None  # gradual pruning from it to `density`
-    cost_weight: float = 0.0  # power of a weight's FLOPs that importance is divided by
-    flops_budget: str | None = None  # share of the dense FLOPs, or "start"; None: free
+    cost_weight: float = 0.0  # power of a weight's cost that importance is divided by
+    cost: str = "flops"  # of a weight; "time": measured before the first step
+    flops_budget: str | None = None  # share of the dense net's cost, or "start"; None: free
     spare_dense: bool = True  # nearly dense layers of importance are pruned at a lower rate
     holdout: float = 0.1
     augment: bool = False
@@ -151,7 +154,7 @@ class TrainConfig:
                 self.update_until)  # fmt: skip
         self.cost_budget()
         try:
-            SparseMomentumConfig(total_steps=1, update_every=1, **self.mask_options())
+            SparseMomentumConfig(total_steps=10**6, update_every=1, **self.mask_options())
         except ValueError as error:
             raise WorkbenchError(f"mask settings: {error}") from error
 
@@ -180,8 +183,8 @@ class TrainConfig:
             share = float(self.flops_budget)
         except ValueError:
             share = 0.0
-        _expect(0 < share <= 1, "--flops-budget", "'start' or a share of the dense FLOPs, above 0 "
-                "and at most 1", self.flops_budget)  # fmt: skip
+        _expect(0 < share <= 1, "--flops-budget", "'start' or a share of the dense net's cost, "
+                "above 0 and at most 1", self.flops_budget)  # fmt: skip
         return share
 
     def as_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import SparseLayer, sparsify
-from ..training import SparseMomentum, finite, flops_per_weight
+from ..training import SparseMomentum, finite, flops_per_weight, time_per_weight
 from ..training.layers import sparse_layers
 from ..training.structured import arrange, is_structured
 from . import account, models
@@ -207,12 +207,14 @@ def drive(contender: Contender, seed: int, steps: int, update_every: int) -> Non
 
 
 def _costs(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
-    """FLOPs of a weight in each layer, where the settings ask for them."""
+    """What a weight costs in each layer, where the settings ask for it."""
     if not config.cost_weight and config.flops_budget is None:
         return {}
-    example = torch.zeros(1, *models.spec(config.net).input_shape)
+    timed = config.cost == "time"
+    count, drawn = config.batch_size if timed else 1, torch.Generator().manual_seed(0)
+    example = torch.randn(count, *models.spec(config.net).input_shape, generator=drawn)
     return {
-        "cost": flops_per_weight(model, example),
+        "cost": (time_per_weight if timed else flops_per_weight)(model, example),
         "cost_weight": config.cost_weight,
         "cost_budget": config.cost_budget(),
     }

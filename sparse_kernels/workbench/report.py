@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import account, figures, machine
 from .errors import WorkbenchError
 from .fetch import write_atomically
+from .page import page
 
 RESULTS, TABLE, FIGURE, REPRODUCE = "results.json", "table.md", "figure.png", "reproduce.txt"
+PAGE = "report.html"
 _MB = 1e6
+_NOTE = (
+    "A step: forward, backward, optimizer and masks. Its median hides the steps that gather "
+    "the growth signal and the mask updates, its mean does not. An epoch and the training: "
+    "batches too, evaluation not. Both contenders trained in turns of one epoch. "
+    "+-: standard error over the seeds."
+)
 
 
 def write_run(folder: Path, results: dict[str, Any]) -> list[Path]:
@@ -50,18 +58,19 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def render(folder: Path, results: dict[str, Any]) -> list[Path]:
-    """Write table, figure (if matplotlib is there) and reproduce.txt; returns the files written."""
-    written = [folder / TABLE, folder / REPRODUCE]
-    texts = table(results), reproduce(results)
+    """Write table, figure (if matplotlib is there), a page that holds both, and reproduce.txt;
+    returns the files written.
+    """
+    written = [folder / TABLE, folder / REPRODUCE, folder / PAGE]
     missing = figures.draw_run(results, folder / FIGURE)
+    images = [] if missing else [folder / FIGURE]
+    texts = table(results), reproduce(results), html_page(results, images)
     # Written when all could be made: no new table beside an old figure.
     for path, text in zip(written, texts, strict=True):
         _write(path, text)
     if missing:
         print(missing)
-    else:
-        written.append(folder / FIGURE)
-    return written
+    return [*written, *images]
 
 
 def render_again(folder: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -95,40 +104,47 @@ def reproduce(results: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: one row per measure, one column per contender, and dense over sparse."""
+    head, *lines = _lines(results)
+    marked = [_row(head), "|---|" + "---:|" * (len(head) - 1), *map(_row, lines)]
+    config = results["config"]
+    told = (
+        f"**{config['net']} on {config['data']}**, density {100 * config['density']:g} %, block "
+        f"{config['block']}, batch {config['batch_size']}, "
+        f"seeds {', '.join(map(str, config['seeds']))}"
+    )
+    machine_line = machine.one_line(results["machine"])
+    return "\n".join(
+        [told, "", *marked, "", machine_line, "", _NOTE, "", f"`{results['command']}`", ""]
+    )
+
+
+def html_page(results: dict[str, Any], images: Sequence[Path]) -> str:
+    """Table, figure and command as a page of their own."""
+    config = results["config"]
+    title = f"{config['net']} on {config['data']}, density {100 * config['density']:g} %"
+    note = f"{_NOTE} {machine.one_line(results['machine'])}"
+    return page(title, [_lines(results)], note, images, [results["command"]])
+
+
+def _lines(results: dict[str, Any]) -> list[list[str]]:
+    """The cells of the table, its head first."""
     by_contender: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
         by_contender.setdefault(run["contender"], []).append(run)
     names = list(by_contender)
-    config, baseline = results["config"], results.get("dense_baseline")
+    baseline = results.get("dense_baseline")
     heads = [f"dense ({baseline['chosen']})" if n == "dense" and baseline else n for n in names]
     both = names == ["sparse", "dense"]
-    lines = [
-        f"**{config['net']} on {config['data']}**, density {100 * config['density']:g} %, block "
-        f"{config['block']}, batch {config['batch_size']}, "
-        f"seeds {', '.join(map(str, config['seeds']))}",
-        "",
-        _row(["", *heads, *(["dense / sparse"] if both else [])]),
-        "|---|" + "---:|" * (len(names) + both),
-    ]
+    lines = [["", *heads, *(["dense / sparse"] if both else [])]]
     for title, pick, show, ratio in _measures(results["runs"]):
         values = [[pick(run) for run in by_contender[name]] for name in names]
         cells = [_cell(column, show) for column in values]
         means = [statistics.fmean(column) for column in values]
         extra = [f"{means[1] / means[0]:.2f}x" if ratio and means[0] > 0 else ""] if both else []
-        lines.append(_row([title, *cells, *extra]))
+        lines.append([title, *cells, *extra])
         if both and title == _TRAINING_TIME:
-            lines.append(_row(_time_to_dense(by_contender["sparse"], by_contender["dense"])))
-    lines += ["", f"{machine.one_line(results['machine'])}", ""]
-    lines += [
-        "A step: forward, backward, optimizer and masks. Its median hides the steps that gather "
-        "the growth signal and the mask updates, its mean does not. An epoch and the training: "
-        "batches too, evaluation not. Both contenders trained in turns of one epoch. "
-        "+-: standard error over the seeds.",
-        "",
-        f"`{results['command']}`",
-        "",
-    ]
-    return "\n".join(lines)
+            lines.append(_time_to_dense(by_contender["sparse"], by_contender["dense"]))
+    return lines
 
 
 def _time_to_dense(sparse: list[dict[str, Any]], dense: list[dict[str, Any]]) -> list[str]:

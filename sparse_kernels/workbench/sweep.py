@@ -18,17 +18,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..training import METHODS
 from .config import FREE_SETTINGS, TrainConfig
 from .errors import WorkbenchError
+from .fetch import write_atomically
 from .models import spec
+from .report import RESULTS
 from .stopping import ending_by_exception
 
 LINES = "sweep.jsonl"
-_RESULTS = "results.json"
 # Without the working directory: in a checkout, the sources there are not the package in use.
 _PROGRAM = (
     "import sys; sys.path[:] = [path for path in sys.path if path]; "
@@ -38,6 +40,9 @@ Variant = tuple[tuple[str, str], ...]
 """Options of `train` and their values; () is the method as it is."""
 NET_EXAMPLE = "wide-mlp width=256 hidden-layers=3"
 _STOPPED = "stopped"
+_OWN = frozenset({"net", "method", "density", "seed", "seeds", "threads", "name", "out", "preset",
+                  "resume", "checkpoint-dir"})  # fmt: skip
+"""Options of `train` that a sweep gives to each run."""
 _STOPS = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 _KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "flops_density")
 
@@ -100,9 +105,18 @@ def tasks(
 ) -> list[Task]:
     """All combinations, seeds outermost: after each seed the table is whole, only wider of error.
 
-    Raises WorkbenchError for an unknown net or method, for a density out of range, and for variants
-    that would share a directory.
+    Raises WorkbenchError for an unknown net or method, for a density out of range, for options that
+    are the sweep's own, and for runs that would share a directory.
     """
+    changed = [option for variant in variants for option, _ in variant]
+    changed += [word[2:].partition("=")[0] for word in options if word.startswith("--")]
+    changed += [text.lstrip("-").partition("=")[0] for net in nets for text in net.split()[1:]]
+    taken = sorted(_OWN.intersection(changed))
+    if taken:
+        raise WorkbenchError(
+            f"--{taken[0]} is given to each run by the sweep; use the sweep's own option, not "
+            "--vary, --variant, --net or the words after --"
+        )
     for net in nets:
         spec(net.split(maxsplit=1)[0] if net.strip() else net)
     unknown = [name for name in methods if name not in METHODS]
@@ -116,7 +130,7 @@ def tasks(
     for task in found:
         if by_name.setdefault(task.name, task) != task:
             raise WorkbenchError(
-                f"--variant: {task.variant} and {by_name[task.name].variant} would both be called "
+                f"{task.line()} and {by_name[task.name].line()} would both be called "
                 f"{task.name!r}; make two sweeps, each with its own --out"
             )
     return found
@@ -159,11 +173,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def results_file(row: dict[str, Any]) -> Path:
-    """Where the run of a line, of this sweep or taken over, wrote its results; it may be gone."""
+def results_file(folder: Path, row: dict[str, Any]) -> Path | None:
+    """The results of the run of a line: in the sweep, wherever it lies now, or where the command
+    wrote them, as of a run taken over; None if they are gone.
+    """
     words = shlex.split(row["command"])
     out, name = (words[words.index(option) + 1] for option in ("--out", "--name"))
-    return Path(out) / name / _RESULTS
+    places = (folder / "runs" / row["name"], Path(out) / name)
+    return next((place / RESULTS for place in places if (place / RESULTS).is_file()), None)
 
 
 def _parsed(text: str) -> Iterator[dict[str, Any]]:
@@ -182,8 +199,15 @@ def _text(path: Path) -> str:
 
 def _append_whole(path: Path, more: Sequence[dict[str, Any]]) -> None:
     """Append lines, and drop one that was cut off: nothing is appended to a broken line."""
-    rows = [*_parsed(_text(path)), *more]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    held = _text(path)
+    rows = [*_parsed(held), *more]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if text != held or not path.exists():
+        write_atomically(path, partial(_fill, text))
+
+
+def _fill(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def run(
@@ -330,7 +354,7 @@ def _train(out: Path, task: Task, children: _Children) -> _Outcome:
     code, said = children.run([sys.executable, "-c", _PROGRAM, *task.words(out)], environment)
     if code in _STOPS:
         return task, None, f"{_STOPPED}; the same command goes on with it"
-    results = out / task.name / _RESULTS
+    results = out / task.name / RESULTS
     if code or not results.is_file():
         return task, None, f"exit code {code}: {said}"
     found = json.loads(results.read_text(encoding="utf-8"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import math
 import statistics
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from . import figures, machine, sweep
 from .errors import WorkbenchError
+from .page import page
 from .sweep_tables import (
     Row,
     error_of,
@@ -60,13 +59,14 @@ def write(folder: Path, against: str | None = None) -> tuple[str, list[Path], st
     if missing is None:
         more = {
             "sensitivity": lambda path: _draw_sensitivity(rows, path),
-            "layers": lambda path: _draw_layers(rows, path),
+            "layers": lambda path: _draw_layers(rows, folder, path),
         }
         paths = {folder / f"sweep-{name}.png": draw for name, draw in more.items()}
         written += [path for path, draw in paths.items() if draw(path)]
-    page = folder / "sweep.html"
-    page.write_text(_page(tables, note, rows, written[1:]), encoding="utf-8")
-    return markdown, [*written, page], missing
+    file = folder / "sweep.html"
+    commands = [row["command"] for row in rows]
+    file.write_text(page("Sweep", tables, note, written[1:], commands), encoding="utf-8")
+    return markdown, [*written, file], missing
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -128,14 +128,14 @@ def _draw_sensitivity(rows: Sequence[Row], path: Path) -> bool:
     return True
 
 
-def _draw_layers(rows: Sequence[Row], path: Path) -> bool:
+def _draw_layers(rows: Sequence[Row], folder: Path, path: Path) -> bool:
     """Where the weights went: density per layer over the epochs, a panel for the first seed of each
     net, density and label whose results are at hand; False where none are.
     """
     found = []
     for (net, density, name), members in grouped(rows).items():
-        results = map(sweep.results_file, members)
-        first = next((file for file in results if file.is_file()), None)
+        results = (sweep.results_file(folder, row) for row in members)
+        first = next((file for file in results if file is not None), None)
         if first is not None:
             found.append((f"{net}, {100 * density:g} %\n{name}", first))
     if not found:
@@ -156,37 +156,3 @@ def _draw_layers(rows: Sequence[Row], path: Path) -> bool:
     figure.suptitle(f"Density per layer over time, first seed{rest}")
     figures.save_figure(figure, path)
     return True
-
-
-def _html_table(lines: Sequence[Sequence[str]]) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    return "\n".join(
-        ["<table>", row(lines[0], "th"), *(row(line, "td") for line in lines[1:]), "</table>"]
-    )
-
-
-def _page(
-    tables: Sequence[Sequence[Sequence[str]]],
-    note: str,
-    rows: Sequence[Row],
-    images: Sequence[Path],
-) -> str:
-    pictures = [
-        f'<img alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        for path in images
-    ]
-    commands = [f"<li><code>{html.escape(r['command'])}</code></li>" for r in rows]
-    style = (
-        "body{font:15px sans-serif;margin:2em;max-width:75em}"
-        "table{border-collapse:collapse;margin:1em 0}"
-        "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}img{max-width:100%}"
-    )
-    return "\n".join(
-        ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8"><title>Sweep</title>',
-         f"<style>{style}</style></head><body>", "<h1>Sweep</h1>", *map(_html_table, tables),
-         f"<p>{html.escape(note)}</p>", *pictures, "<h2>Commands</h2>", "<ol>", *commands, "</ol>",
-         "</body></html>", ""]
-    )  # fmt: skip

@@ -80,7 +80,11 @@ def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[st
                 test = paired(members, base)
             except ImportError:
                 head[-1] = "p (needs scipy)"
-        lines.append([net, f"{100 * density:g} %", name, str(len(members)), spread_of(errors, 2),
+        ends = statistics.fmean(row["density"] for row in members)
+        # Gradual pruning that came to no end, blocks that do not divide a layer.
+        differs = abs(ends - density) > 0.01 * density
+        shown = f"{100 * density:g} %" + (f" (ends at {100 * ends:.2f} %)" if differs else "")
+        lines.append([net, shown, name, str(len(members)), spread_of(errors, 2),
                       spread_of(seconds, 1), f"{100 * flops:.2f} %",
                       "" if test is None else f"{test.difference:+.2f} (n = {test.pairs})",
                       _or_empty(test and test.p, ".3g")])  # fmt: skip
