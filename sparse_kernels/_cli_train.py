@@ -185,8 +185,8 @@ def train_command(context: click.Context, preset: str | None, resume: bool, **op
         if found is None:
             folder = Path(config.out) / config.run_name()
             # Cut off before its first checkpoint: begun again in its place, not beside it.
-            begun = resume and not (folder / report.RESULTS).exists()
-            found = folder if begun else _run_folder(folder, overwrite=demo)
+            again = resume and _only_begun(folder)
+            found = _run_folder(folder, overwrite=demo or again)
         found.mkdir(parents=True, exist_ok=True)
         return found
 
@@ -202,6 +202,12 @@ def train_command(context: click.Context, preset: str | None, resume: bool, **op
     written = report.write_run(folder, results)
     click.echo("\n" + report.table(results))
     click.echo("written: " + ", ".join(str(path) for path in written))
+
+
+def _only_begun(folder: Path) -> bool:
+    """Whether `folder` has nothing but what a run writes before its first checkpoint."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return all(name.startswith(("log-", ".log-")) or name == "tensorboard" for name in names)
 
 
 def _run_folder(folder: Path, *, overwrite: bool) -> Path:

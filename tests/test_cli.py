@@ -147,7 +147,7 @@ def test_a_run_is_kept_when_its_name_comes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leave(config: object, folder: Path, resume: bool, ranks: object) -> None:
-        (folder / "log.csv").write_text(str(len(list(tmp_path.iterdir()))))
+        (folder / "log-x.csv").write_text(str(len(list(tmp_path.iterdir()))))
         raise ValueError("enough")
 
     monkeypatch.setattr("sparse_kernels.workbench.loop.train", leave)
@@ -157,7 +157,7 @@ def test_a_run_is_kept_when_its_name_comes_again(
     assert "note" not in outputs[0]
     for output, name in zip(outputs[1:], ("tiny-2", "tiny-3"), strict=True):
         assert "is kept" in output and str(tmp_path / name) in output
-    logs = {path.parent.name: path.read_text() for path in tmp_path.rglob("log.csv")}
+    logs = {path.parent.name: path.read_text() for path in tmp_path.rglob("log-x.csv")}
     assert logs == {"tiny": "1", "tiny-2": "2", "tiny-3": "3"}
     demo = ["train", "--preset", "demo", "--out", str(tmp_path)]
     assert "note" not in invoke(*demo).stdout
@@ -167,7 +167,7 @@ def test_a_run_is_kept_when_its_name_comes_again(
     assert (tmp_path / "tiny-4").is_dir()
     # One that was cut off before its first checkpoint is begun again in its place.
     assert "is kept" not in invoke(*words, "--resume").stdout
-    assert (tmp_path / "tiny" / "log.csv").read_text() == "5"
+    assert (tmp_path / "tiny" / "log-x.csv").read_text() == "5"
     (tmp_path / "tiny" / "results.json").write_text("{}")
     assert "is kept" in invoke(*words, "--resume").stdout
 

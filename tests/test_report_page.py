@@ -46,8 +46,9 @@ def test_a_browser_shows_tables_figures_and_commands(tmp_path: Path) -> None:
     run = {"contender": "sparse", "initial_layers": layer,
            "layers": [{"name": "0", "shape": [2, 3]}],
            "epochs": [{"epoch": 1, "density": 0.05, "layers": layer}]}  # fmt: skip
+    results = {"runs": [run], "config": {}, "command": "", "machine": {}}
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json").write_text(json.dumps({"runs": [run]}))
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     sweep_report.write(tmp_path)
     page = tmp_path / "looked.html"

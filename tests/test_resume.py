@@ -291,3 +291,6 @@ def test_the_accuracy_of_an_epoch_is_that_before_its_mask_update(
     monkeypatch.setattr(contenders.Contender, "accuracy", accuracy)
     assert invoke(tmp_path, "--epochs", "3", "--update-every", "4").exit_code == 0
     assert updates == [0, 1, 2, 2]  # held-out data after each epoch, the test set at the end
+    updates.clear()  # stopped where an update is due: both are of the net before it
+    assert invoke(tmp_path, "--epochs", "3", "--max-steps", "6").exit_code == 0
+    assert updates == [1, 1, 1]

@@ -234,9 +234,9 @@ def test_variants_are_runs_of_their_own() -> None:
     assert sweep.parse_variants([], []) == [()]
     for change in ({"variants": [(("density", "0.1"),)]}, {"options": ["--seed=3"]},
                    {"options": ["--threads", "2"]}, {"variants": [(("seed", "1"),)]}):  # fmt: skip
-        with pytest.raises(WorkbenchError, match="is given to each run by the sweep"):
+        with pytest.raises(WorkbenchError, match="is not to be changed run by run"):
             sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], **change)
-    with pytest.raises(WorkbenchError, match="--name is given to each run"):
+    with pytest.raises(WorkbenchError, match="--name is not to be changed"):
         sweep.tasks(["wide-mlp name=x"], ["snfs"], [0.05], [0])
     for text in ("prune-rate", "=3", "prune-rate="):
         with pytest.raises(WorkbenchError, match="--vary: expected text such as"):

@@ -232,9 +232,9 @@ class Limits:
         if budget is not None and held > budget:
             share = float(held / self._dense())
             raise ValueError(
-                f"the pattern costs {share:.6g} of the dense layers, above cost_budget="
-                f"{self.config.cost_budget}; start sparser, raise the budget, or pass "
-                "cost_budget='start' to hold what the pattern costs now"
+                f"the pattern, its partial blocks counted as whole ones, costs {share:.6g} of the "
+                f"dense layers, above cost_budget={self.config.cost_budget}; start sparser, raise "
+                "the budget, or pass cost_budget='start' to hold what the pattern costs now"
             )
 
 

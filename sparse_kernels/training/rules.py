@@ -309,7 +309,9 @@ def importance_nonzero(layers: Sequence[LayerState]) -> Tensor:
 
 
 def importance_survivors(layers: Sequence[LayerState]) -> Tensor:
-    """As importance_nonzero; regrowth goes by what pruning has left, as in DSR (see `regain`)."""
+    """What pruning has left decides regrowth, as in DSR: by name or as this very function, for a
+    rule sees the layers before pruning. Called, it is importance_nonzero.
+    """
     return importance_nonzero(layers)
 
 

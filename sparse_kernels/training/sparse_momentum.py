@@ -76,8 +76,8 @@ class SparseMomentum:
             below 0.8 of it; 1 keeps every layer compressed, None goes by each layer's own
             `dense_above`, which `tune` measures (0.5 before).
         update_until: share of total_steps after which masks stay (RigL: 0.75); rates decay to it.
-        final_density: gradual pruning: by a cubic, the layers shrink to it until the last update;
-            with redistribution or pruning over all layers, their sum (per block shape).
+        final_density: gradual pruning: by a cubic, all layers together (per block shape) shrink to
+            it until the last update; without redistribution they keep the start's proportions.
         cost: by layer, what a weight costs (training.flops_per_weight); cost_weight: the power of
             it that importance is divided by; cost_budget: share of the dense layers' cost that is
             never exceeded, "start": that of the first pattern. Without redistribution unused. All

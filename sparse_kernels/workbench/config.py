@@ -152,7 +152,9 @@ class TrainConfig:
                 "a number from --density to 1", start)  # fmt: skip
         _expect(0 < self.update_until <= 1, "--update-until", "above 0, at most 1",
                 self.update_until)  # fmt: skip
-        self.cost_budget()
+        used = self.cost_weight != 0 or self.cost_budget() is not None
+        _expect(self.cost == "flops" or used, "--cost", "--cost-weight or --cost-budget beside it",
+                self.cost)  # fmt: skip
         try:
             SparseMomentumConfig(total_steps=10**6, update_every=1, **self.mask_options())
         except ValueError as error:

@@ -87,7 +87,7 @@ class Contender:
 
     def _update_is_due(self) -> bool:
         assert self.masking is not None
-        return self.masking.schedule.is_update(self.steps_done + 1)
+        return self.masking.schedule.is_update(self.masking.steps + 1)
 
     def _check_gradients(self) -> None:
         """Every few steps: a bad gradient makes a bad loss one step later in all but odd cases."""

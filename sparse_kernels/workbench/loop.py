@@ -204,15 +204,18 @@ def _train_epoch(session: Session, run: Run, total: int, progress: TrainingProgr
     for images, labels in run.train:
         begin, looked = time.perf_counter(), 0.0
 
-        def look() -> None:
-            """The net as it was trained, before a mask update takes half of its weights."""
+        last, final = run.train.position == length, contender.steps_done + 1 >= total
+
+        def look(final: bool = final) -> None:
+            """The net as it was trained, before a mask update exchanges many of its weights."""
             nonlocal looked
             began = time.perf_counter()
-            run.accuracy = _accuracy(session, run, run.validation or run.test, whole=True)
+            run.looked["watched"] = _accuracy(session, run, run.watched, whole=True)
+            if final:
+                run.looked["test"] = _accuracy(session, run, run.test, whole=True)
             looked = time.perf_counter() - began
 
-        last = run.train.position == length
-        loss = contender.step(images, labels, look if last else None)
+        loss = contender.step(images, labels, look if last or final else None)
         now = time.perf_counter() - looked
         run.step_times.append(now - begin)
         run.losses.append(loss)
@@ -247,22 +250,22 @@ def _evaluate_epoch(session: Session, run: Run, last: bool) -> None:
             float(contender.masking.prune_rate) if contender.masking is not None else None
         ),
     }
-    watched = run.accuracy
+    watched = run.looked.get("watched")
     if watched is None:
-        watched = _accuracy(session, run, run.validation or run.test)
-    held_out = run.validation is not None
-    record["validation_accuracy"] = watched if held_out else None
-    if held_out:
-        record["test_accuracy"] = _accuracy(session, run, run.test) if last else None
+        watched = _accuracy(session, run, run.watched)
+    if run.validation is None:
+        record |= {"validation_accuracy": None, "test_accuracy": watched}
     else:
-        record["test_accuracy"] = watched
+        record |= {"validation_accuracy": watched, "test_accuracy": run.looked.get("test")}
+        if last and record["test_accuracy"] is None:
+            record["test_accuracy"] = _accuracy(session, run, run.test)
     record["density"] = account.weight_density(costs)
     record["flops_density"] = account.flops_density(costs)
     record["executed_flops_density"] = account.executed_flops_density(costs)
     record["layers"] = {cost.name: cost.density for cost in costs}
     run.seconds += run.elapsed
     run.epochs.append(record)
-    run.in_epoch, run.accuracy = False, None
+    run.in_epoch, run.looked = False, {}
     _write_csv(run.log, run.epochs)
     if session.config.tensorboard:
         write_tensorboard(run.log, run.epochs)

@@ -45,8 +45,14 @@ class Run:
     in_epoch: bool = False  # from an epoch's first batch until its record is complete
     losses: list[float] = field(default_factory=list)  # of the present epoch, as elapsed
     elapsed: float = 0.0
-    accuracy: float | None = None  # at this epoch's end, where a mask update came after it
+    looked: dict[str, float] = field(default_factory=dict)
+    """Accuracies at this epoch's end, "watched" and "test", where a mask update came after them."""
     saved_memory: dict[str, int] | None = None  # the checkpoint's, until a step is taken
+
+    @property
+    def watched(self) -> BatchLoader:
+        """What is looked at after every epoch: held-out data, without any the test set."""
+        return self.test if self.validation is None else self.validation
 
     def memory(self) -> dict[str, int]:
         """account.memory after the last step: the lists of the kernels exist only after one."""
@@ -65,7 +71,7 @@ class Run:
             "in_epoch": self.in_epoch,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "elapsed": self.elapsed,
-            "accuracy": self.accuracy,
+            "looked": dict(self.looked),
             "loader": self.train.state_dict(self.in_epoch),
             "initial_layers": self.initial_layers,
             "memory": self.memory(),
@@ -80,7 +86,7 @@ class Run:
         self.step_times, self.losses = state["step_times"].tolist(), state["losses"].tolist()
         self.seconds, self.elapsed = float(state["seconds"]), float(state["elapsed"])
         self.in_epoch = bool(state["in_epoch"])
-        self.accuracy = state.get("accuracy")  # not in checkpoints of earlier versions
+        self.looked = dict(state.get("looked", {}))  # not in checkpoints of earlier versions
         self.initial_layers = dict(state["initial_layers"])
         self.saved_memory = dict(state["memory"]) if self.contender.steps_done else None
 
@@ -220,11 +226,12 @@ class Session:
         return True
 
     def _read_experiment(self, held: dict[str, Any]) -> None:
-        then, now = held["config"], self.config.as_dict()
+        # A setting that is younger than the checkpoint had its default's effect.
+        then, now = TrainConfig().as_dict() | held["config"], self.config.as_dict()
         changed = [
-            f"--{name.replace('_', '-')} {then.get(name)} -> {now[name]}"
+            f"--{name.replace('_', '-')} {then[name]} -> {now[name]}"
             for name in now
-            if name not in FREE_SETTINGS and then.get(name) != now[name]
+            if name not in FREE_SETTINGS and then[name] != now[name]
         ]
         if changed:
             raise WorkbenchError(

@@ -6,6 +6,7 @@ done, and goes on inside a run that was cut off, from its checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -27,7 +28,7 @@ from .config import FREE_SETTINGS, TrainConfig
 from .errors import WorkbenchError
 from .fetch import write_atomically
 from .models import spec
-from .report import RESULTS
+from .report import RESULTS, read_run
 from .stopping import ending_by_exception
 
 LINES = "sweep.jsonl"
@@ -42,7 +43,7 @@ NET_EXAMPLE = "wide-mlp width=256 hidden-layers=3"
 _STOPPED = "stopped"
 _OWN = frozenset({"net", "method", "density", "seed", "seeds", "threads", "name", "out", "preset",
                   "resume", "checkpoint-dir"})  # fmt: skip
-"""Options of `train` that a sweep gives to each run."""
+"""Options of `train` that a sweep gives to each run, or that runs cannot share."""
 _STOPS = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 _KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "flops_density")
 
@@ -114,8 +115,8 @@ def tasks(
     taken = sorted(_OWN.intersection(changed))
     if taken:
         raise WorkbenchError(
-            f"--{taken[0]} is given to each run by the sweep; use the sweep's own option, not "
-            "--vary, --variant, --net or the words after --"
+            f"--{taken[0]} is not to be changed run by run; a sweep's own options are --net, "
+            "--method, --density, --seeds, --jobs and --out"
         )
     for net in nets:
         spec(net.split(maxsplit=1)[0] if net.strip() else net)
@@ -173,14 +174,17 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def results_file(folder: Path, row: dict[str, Any]) -> Path | None:
-    """The results of the run of a line: in the sweep, wherever it lies now, or where the command
-    wrote them, as of a run taken over; None if they are gone.
+def sparse_run(folder: Path, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The whole results of the run of a line: from the sweep, wherever it lies now, or from where
+    the command wrote them, as of a run taken over; None if they are gone or broken.
     """
     words = shlex.split(row["command"])
     out, name = (words[words.index(option) + 1] for option in ("--out", "--name"))
-    places = (folder / "runs" / row["name"], Path(out) / name)
-    return next((place / RESULTS for place in places if (place / RESULTS).is_file()), None)
+    for place in (folder / "runs" / row["name"], Path(out) / name):
+        with contextlib.suppress(WorkbenchError):
+            runs = read_run(place)["runs"]
+            return next((run for run in runs if run["contender"] == "sparse"), None)
+    return None
 
 
 def _parsed(text: str) -> Iterator[dict[str, Any]]:

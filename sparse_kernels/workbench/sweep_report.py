@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -129,13 +128,13 @@ def _draw_sensitivity(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _draw_layers(rows: Sequence[Row], folder: Path, path: Path) -> bool:
-    """Where the weights went: density per layer over the epochs, a panel for the first seed of each
-    net, density and label whose results are at hand; False where none are.
+    """Where the weights went: density per layer over the epochs, a panel per net, density and
+    label, of the first seed whose results are at hand; False where none are.
     """
     found = []
     for (net, density, name), members in grouped(rows).items():
-        results = (sweep.results_file(folder, row) for row in members)
-        first = next((file for file in results if file is not None), None)
+        results = (sweep.sparse_run(folder, row) for row in members)
+        first = next((run for run in results if run is not None), None)
         if first is not None:
             found.append((f"{net}, {100 * density:g} %\n{name}", first))
     if not found:
@@ -145,9 +144,8 @@ def _draw_layers(rows: Sequence[Row], folder: Path, path: Path) -> bool:
     lines = math.ceil(len(shown) / columns)
     figure = figures.new_figure((4.4 * columns, 3.6 * lines))
     panels = figure.subplots(lines, columns, squeeze=False).flat
-    for axes, (title, file) in zip(panels, shown, strict=False):
-        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        figures.draw_layers(axes, next(run for run in runs if run["contender"] == "sparse"))
+    for axes, (title, run) in zip(panels, shown, strict=False):
+        figures.draw_layers(axes, run)
         axes.set_title(title, fontsize=9)
         axes.legend(fontsize=6)
     for axes in panels[len(shown) :]:
