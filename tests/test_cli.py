@@ -172,6 +172,15 @@ def test_a_run_is_kept_when_its_name_comes_again(
     assert "is kept" in invoke(*words, "--resume").stdout
 
 
+def test_costs_may_be_measured(tmp_path: Path) -> None:
+    words = [*TINY.split(), "--out", str(tmp_path), "--cost", "time"]
+    refused = invoke(*words)
+    assert refused.exit_code == 1 and "--cost-weight or --cost-budget beside it" in refused.stderr
+    done = invoke(*words, "--cost-budget", "start", "--update-every", "1")
+    assert done.exit_code == 0, done.output
+    assert "--cost time --flops-budget start" in (tmp_path / "tiny" / "reproduce.txt").read_text()
+
+
 def test_a_report_of_nothing_is_one_line(tmp_path: Path) -> None:
     done = invoke("report", str(tmp_path))
     assert done.exit_code == 1 and "results.json: not there" in done.stderr
