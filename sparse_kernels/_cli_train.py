@@ -207,7 +207,7 @@ def train_command(context: click.Context, preset: str | None, resume: bool, **op
 def _only_begun(folder: Path) -> bool:
     """Whether `folder` has nothing but what a run writes before its first checkpoint."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return all(name.startswith(("log-", ".log-")) or name == "tensorboard" for name in names)
+    return all(name.startswith("log-") or name == "tensorboard" for name in names)
 
 
 def _run_folder(folder: Path, *, overwrite: bool) -> Path:

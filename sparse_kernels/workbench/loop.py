@@ -211,7 +211,7 @@ def _train_epoch(session: Session, run: Run, total: int, progress: TrainingProgr
             nonlocal looked
             began = time.perf_counter()
             run.looked["watched"] = _accuracy(session, run, run.watched, whole=True)
-            if final:
+            if final and run.validation is not None:
                 run.looked["test"] = _accuracy(session, run, run.test, whole=True)
             looked = time.perf_counter() - began
 
