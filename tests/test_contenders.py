@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from workbench_support import SMALL, batch
 
 from sparse_kernels.nn import sparsify
 from sparse_kernels.workbench import account, contenders, datasets, loop
 from sparse_kernels.workbench.bench import networks
 from sparse_kernels.workbench.errors import TrainingError, WorkbenchError
+from sparse_kernels.workbench.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,25 @@ def test_flops_weigh_each_weight_by_its_outputs() -> None:
     both = list(costs.values())
     assert account.weight_density(both) == pytest.approx((54 + 1280) / (216 + 1280))
     assert account.flops_density(both) == pytest.approx((54 * 16 + 1280) / (216 * 16 + 1280))
+
+
+def test_costs_are_timed_on_the_examples_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    for name in ("time_per_weight", "flops_per_weight"):
+        costs_of = getattr(contenders, name)
+
+        def noted(model: nn.Module, example: Tensor, costs_of: Any = costs_of) -> dict[str, float]:
+            seen.append(len(example))
+            return costs_of(model, example)
+
+        monkeypatch.setattr(contenders, name, noted)
+    budget = dataclasses.replace(SMALL, batch_size=9, flops_budget="start")
+    ranks = Ranks()
+    ranks.rank, ranks.world = 1, 2
+    for config in (dataclasses.replace(budget, cost="time"), budget):
+        contenders.build_sparse(config, 0, 10, 10)
+        contenders.build_sparse(config, 0, 10, 10, ranks)
+    assert seen == [9, 4, 1, 1]
 
 
 def test_memory_counts_every_tensor_that_stays() -> None:

@@ -200,21 +200,24 @@ def drive(contender: Contender, seed: int, steps: int, update_every: int) -> Non
         total_steps=steps,
         update_every=update_every,
         **config.mask_options(),
-        **_costs(contender.model, config),
+        **_costs(contender),
         grad_scale=1.0,  # nothing here clips or scales gradients: no comparison in every step
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def _costs(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+def _costs(contender: Contender) -> dict[str, Any]:
     """What a weight costs in each layer, where the settings ask for it."""
+    config = contender.config
     if not config.cost_weight and config.flops_budget is None:
         return {}
     timed = config.cost == "time"
     count, drawn = config.batch_size if timed else 1, torch.Generator().manual_seed(0)
     example = torch.randn(count, *models.spec(config.net).input_shape, generator=drawn)
+    if timed:  # as many examples as a step of this rank has
+        (example,) = contender.ranks.share(example)
     return {
-        "cost": (time_per_weight if timed else flops_per_weight)(model, example),
+        "cost": (time_per_weight if timed else flops_per_weight)(contender.model, example),
         "cost_weight": config.cost_weight,
         "cost_budget": config.cost_budget(),
     }
