@@ -39,13 +39,8 @@ def main() -> None:
     # The order matters: sparsify replaces the parameters that the optimizer must then hold.
     print(sparsify(model, density=options.density, generator=torch.Generator().manual_seed(0)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    # "window" forms dense gradients only in the last steps before each mask update.
     sparse = SparseMomentum(
-        model,
-        optimizer,
-        total_steps=options.epochs * len(train),
-        update_every=len(train),
-        signal="window",
+        model, optimizer, total_steps=options.epochs * len(train), update_every=len(train)
     )
 
     for epoch in range(options.epochs):

@@ -38,9 +38,7 @@ def main() -> None:
     # A weight of the convolution is used once per pixel, one of the linear layer once.
     rule = per_cost({"0": 12.0 * 12.0, "4": 1.0})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    sparse = SparseMomentum(
-        model, optimizer, total_steps=60, update_every=20, redistribution=rule, signal="window"
-    )
+    sparse = SparseMomentum(model, optimizer, total_steps=60, update_every=20, redistribution=rule)
     for step in range(60):
         x = torch.randn(32, 1, 12, 12)
         loss = F.cross_entropy(model(x), x.mean((1, 2, 3)).sign().long() + 1)

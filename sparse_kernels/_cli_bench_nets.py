@@ -173,13 +173,19 @@ def _updates(text: str) -> tuple[int, ...]:
 )  # fmt: skip
 @one_line_errors
 def signals_command(net: str, **options: Any) -> None:
-    """Growth signals: bytes held, steps outside and inside of their windows, updates."""
+    """Growth signals: bytes held, steps outside and inside of their windows, updates.
+
+    The weights of each layer are held."""
     from .workbench.bench import signals
     from .workbench.config import TrainConfig
 
     settings = ("density", "block", "batch_size", "threads", "width", "window_tolerance",
                 "sample_share")  # fmt: skip
-    config = TrainConfig(net=net, **{name: options[name] for name in settings})
+    # Each layer keeps its number of weights: what redistribution does to the steps would hide the
+    # signals, and differ between them.
+    config = TrainConfig(
+        net=net, redistribution="none", **{name: options[name] for name in settings}
+    )
     config.check()
     run = Run("signals", {"net": net, **options}, net)
     found = signals.run(config, updates=options["updates"], update_every=options["update_every"])

@@ -111,9 +111,10 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
     "--redistribution", type=click.Choice(REDISTRIBUTIONS), default="momentum", show_default=True,
     help="Which layers regrow what is pruned; none: each its own.",
 )  # fmt: skip
-@click.option("--signal", type=click.Choice(SIGNALS), default="window", show_default=True,
+@click.option("--signal", type=click.Choice(SIGNALS), default="gradient", show_default=True,
               help="What grows: exact: dense momentum of all steps, as the paper; window: of the "
-              "last; sampled: at a sample of the places; gradient: RigL; random: SET.")  # fmt: skip
+              "last; sampled: at a sample of the places; gradient: by the last gradient, as RigL; "
+              "random: as SET.")  # fmt: skip
 @click.option("--sample-share", type=float, default=0.1, show_default=True,
               help="Share of the free places that sampled draws.")  # fmt: skip
 @click.option("--window-tolerance", type=float, default=0.1, show_default=True,

@@ -41,7 +41,7 @@ class SparseMomentumConfig:
     prune: str | PruneRule = "magnitude"
     growth: str | GrowthRule = "momentum"
     redistribution: str | RedistributionRule = "momentum"
-    signal: str = "exact"
+    signal: str = "gradient"
     window_tolerance: float = 0.1
     sample_share: float = 0.1
     dense_above: float | None = None

@@ -10,7 +10,8 @@ before the optimizer steps, and frees it at once:
   momentum is beta**L (less, where windows overlap because updates are nearer than L steps).
 - "sampled": as "window", but only at a random sample of the places, without any dense tensor
   (sampled.py).
-- "gradient": the one dense gradient of the step before the update (RigL, Evci et al. 2020).
+- "gradient", the default: the one dense gradient of the step before the update (RigL, Evci et al.
+  2020).
 - "random": none, and no dense gradient ever (SET, Mocanu et al. 2018).
 
 Outside its window a signal holds no memory and the layer has no probe.

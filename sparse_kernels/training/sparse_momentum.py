@@ -64,12 +64,13 @@ class SparseMomentum:
             "fan_in", "groups:M" (structured.py) or a rules.GrowthRule.
         redistribution: "momentum", "magnitude", "nonzero" (what layers held), "survivors" (what
             pruning left), "none" or a rules.RedistributionRule.
-        signal: "exact" (momentum from every step), "window" (from the last steps before an
-            update), "sampled" (as "window", of a random sample of the places: no dense tensor),
-            "gradient" (the last gradient alone) or "random" (none: grows at random); see
-            training/signals.py. Growth "gradient" and "random" bring their own. An optimizer
-            without momentum (SGD with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so
-            that "exact" and "window" are "gradient".
+        signal: "exact" (momentum from every step: the paper to the letter), "window" (from the
+            last steps before an update), "sampled" (as "window", of a random sample of the places:
+            no dense tensor), "gradient" (the last gradient alone: the cheapest that was measured
+            to lose no accuracy) or "random" (none: grows at random); see training/signals.py.
+            Growth "gradient" and "random" bring their own. An optimizer without momentum (SGD
+            with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so that "exact" and "window"
+            are "gradient".
         window_tolerance: share of the momentum that a window may miss; sets its length.
         sample_share: share of each layer's free places that "sampled" draws for an update.
         dense_above: layers denser than this are stored dense with a mask, and compressed again
@@ -125,7 +126,7 @@ class SparseMomentum:
         prune: str | PruneRule = "magnitude",
         growth: str | GrowthRule = "momentum",
         redistribution: str | RedistributionRule = "momentum",
-        signal: str = "exact",
+        signal: str = "gradient",
         window_tolerance: float = 0.1,
         sample_share: float = 0.1,
         dense_above: float | None = None,

@@ -65,7 +65,7 @@ class TrainConfig:
     prune_rate: float = 0.5
     prune_schedule: str = "cosine"
     redistribution: str = "momentum"  # "none" holds the number of weights of each layer
-    signal: str = "window"
+    signal: str = "gradient"
     window_tolerance: float = 0.1  # share of the momentum that "window" may miss
     sample_share: float = 0.1  # of the free places, that "sampled" draws
     update_every: int | None = None  # steps between mask updates; None: once per epoch
