@@ -57,7 +57,9 @@ def step(model, optimizer, seed: int) -> None:
 def trained(name: str, block=(1, 1), steps=13, **options):
     model = make(block)
     optimizer = OPTIMIZERS[name](model.parameters())
-    masks = SparseMomentum(model, optimizer, total_steps=16, update_every=3, **options)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=16, update_every=3, **{"signal": "exact", **options}
+    )
     for seed in range(steps):
         step(model, optimizer, seed)
         masks.step()

@@ -36,7 +36,7 @@ from sparse_kernels.workbench import contenders, datasets, loop, machine, models
 from sparse_kernels.workbench.config import TrainConfig
 
 SMALL = TrainConfig(
-    data="mnist-sample", density=0.1, batch_size=100, epochs=2, update_every=4,
+    data="mnist-sample", density=0.1, batch_size=100, epochs=2, update_every=4, signal="window",
     window_tolerance=0.6, max_steps=23, threads=1, checkpoint_every=2, holdout=0.8, keep=2,
 )  # fmt: skip
 EXPERIMENTS: dict[str, dict[str, Any]] = {

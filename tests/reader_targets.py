@@ -169,7 +169,12 @@ def training_state(data: bytes) -> None:
 def _training() -> tuple[SparseLinear, torch.optim.Optimizer, SparseMomentum]:
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    settings: dict[str, Any] = {"cost": {"": 2.0}, "cost_weight": 1.0, "cost_budget": "start"}
+    settings: dict[str, Any] = {
+        "signal": "exact",
+        "cost": {"": 2.0},
+        "cost_weight": 1.0,
+        "cost_budget": "start",
+    }
     return (
         model,
         optimizer,

@@ -174,7 +174,7 @@ def learn(model: nn.Module, dtype, scaler=None, masks=True, steps=30, bad=()) ->
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     driver = None
     if masks:
-        driver = SparseMomentum(model, optimizer, total_steps=steps, update_every=5)
+        driver = SparseMomentum(model, optimizer, total_steps=steps, update_every=5, signal="exact")
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randn(32, 3, 6, 6, generator=draw), torch.randint(10, (32,), generator=draw)
     losses = []

@@ -106,6 +106,17 @@ def test_an_index_tells_result_headline_and_command(tmp_path: Path) -> None:
         "scaling-d5": (rows, "scaling: 2 measurements, 2.00x to 3.00x"),
         "patterns-x": ({"speedup": 4.0}, "steps of net by pattern: at least 4.00x"),
         "peers-d5": ({"summary": {}}, "peers: none ran"),
+        "signals-net": (
+            {
+                "rows": [
+                    {"signal": "exact", "epoch_seconds": 276.2},
+                    {"signal": "window", "epoch_seconds": None},
+                    {"signal": "random", "epoch_seconds": 0.871},
+                ]
+            },
+            "growth signals, an epoch of net: exact 276 s, random 0.871 s",
+        ),
+        "workers-net": ({}, "workers of net"),
     }
     for name, (found, _) in kinds.items():
         whole = {"machine": header, "settings": {"net": "net"}, "command": f"do {name}", **found}

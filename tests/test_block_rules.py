@@ -69,7 +69,13 @@ def test_an_update_prunes_and_grows_the_blocks_of_the_definition(kind, block) ->
     target = torch.randn_like(layer(x).detach())
     optimizer = torch.optim.SGD([layer.values, layer.bias], lr=0.3, momentum=BETA)
     masks = SparseMomentum(
-        layer, optimizer, total_steps=8, update_every=3, redistribution="none", dense_above=1.0
+        layer,
+        optimizer,
+        total_steps=8,
+        update_every=3,
+        redistribution="none",
+        dense_above=1.0,
+        signal="exact",
     )
     momentum = torch.zeros(layer.matrix_shape, dtype=torch.float64)
     new: set[int] = set()
@@ -113,7 +119,9 @@ def test_redistribution_weighs_layers_by_the_mean_over_their_elements(block) -> 
         SparseLinear(33, 17, **options), nn.Tanh(), SparseLinear(17, 40, **options)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=BETA)
-    masks = SparseMomentum(model, optimizer, total_steps=4, update_every=2, dense_above=1.0)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=4, update_every=2, dense_above=1.0, signal="exact"
+    )
     x = torch.randn(5, 33, generator=generator, dtype=torch.float64)
     total = sum(layer.pattern.nnzb for layer in (model[0], model[2]))
     for _ in range(2):

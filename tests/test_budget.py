@@ -97,6 +97,7 @@ COSTS = {"0": 0.25, "2": 3.0, "4": 50.0}  # momentum wants the last
 def trained(options, cost=COSTS, block=(1, 1), density=0.3):
     model = make_model(block=block, density=density, sizes=(12, 16, 10, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"signal": "exact", **options}
     masks = SparseMomentum(
         model, optimizer, total_steps=25, update_every=3, cost=cost, dense_above=1.0, **options
     )

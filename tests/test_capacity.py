@@ -37,7 +37,13 @@ def twelve_updates(room: float | None, block=(1, 1)):
     model = make_model(block=block, density=0.2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(
-        model, optimizer, total_steps=41, update_every=3, redistribution="magnitude", dense_above=1
+        model,
+        optimizer,
+        total_steps=41,
+        update_every=3,
+        redistribution="magnitude",
+        dense_above=1,
+        signal="exact",
     )
     train(model, optimizer, masks, 1)  # momentum exists now
     if room is not None:

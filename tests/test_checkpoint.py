@@ -36,7 +36,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def build(name="sgd", sizes=(12, 16, 10, 4), density=0.3, block=(1, 1), **options):
     model = make_model(sizes, density=density, block=block)
     optimizer = OPTIMIZERS[name](model.parameters())
-    options = {"total_steps": 40, "update_every": 7, "prune_rate": 0.5, **options}
+    defaults = {"total_steps": 40, "update_every": 7, "prune_rate": 0.5, "signal": "exact"}
+    options = defaults | options
     return model, optimizer, SparseMomentum(model, optimizer, **options)
 
 

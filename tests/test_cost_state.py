@@ -54,7 +54,8 @@ class Job:
     def __init__(self, model: nn.Module, given: nn.Module, cost: Any, **options: Any) -> None:
         self.model, self.given = model, given
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        options = {"cost_weight": 0.5, "cost_budget": "start", "cost": cost, **options}
+        defaults = {"cost_weight": 0.5, "cost_budget": "start", "cost": cost, "signal": "exact"}
+        options = defaults | options
         self.masks = SparseMomentum(
             given, self.optimizer, total_steps=STEPS, update_every=EVERY, dense_above=1.0, **options
         )

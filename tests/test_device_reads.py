@@ -189,7 +189,13 @@ def fed(place: str, copies: list[int] | None = None, steps: int = 12):
     model = make(dtype=torch.float32).to(place)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(
-        model, optimizer, total_steps=40, update_every=3, grad_scale=1.0, dense_above=0.4
+        model,
+        optimizer,
+        total_steps=40,
+        update_every=3,
+        grad_scale=1.0,
+        dense_above=0.4,
+        signal="exact",
     )
     draw = torch.Generator().manual_seed(0)
     for number in range(1, steps + 1):

@@ -86,7 +86,7 @@ def train(
         total_steps=STEPS,
         update_every=EVERY,
         generator=torch.Generator().manual_seed(rank),
-        **settings,
+        **{"signal": "exact", **settings},
     )
     losses = []
     scaler = torch.amp.GradScaler("cpu", enabled=overflow is not None, init_scale=2.0**8)

@@ -44,7 +44,7 @@ class Job:
         model = make_model((12, 32, 24, 4), density=0.2, seed=rank)
         self.ddp = DistributedDataParallel(nn.Sequential(nn.Dropout(0.2), model))
         self.optimizer = torch.optim.SGD(self.ddp.parameters(), lr=0.2, momentum=0.9)
-        chosen = {"total_steps": 20, "update_every": 4, **settings}
+        chosen = {"total_steps": 20, "update_every": 4, "signal": "exact", **settings}
         self.masks = SparseMomentum(self.ddp, self.optimizer, **chosen)
 
     def train(self, count: int) -> None:
@@ -124,7 +124,7 @@ class Given(Job):
     def __init__(self, rank: int, **settings: Any) -> None:
         super().__init__(rank, **settings)
         self.masks.close()
-        chosen = {"total_steps": 20, "update_every": 4, **settings}
+        chosen = {"total_steps": 20, "update_every": 4, "signal": "exact", **settings}
         self.masks = SparseMomentum(self.ddp.module, self.optimizer, **chosen)
 
 
@@ -211,7 +211,13 @@ def costs_of_wrapped(rank: int, world: int, folder: Path) -> list[list[str]]:
     counted, timed = flops_per_weight(ddp, example), time_per_weight(ddp, example, repeats=2)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
     SparseMomentum(
-        ddp, optimizer, total_steps=4, update_every=2, cost=counted, cost_budget="start"
+        ddp,
+        optimizer,
+        total_steps=4,
+        update_every=2,
+        cost=counted,
+        cost_budget="start",
+        signal="exact",
     ).close()
     assert counted == flops_per_weight(ddp.module, example)
     return [list(counted), list(timed)]
@@ -247,14 +253,14 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
 
     part = nn.ModuleList([DistributedDataParallel(make_model()), make_model()])
     optimizer = torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(part, optimizer, total_steps=8, update_every=4)
+    masks = SparseMomentum(part, optimizer, total_steps=8, update_every=4, signal="exact")
     found["outside"] = error_of(lambda: part[0](x))
     masks.close()
 
     sharded = fully_shard(make_model(dtype=torch.float32))
     made = torch.optim.SGD(sharded.parameters(), lr=0.1, momentum=0.9)
     found["fully_shard"] = error_of(
-        lambda: SparseMomentum(sharded, made, total_steps=8, update_every=4)
+        lambda: SparseMomentum(sharded, made, total_steps=8, update_every=4, signal="exact")
     )
     return found
 
@@ -279,7 +285,7 @@ def test_the_class_of_fsdp_is_refused_too() -> None:
     wrapped._modules["_fsdp_wrapped_module"] = model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="FullyShardedDataParallel, which the mask updates"):
-        SparseMomentum(wrapped, optimizer, total_steps=8, update_every=4)
+        SparseMomentum(wrapped, optimizer, total_steps=8, update_every=4, signal="exact")
 
 
 # ---- numbers that are none ---------------------------------------------------------------------

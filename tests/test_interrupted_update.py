@@ -29,7 +29,7 @@ STEPS, EVERY = 20, 5
 def build(density: float = 0.3, **options: Any) -> Any:
     model = make_model(density=density)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options = {"total_steps": STEPS, "update_every": EVERY, **options}
+    options = {"total_steps": STEPS, "update_every": EVERY, "signal": "exact", **options}
     return model, optimizer, SparseMomentum(model, optimizer, **options)
 
 

@@ -30,7 +30,7 @@ def test_a_scheduler_acts_as_on_dense_weights(name) -> None:
     model = make_model()
     dense = MaskedDense(model, make, 30, 4)
     optimizer = make(model.parameters())
-    masks = SparseMomentum(model, optimizer, total_steps=30, update_every=4)
+    masks = SparseMomentum(model, optimizer, total_steps=30, update_every=4, signal="exact")
     schedules = [SCHEDULERS[name](o) for o in (optimizer, dense.optimizer)]
     for x, y in batches(30):
         for net, stepper, owner, schedule in (

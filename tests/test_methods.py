@@ -31,7 +31,7 @@ def trained(name: str, **more):
     chosen = method(name)
     model = make_model(density=chosen.start_density or 0.3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options = {**chosen.options, **more}
+    options = {"signal": "exact", **chosen.options, **more}
     masks = SparseMomentum(model, optimizer, total_steps=STEPS, update_every=EVERY, **options)
     first = [layer.pattern.keys().clone() for layer in sparse(model)]
     counts = []
@@ -84,7 +84,7 @@ def test_only_sparse_momentum_spares_nearly_dense_layers(name) -> None:
         for i, layer in enumerate(sparse(model)):
             layer.values.mul_(10.0**-i)  # unequal layers, by weights and by gradients
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options = {**method(name).options, "prune_rate": 0.5, "update_until": 1.0}
+    options = {**method(name).options, "signal": "exact", "prune_rate": 0.5, "update_until": 1.0}
     masks = SparseMomentum(model, optimizer, total_steps=STEPS, update_every=EVERY, **options)
     before = [layer.pattern.nnzb for layer in sparse(model)]
     train(model, optimizer, masks, EVERY)

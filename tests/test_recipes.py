@@ -73,6 +73,7 @@ def test_a_whole_recipe_acts_as_on_dense_weights(name: str, dense_above: float) 
     masks = SparseMomentum(
         model, optimizer, total_steps=STEPS, update_every=EVERY, dense_above=dense_above,
         on_update=lambda record: follow(average, model),
+        signal="exact",
     )  # fmt: skip
     both = (optimizer, dense.optimizer)
     schedules = [OneCycleLR(made, max_lr=0.1, total_steps=STEPS + 1) for made in both]

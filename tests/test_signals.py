@@ -172,7 +172,7 @@ def test_a_layer_whose_gradient_is_rounding_takes_the_scale_of_its_group():
     torch.manual_seed(0)
     model = nn.Sequential(SparseLinear(9, 6, density=0.4), SparseLinear(6, 5, density=0.4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10, signal="exact")
     dense = [torch.randn(layer.matrix_shape) for layer in model]
     dense[0][model[0].pattern.mask()] *= 1e-7
     for layer, grad in zip(model, dense, strict=True):
@@ -189,7 +189,7 @@ def test_param_groups_have_a_scale_of_their_own():
     model = nn.Sequential(SparseLinear(9, 6, density=0.4), SparseLinear(6, 5, density=0.4))
     groups = [{"params": list(layer.parameters())} for layer in model]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10, signal="exact")
     model(torch.randn(7, 9)).pow(2).sum().backward()
     dense = [layer.probe.grad.clone() for layer in model]
     for layer, factor in zip(model, (0.25, 3.0), strict=True):
@@ -300,7 +300,7 @@ def test_convolutions_with_groups_and_taps_train_and_conserve(block):
     )
     layers = [model[0], model[2], model[4]]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=13, update_every=2)
+    masks = SparseMomentum(model, optimizer, total_steps=13, update_every=2, signal="exact")
     before = sum(layer.pattern.nnzb for layer in layers)
     for step in range(13):
         x = torch.randn(5, 4, 8, 8, dtype=torch.float64)

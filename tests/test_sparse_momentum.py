@@ -261,7 +261,7 @@ def test_block_shapes_have_budgets_of_their_own():
         model[1].pattern.nnzb + model[2].pattern.nnzb,
     )
     before = classes()
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal="exact")
     train(model, optimizer, masks, 20)
     assert classes() == before
 
@@ -281,6 +281,7 @@ def test_every_combination_of_named_rules_conserves(prune, redistribution):
         redistribution=redistribution,
         growth="random",
         decay="linear",
+        signal="exact",
     )
     train(model, optimizer, masks, 20)
     assert stored(model) == before
@@ -336,7 +337,9 @@ def test_a_wrong_growth_rule_is_refused_and_changes_nothing(result):
             "far": torch.cat([keys[1:], torch.tensor([candidates.blocks])]),
         }[result]
 
-    masks = SparseMomentum(model, optimizer, total_steps=9, update_every=1, growth=grow)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=9, update_every=1, growth=grow, signal="exact"
+    )
     before = [layer.pattern.keys().clone() for layer in sparse(model)]
     with pytest.raises(ValueError, match="layer '0': the growth rule must return int64"):
         train(model, optimizer, masks, 1)
@@ -358,7 +361,13 @@ def test_storage_follows_density_with_hysteresis(density, before, after):
         layer.to_storage_(before)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(
-        model, optimizer, total_steps=9, update_every=4, redistribution="none", dense_above=0.5
+        model,
+        optimizer,
+        total_steps=9,
+        update_every=4,
+        redistribution="none",
+        dense_above=0.5,
+        signal="exact",
     )
     train(model, optimizer, masks, 5)
     assert [layer.storage for layer in sparse(model)] == [after] * 3

@@ -84,7 +84,7 @@ def test_discarding_works_in_a_compiled_model_in_one_graph():
 def test_a_step_without_gradients_takes_none():
     model = make_model()
     optimizer = sgd(model)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10, signal="exact")
     x, y = next(iter(batches(1)))
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.zero_grad()
@@ -95,7 +95,7 @@ def test_a_step_without_gradients_takes_none():
 
 def test_micro_batches_add_up_in_the_probe():
     model = make_model()
-    masks = SparseMomentum(model, sgd(model), total_steps=20, update_every=10)
+    masks = SparseMomentum(model, sgd(model), total_steps=20, update_every=10, signal="exact")
     x, y = next(iter(batches(1)))
     first, second = (
         nn.functional.cross_entropy(model(x[part]), y[part])
@@ -112,7 +112,7 @@ def test_micro_batches_add_up_in_the_probe():
 def test_a_probe_renewed_by_a_move_is_still_watched():
     model = make_model(dtype=torch.float32)
     optimizer = sgd(model)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=10, signal="exact")
     model.double()
     for count in (1, 2):
         train(model, optimizer, masks, 1)
@@ -134,7 +134,7 @@ def test_frozen_layers_keep_their_pattern_and_hold_no_budget(caplog):
     keys, values = model[2].pattern.keys().clone(), model[2].values.detach().clone()
     free = model[0].pattern.nnzb + model[4].pattern.nnzb
     with caplog.at_level(logging.INFO, logger="sparse_kernels.training"):
-        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4)
+        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal="exact")
         train(model, optimizer, masks, 20)
     assert masks.frozen == ("2",) and masks.updates == 4
     assert caplog.text.count("frozen sparse layers keep their pattern: 2") == 1
@@ -150,7 +150,9 @@ def test_frozen_layers_in_the_optimizer_are_left_alone_too(prune):
     model[2].values.requires_grad_(False)
     optimizer = sgd(model)
     before, keys = stored(model), model[2].pattern.keys().clone()
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, prune=prune)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=20, update_every=4, prune=prune, signal="exact"
+    )
     train(model, optimizer, masks, 20)
     assert torch.equal(model[2].pattern.keys(), keys) and stored(model) == before
 
@@ -158,7 +160,7 @@ def test_frozen_layers_in_the_optimizer_are_left_alone_too(prune):
 def test_a_layer_frozen_in_mid_training_is_left_out_until_it_is_trained_again():
     model = make_model()
     optimizer = sgd(model)
-    masks = SparseMomentum(model, optimizer, total_steps=40, update_every=4)
+    masks = SparseMomentum(model, optimizer, total_steps=40, update_every=4, signal="exact")
     train(model, optimizer, masks, 6)
     model[2].requires_grad_(False)
     keys = model[2].pattern.keys().clone()
@@ -174,7 +176,7 @@ def test_a_model_with_frozen_layers_only_is_refused():
     model = make_model().requires_grad_(False)
     optimizer = sgd(model)
     with pytest.raises(ValueError, match="no sparse layer to train.*unfreeze some"):
-        SparseMomentum(model, optimizer, total_steps=9, update_every=3)
+        SparseMomentum(model, optimizer, total_steps=9, update_every=3, signal="exact")
 
 
 # ---- one driver per layer ------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_a_model_with_frozen_layers_only_is_refused():
 def test_a_second_driver_is_refused_until_the_first_is_closed_or_gone():
     model = make_model()
     optimizer = sgd(model)
-    options = {"total_steps": 20, "update_every": 4}
+    options = {"total_steps": 20, "update_every": 4, "signal": "exact"}
     first = SparseMomentum(model, optimizer, **options)
     with pytest.raises(ValueError, match="layer '0' is already driven.*call close"):
         SparseMomentum(model, optimizer, **options)
@@ -211,15 +213,15 @@ def test_a_second_driver_is_refused_until_the_first_is_closed_or_gone():
 def test_a_refused_construction_owns_nothing():
     model = make_model()
     with pytest.raises(ValueError, match="does not hold"):
-        SparseMomentum(model, sgd(nn.Linear(2, 2)), total_steps=9, update_every=3)
-    masks = SparseMomentum(model, sgd(model), total_steps=9, update_every=3)
+        SparseMomentum(model, sgd(nn.Linear(2, 2)), total_steps=9, update_every=3, signal="exact")
+    masks = SparseMomentum(model, sgd(model), total_steps=9, update_every=3, signal="exact")
     assert len(masks._signals) == 3
 
 
 def test_a_probe_taken_away_is_noticed_at_the_update():
     model = make_model()
     optimizer = sgd(model)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal="exact")
     model[2].probe = None
     with pytest.warns(RuntimeWarning, match="no gradient reached the growth signal of '2'"):
         train(model, optimizer, masks, 4)
@@ -304,7 +306,13 @@ def test_an_average_made_anew_at_updates_is_the_average_since_then():
         made.append(AveragedModel(model))
 
     masks = SparseMomentum(
-        model, optimizer, total_steps=20, update_every=4, on_update=on_update, dense_above=0.25
+        model,
+        optimizer,
+        total_steps=20,
+        update_every=4,
+        on_update=on_update,
+        dense_above=0.25,
+        signal="exact",
     )
     on_update(None)
     since = []

@@ -56,7 +56,9 @@ def test_without_momentum_exact_is_the_gradient():
 def test_gradient_growth_picks_the_largest_gradient_and_starts_momentum_at_zero():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=9, update_every=1, growth="gradient")
+    masks = SparseMomentum(
+        model, optimizer, total_steps=9, update_every=1, growth="gradient", signal="exact"
+    )
     old = model[0].pattern.mask().clone()
     x, y = next(iter(batches(1)))
     nn.functional.cross_entropy(model(x), y).backward()
@@ -90,7 +92,7 @@ def test_exact_follows_clipping_micro_batches_and_loss_scale():
     for scale in (1.0, 1024.0):
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4)
+        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal="exact")
         for x, y in batches(20):
             optimizer.zero_grad()
             parts = ((x[:10], y[:10]), (x[10:], y[10:])) if scale > 1 else ((x, y),)
@@ -111,7 +113,7 @@ def test_a_closure_gives_the_same_training():
     for closure in (False, True):
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4)
+        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal="exact")
         for x, y in batches(20):
 
             def loss(model=model, optimizer=optimizer, x=x, y=y):
@@ -133,7 +135,7 @@ def test_a_closure_gives_the_same_training():
 def test_skipped_steps_count_for_nothing():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=2)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=2, signal="exact")
     x, y = next(iter(batches(1)))
     (float("inf") * nn.functional.cross_entropy(model(x), y)).backward()
     assert masks.step() is None and masks.steps == 0  # the optimizer did not step
@@ -146,7 +148,7 @@ def test_skipped_steps_count_for_nothing():
 def test_gradient_that_is_no_multiple_is_refused():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=2)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=2, signal="exact")
     x, y = next(iter(batches(1)))
     nn.functional.cross_entropy(model(x), y).backward()
     nn.utils.clip_grad_value_(model.parameters(), 1e-6)
@@ -165,7 +167,9 @@ def test_empty_and_full_layers_and_no_momentum_at_all():
     rewrite(full, None, torch.arange(full.pattern.numel))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     before = stored(model)
-    masks = SparseMomentum(model, optimizer, total_steps=9, update_every=2, dense_above=1.0)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=9, update_every=2, dense_above=1.0, signal="exact"
+    )
     with pytest.warns(RuntimeWarning, match="no gradient reached") as warned:
         for _ in range(9):  # no loss: every momentum is zero
             for p in model.parameters():
@@ -181,7 +185,7 @@ def test_no_gradient_ever_is_no_crash():
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters())
     before = stored(model)
-    masks = SparseMomentum(model, optimizer, total_steps=4, update_every=1)
+    masks = SparseMomentum(model, optimizer, total_steps=4, update_every=1, signal="exact")
     message = "after step 1: no gradient reached the growth signal of '0', '2', '4'"
     with pytest.warns(RuntimeWarning, match=message):
         for _ in range(4):
@@ -194,7 +198,13 @@ def test_pointers_stay_while_the_capacity_suffices():
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     masks = SparseMomentum(
-        model, optimizer, total_steps=20, update_every=2, redistribution="none", dense_above=1.0
+        model,
+        optimizer,
+        total_steps=20,
+        update_every=2,
+        redistribution="none",
+        dense_above=1.0,
+        signal="exact",
     )
     train(model, optimizer, masks, 2)
 
@@ -218,7 +228,7 @@ def test_pointers_stay_while_the_capacity_suffices():
 def test_backward_works_after_growth_while_an_old_loss_is_held():
     model = make_model(sizes=(12, 16, 4), density=0.2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=2)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=2, signal="exact")
     held = []
     for x, y in batches(20):
         optimizer.zero_grad()
@@ -269,12 +279,12 @@ def test_errors_at_construction():
     with pytest.raises(TypeError, match=r"torch.optim.Optimizer, got int"):
         SparseMomentum(model, 3, **steps)
     with pytest.raises(TypeError):
-        SparseMomentum(model, sgd, 10, 2)
+        SparseMomentum(model, sgd, 10, 2, signal="exact")
     for bad in (0, -1, 2.5, True, None):
         with pytest.raises(ValueError, match="total_steps must be an integer >= 1"):
-            SparseMomentum(model, sgd, total_steps=bad, update_every=1)
+            SparseMomentum(model, sgd, total_steps=bad, update_every=1, signal="exact")
         with pytest.raises(ValueError, match="update_every must be an integer >= 1"):
-            SparseMomentum(model, sgd, total_steps=5, update_every=bad)
+            SparseMomentum(model, sgd, total_steps=5, update_every=bad, signal="exact")
     for name, value in (
         ("prune_rate", 1.5),
         ("final_prune_rate", -0.1),
@@ -296,7 +306,9 @@ def test_shape_dependent_optimizers_are_refused_by_name(name):
     model = make_model()
     cls = type(name, (torch.optim.SGD,), {})
     with pytest.raises(TypeError, match=f"{name} cannot train sparse values"):
-        SparseMomentum(model, cls(model.parameters(), lr=0.1), total_steps=9, update_every=3)
+        SparseMomentum(
+            model, cls(model.parameters(), lr=0.1), total_steps=9, update_every=3, signal="exact"
+        )
 
 
 def test_shared_values_are_refused():
@@ -304,14 +316,14 @@ def test_shared_values_are_refused():
     model[1].values = model[0].values
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="layers '0' and '1' share one `values`"):
-        SparseMomentum(model, optimizer, total_steps=9, update_every=3)
+        SparseMomentum(model, optimizer, total_steps=9, update_every=3, signal="exact")
 
 
 @pytest.mark.parametrize("where", ["weight", "momentum", "growth signal"])
 def test_non_finite_numbers_raise_at_the_update_and_keep_the_mask(where):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal="exact")
     train(model, optimizer, masks, 3)
     before = [layer.pattern.keys().clone() for layer in sparse(model)]
     layer = sparse(model)[1]
@@ -336,7 +348,7 @@ def test_non_finite_numbers_raise_at_the_update_and_keep_the_mask(where):
 def test_an_optimizer_that_never_steps_is_noticed():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    masks = SparseMomentum(model, optimizer, total_steps=500, update_every=3)
+    masks = SparseMomentum(model, optimizer, total_steps=500, update_every=3, signal="exact")
     with pytest.raises(RuntimeError, match="without a step of its optimizer"):
         for _ in range(200):
             masks.step()
@@ -354,7 +366,7 @@ def test_checkpoint_of_another_model_is_refused():
 def test_close_takes_everything_off():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(model, optimizer, total_steps=9, update_every=3)
+    masks = SparseMomentum(model, optimizer, total_steps=9, update_every=3, signal="exact")
     assert model[0].probe is not None
     masks.close()
     assert model[0].probe is None and not optimizer._optimizer_step_pre_hooks
@@ -366,7 +378,7 @@ def test_grad_scaler_and_its_skipped_steps():
     for scaled in (False, True):
         model = make_model(dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4)
+        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal="exact")
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**12)
         for i, (x, y) in enumerate(batches(20, dtype=torch.float32)):
             if i == 6 and scaled:

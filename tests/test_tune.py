@@ -241,7 +241,7 @@ def test_an_optimizer_made_before_needs_no_mention_until_it_has_stepped(fake) ->
 def test_state_under_a_sparse_momentum_moves_without_being_named(fake) -> None:
     model = small_net(0.4)
     optimizer = make_optimizer("sgd", model)
-    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4)
+    masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal="exact")
     for i in range(12):
         step(model, optimizer)
         masks.step()
@@ -268,7 +268,9 @@ def test_mask_updates_go_by_the_layers_own_break_even(before, break_even, after)
     for i in (0, 3, 5):
         model[i].to_storage_(before).dense_above = break_even
     optimizer = make_optimizer("sgd", model)
-    masks = SparseMomentum(model, optimizer, total_steps=40, update_every=4, redistribution="none")
+    masks = SparseMomentum(
+        model, optimizer, total_steps=40, update_every=4, redistribution="none", signal="exact"
+    )
     storages = []
     for _ in range(13):
         step(model, optimizer)
@@ -283,7 +285,9 @@ def test_a_given_dense_above_overrides_the_measured_one() -> None:
     for i in (0, 3, 5):
         model[i].dense_above = 0.1
     optimizer = make_optimizer("sgd", model)
-    masks = SparseMomentum(model, optimizer, total_steps=40, update_every=1, dense_above=1.0)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=40, update_every=1, dense_above=1.0, signal="exact"
+    )
     step(model, optimizer)
     assert masks.step() is not None and model[0].storage == COMPRESSED
 

@@ -17,6 +17,7 @@ SMALL = TrainConfig(
     epochs=3,
     batch_size=600,
     update_every=4,
+    signal="window",
     threads=1,
 )
 

@@ -105,7 +105,13 @@ def headline(name: str, results: dict[str, Any]) -> str:
         return f"peers: geometric mean {every['geomean']:.2f}x" if every else "peers: none ran"
     if "parts" in results:
         return f"steps of {settings['net']}: {_step_speedup(results['timings']):.2f}x"
-    ratios = [row["speedup"] for row in results["rows"] if "speedup" in row]
+    if kind == "signals":
+        epochs = {row["signal"]: row["epoch_seconds"] for row in results["rows"]}
+        shown = (f"{signal} {took:.3g} s" for signal, took in epochs.items() if took is not None)
+        return f"growth signals, an epoch of {settings['net']}: {', '.join(shown)}"
+    ratios = [row["speedup"] for row in results.get("rows", ()) if "speedup" in row]
+    if not ratios:
+        return f"{kind} of {settings['net']}" if "net" in settings else kind
     return f"{kind}: {len(ratios)} measurements, {min(ratios):.2f}x to {max(ratios):.2f}x"
 
 
