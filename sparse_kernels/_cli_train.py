@@ -36,8 +36,6 @@ DEMO = {
     "lr": 0.1,
     "lr_decay_every": 500,
     "update_every": 80,
-    # 10 steps with dense gradients before an update: there are only 80 steps between two.
-    "window_tolerance": 0.35,
     "holdout": 0.0,
     "name": "demo",
 }
