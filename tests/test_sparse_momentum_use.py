@@ -145,6 +145,30 @@ def test_skipped_steps_count_for_nothing():
     assert masks.steps == 4 and masks.updates == 2
 
 
+@pytest.mark.parametrize("signal", ["exact", "window", "sampled", "gradient"])
+def test_a_skipped_step_before_an_update_leaves_no_trace(signal):
+    """The one dense gradient of "gradient" is that of the step which the optimizer took."""
+    ends = []
+    for skips in (False, True):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        masks = SparseMomentum(
+            model, optimizer, total_steps=20, update_every=2, signal=signal,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        for number, (x, y) in enumerate(batches(4)):
+            if skips and number == 1:
+                (float("inf") * nn.functional.cross_entropy(model(-x), y)).backward()
+                assert masks.step() is None and masks.steps == 1  # as a GradScaler that overflowed
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            masks.step()
+        assert masks.updates == 2
+        ends.append([layer.dense_matrix().detach() for layer in sparse(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_gradient_that_is_no_multiple_is_refused():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
