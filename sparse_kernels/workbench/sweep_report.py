@@ -115,7 +115,8 @@ def _draw_sensitivity(rows: Sequence[Row], path: Path) -> bool:
     if not found:
         return False
     figure = figures.new_figure((6.0 * len(found), 4.4))
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    # One scale of errors: panels of their own would make noise look as large as an effect.
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for axes, (option, lines) in zip(panels, found.items(), strict=True):
         for i, (name, points) in enumerate(lines.items()):
             xs, ys, bars = zip(*points, strict=True)
