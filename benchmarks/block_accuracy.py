@@ -10,7 +10,7 @@ Equal density: the classifier (10 x 100), into which large blocks do not fit, st
 run, and the two hidden layers get what is left of the budget, so that density times all 266,200
 weights exist whatever the block.  A mask update per epoch, 10 % of the training images held out;
 blocks are pruned by mean |w| and grown by mean |momentum|.  What no option names is as in
-`sparse-kernels train`: the paper's SGD with Nesterov momentum.
+`sparse-kernels train`: the paper's SGD with Nesterov momentum; the signal is `window`.
 """
 
 from __future__ import annotations

@@ -58,7 +58,9 @@ _net_options = with_options(
 )  # fmt: skip
 @one_line_errors
 def networks_command(nets: tuple[str, ...], **options: Any) -> None:
-    """Whole training steps by part, memory and mask update; --epoch; --patterns start,1,10."""
+    """Whole training steps by part, memory and mask update; --epoch; --patterns start,1,10.
+
+    With the growth signal "window"; `bench signals` has the others."""
     from .workbench.config import TrainConfig
     from .workbench.errors import WorkbenchError
 
@@ -68,7 +70,8 @@ def networks_command(nets: tuple[str, ...], **options: Any) -> None:
         mine = {**options, "net": net}
         settings = ("net", "density", "block", "batch_size", "threads", "dense_baseline",
                     "redistribution", "data_dir", "width")  # fmt: skip
-        config = TrainConfig(**{name: mine[name] for name in settings})
+        # The window's steps are timed on their own; `bench signals` tells the signals apart.
+        config = TrainConfig(signal="window", **{name: mine[name] for name in settings})
         config.check()
         if options["epoch"]:
             _run_epoch(config, mine)

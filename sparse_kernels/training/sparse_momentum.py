@@ -55,7 +55,7 @@ class SparseMomentum:
     that come before total_steps, each layer loses ceil(prune_rate * nnz) blocks and the model
     grows as many elsewhere: the number of stored blocks is conserved exactly (per block shape).
 
-    Arguments after the optimizer are keyword-only; the defaults are the paper's.
+    Arguments after the optimizer are keyword-only; the defaults are the paper's but for `signal`.
         total_steps, update_every: in optimizer steps; batches per epoch gives one update per epoch.
         prune_rate, final_prune_rate, decay: rate at step 0 and at total_steps; "cosine", "linear"
             (to 0), "constant" or a callable (initial, final, progress) -> rate.
@@ -66,9 +66,9 @@ class SparseMomentum:
             pruning left), "none" or a rules.RedistributionRule.
         signal: "exact" (momentum from every step: the paper to the letter), "window" (from the
             last steps before an update), "sampled" (as "window", of a random sample of the places:
-            no dense tensor), "gradient" (the last gradient alone: the cheapest that was measured
-            to lose no accuracy) or "random" (none: grows at random); see training/signals.py.
-            Growth "gradient" and "random" bring their own. An optimizer without momentum (SGD
+            no dense tensor), "gradient" (the last gradient alone: the fastest that was measured to
+            lose under 0.1 points against "exact") or "random" (none: grows at random); see
+            training/signals.py. Growth "gradient" and "random" bring their own. An optimizer without momentum (SGD
             with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so that "exact" and "window"
             are "gradient".
         window_tolerance: share of the momentum that a window may miss; sets its length.

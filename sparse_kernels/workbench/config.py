@@ -38,7 +38,8 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of ``sparse-kernels train``; the defaults are those of the paper's MNIST script.
+    """Settings of ``sparse-kernels train``; the defaults are those of the paper's MNIST script, but
+    for ``signal``.
 
     Source of the defaults: the official code of Dettmers & Zettlemoyer 2019 (arXiv 1907.04840).
     """
