@@ -68,9 +68,9 @@ class SparseMomentum:
             last steps before an update), "sampled" (as "window", of a random sample of the places:
             no dense tensor), "gradient" (the last gradient alone: the fastest that was measured to
             lose under 0.1 points against "exact") or "random" (none: grows at random); see
-            training/signals.py. Growth "gradient" and "random" bring their own. An optimizer without momentum (SGD
-            with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so that "exact" and "window"
-            are "gradient".
+            training/signals.py. Growth "gradient" and "random" bring their own. An optimizer
+            without momentum (SGD with momentum 0, RMSprop, Adagrad, ...) has M = gradient, so
+            that "exact" and "window" are "gradient".
         window_tolerance: share of the momentum that a window may miss; sets its length.
         sample_share: share of each layer's free places that "sampled" draws for an update.
         dense_above: layers denser than this are stored dense with a mask, and compressed again
