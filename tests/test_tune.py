@@ -268,9 +268,7 @@ def test_mask_updates_go_by_the_layers_own_break_even(before, break_even, after)
     for i in (0, 3, 5):
         model[i].to_storage_(before).dense_above = break_even
     optimizer = make_optimizer("sgd", model)
-    masks = SparseMomentum(
-        model, optimizer, total_steps=40, update_every=4, redistribution="none", signal="exact"
-    )
+    masks = SparseMomentum(model, optimizer, total_steps=40, update_every=4, redistribution="none")
     storages = []
     for _ in range(13):
         step(model, optimizer)
@@ -285,9 +283,7 @@ def test_a_given_dense_above_overrides_the_measured_one() -> None:
     for i in (0, 3, 5):
         model[i].dense_above = 0.1
     optimizer = make_optimizer("sgd", model)
-    masks = SparseMomentum(
-        model, optimizer, total_steps=40, update_every=1, dense_above=1.0, signal="exact"
-    )
+    masks = SparseMomentum(model, optimizer, total_steps=40, update_every=1, dense_above=1.0)
     step(model, optimizer)
     assert masks.step() is not None and model[0].storage == COMPRESSED
 
