@@ -45,9 +45,12 @@ class Masked:
         self.weight.mul_(self.mask)
 
 
-def masked_net(config: TrainConfig, seed: int, steps: int) -> tuple[nn.Module, list[Masked]]:
-    """The dense net with the weights that a sparse one starts with, zeros elsewhere."""
-    sparse = dict(sparse_layers(build_sparse(config, seed, steps, steps).model))
+def masked_net(config: TrainConfig, seed: int, epoch: int) -> tuple[nn.Module, list[Masked]]:
+    """The dense net with the weights that a sparse one starts with, zeros elsewhere.
+
+    epoch: steps of one.
+    """
+    sparse = dict(sparse_layers(build_sparse(config, seed, config.epochs * epoch, epoch).model))
     net, layers = models.build(config.net), []
     for name, module in net.named_modules():
         if name in sparse:
@@ -106,7 +109,7 @@ def train(config: TrainConfig, seed: int, epochs: int) -> list[dict[str, Any]]:
     split, _ = hold_out(data.train, config.holdout, seed)
     batches = BatchLoader(split, data, config.batch_size, seed=seed)
     steps = len(batches) * config.epochs
-    net, layers = masked_net(config, seed, steps)
+    net, layers = masked_net(config, seed, len(batches))
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=True,
         weight_decay=config.weight_decay,
