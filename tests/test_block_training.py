@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from script_support import benchmark_script
 from workbench_support import SMALL
 
 from sparse_kernels import plan
@@ -55,15 +54,7 @@ TRIAL = ["--data", "mnist-sample", "--epochs", "2", "--batch-size", "600", "--bl
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "block_accuracy.py"
-    if not path.exists():
-        pytest.skip("benchmarks/ lies in a checkout only, not beside an installed package")
-    spec = importlib.util.spec_from_file_location("block_accuracy", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["block_accuracy"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("block_accuracy")
 
 
 def test_a_second_command_goes_on_where_the_first_was_cut_off(script, tmp_path, capsys) -> None:

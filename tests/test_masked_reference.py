@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from script_support import benchmark_script
 
 from sparse_kernels.cli import main
 
 
 @pytest.fixture
 def script() -> Any:
-    path = Path(__file__).parents[1] / "benchmarks" / "masked_reference.py"
-    if not path.is_file():
-        pytest.skip("benchmarks/ lies in a checkout only, not beside an installed package")
-    spec = importlib.util.spec_from_file_location("masked_reference", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["masked_reference"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
+    module = benchmark_script("masked_reference")
     before = torch.get_num_threads()
     yield module
     torch.set_num_threads(before)

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
-
-PATH = Path(__file__).parents[1] / "benchmarks" / "never_slower.py"
+from script_support import benchmark_script
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    spec = importlib.util.spec_from_file_location("never_slower", PATH)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "never_slower", module)
-    spec.loader.exec_module(module)
-    return module
+def bench():
+    return benchmark_script("never_slower")
 
 
 @pytest.mark.parametrize("largest", [1e6, 3e9])
