@@ -15,8 +15,9 @@ from sparse_kernels.workbench import sweep
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "experiments.md").read_text("utf-8")
 COMMANDS = re.findall(r"^sparse-kernels (sweep .*)$", TEXT, re.M)
-RUNS = {"mnist-300": 20, "mnist-caffe": 20, "mnist-dense": 10, "mnist-methods": 50,
-        "caffe-methods": 50, "mnist-signals": 80, "mnist-sensitivity": 65, "mnist-ablation": 20,
+RUNS = {"mnist-300": 20, "mnist-caffe": 20, "mnist-dense": 10, "mnist-caffe-half-rate": 20,
+        "caffe-dense-half-rate": 5, "mnist-methods": 50, "caffe-methods": 50,
+        "mnist-signals": 80, "mnist-sensitivity": 65, "mnist-ablation": 20,
         "caffe-ablation": 20, "mnist-shapes": 72}  # fmt: skip
 
 
