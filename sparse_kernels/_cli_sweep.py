@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -31,7 +30,7 @@ from ._cli_train import settings_of
     metavar='"OPTION=V ..."',
     help='Options changed together; "" is the method as it is. Repeatable.',
 )
-@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1,
+@click.option("--jobs", type=click.IntRange(1), default=None,
               show_default="the cores", help="Runs at a time, one thread each.")  # fmt: skip
 @click.option("--out", default="runs/sweep", show_default=True, help="Directory of the sweep.")
 @click.option("--reuse", "others", multiple=True, type=click.Path(file_okay=False),
@@ -48,7 +47,7 @@ def sweep_command(
     seeds: str,
     vary: tuple[str, ...],
     variants: tuple[str, ...],
-    jobs: int,
+    jobs: int | None,
     out: str,
     others: tuple[str, ...],
     options: tuple[str, ...],
@@ -58,7 +57,7 @@ def sweep_command(
     Example: sparse-kernels sweep --method rigl --method set --density 0.05 --seeds 0,1,2 --
     --data mnist-sample --epochs 5
     """
-    from .workbench import sweep, sweep_report
+    from .workbench import machine, sweep, sweep_lines, sweep_report
     from .workbench.errors import WorkbenchError
 
     try:
@@ -75,10 +74,12 @@ def sweep_command(
     for other in others:
         count = sweep.reuse(Path(out), wanted, Path(other), settings_of)
         click.echo(f"{count} runs taken over from {other}")
-    failures = sweep.run(Path(out), wanted, jobs, click.echo)
+    failures = sweep.run(
+        Path(out), wanted, jobs or machine.available_cores(), settings_of, click.echo
+    )
     if len(failures) < len(wanted):
         show(*sweep_report.write(Path(out)))
-    done = {row["name"] for row in sweep.read(Path(out))} if len(failures) < len(wanted) else set()
+    done = {row["name"] for row in sweep_lines.held(Path(out))}
     stopped = sum(task.name not in done for task in wanted) - len(failures)
     if failures:
         click.echo(f"{len(failures)} runs failed; the same command tries them again", err=True)

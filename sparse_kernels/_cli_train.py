@@ -140,7 +140,7 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option("--cost", type=click.Choice(COSTS), default="flops", show_default=True,
               help="What a weight costs: FLOPs, or time, measured before training.")  # fmt: skip
 @click.option("--flops-budget", "--cost-budget", "flops_budget", default=None,
-              help="Share of the dense net's cost never to exceed, or start.")  # fmt: skip
+              help="Share of the sparse layers' dense cost never to exceed, or start.")  # fmt: skip
 @click.option(
     "--holdout", type=float, default=0.1, show_default=True, help="Share held out for validation."
 )
@@ -173,7 +173,7 @@ def train_command(context: click.Context, preset: str | None, resume: bool, **op
     from .workbench import ranks, report
     from .workbench.errors import TrainingStopped
     from .workbench.loop import train as run_training
-    from .workbench.session import folder_to_resume
+    from .workbench.session import folder_to_resume, only_begun
 
     config = configure(context, preset, options)
     config.check()
@@ -184,7 +184,7 @@ def train_command(context: click.Context, preset: str | None, resume: bool, **op
         if found is None:
             folder = Path(config.out) / config.run_name()
             # Cut off before its first checkpoint: begun again in its place, not beside it.
-            again = resume and _only_begun(folder)
+            again = resume and only_begun(folder)
             found = _run_folder(folder, overwrite=demo or again)
         found.mkdir(parents=True, exist_ok=True)
         return found
@@ -201,12 +201,6 @@ def train_command(context: click.Context, preset: str | None, resume: bool, **op
     written = report.write_run(folder, results)
     click.echo("\n" + report.table(results))
     click.echo("written: " + ", ".join(str(path) for path in written))
-
-
-def _only_begun(folder: Path) -> bool:
-    """Whether `folder` has nothing but what a run writes before its first checkpoint."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return all(name.startswith("log-") or name == "tensorboard" for name in names)
 
 
 def _run_folder(folder: Path, *, overwrite: bool) -> Path:
@@ -227,16 +221,18 @@ def _run_folder(folder: Path, *, overwrite: bool) -> Path:
 
 
 def configure(context: click.Context, preset: str | None, options: dict[str, Any]) -> TrainConfig:
-    """TrainConfig from its defaults, the net's, the preset's, the options; the later wins."""
+    """TrainConfig from its defaults, the net's, the preset's, the method's, the options; the later
+    wins."""
     given = {
         name: value
         for name, value in options.items()
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
     }
-    chosen = {**(DEMO if preset == "demo" else {}), **given}
-    entry = spec(chosen.get("net", TrainConfig.net))
-    named = method_settings(given["method"]) if "method" in given else {}
-    return TrainConfig(**{"data": entry.default_data, **entry.defaults, **named, **chosen})
+    of_preset = DEMO if preset == "demo" else {}
+    entry = spec({**of_preset, **given}.get("net", TrainConfig.net))
+    of_method = method_settings(given["method"]) if "method" in given else {}
+    chosen = {**entry.defaults, **of_preset, **of_method, **given}
+    return TrainConfig(**{"data": entry.default_data, **chosen})
 
 
 def settings_of(words: Sequence[str]) -> TrainConfig:

@@ -33,9 +33,9 @@ def main() -> None:
 def report(run: str, against: str | None) -> None:
     """Render table and figure of runs/<name>, or of a sweep's directory, again from its results."""
     from .workbench import report as reports
-    from .workbench import sweep, sweep_report
+    from .workbench import sweep_lines, sweep_report
 
-    if (Path(run) / sweep.LINES).is_file():
+    if (Path(run) / sweep_lines.LINES).is_file():
         show(*sweep_report.write(Path(run), against))
         return
 

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from sparse_kernels import cli, info, plan
+from sparse_kernels._cli_train import settings_of
 from sparse_kernels.workbench import report
 
 TINY = (
@@ -170,6 +171,14 @@ def test_a_run_is_kept_when_its_name_comes_again(
     assert (tmp_path / "tiny" / "log-x.csv").read_text() == "5"
     (tmp_path / "tiny" / "results.json").write_text("{}")
     assert "is kept" in invoke(*words, "--resume").stdout
+
+
+def test_a_method_given_beside_a_preset_wins() -> None:
+    preset = settings_of(["--preset", "demo"])
+    both = settings_of(["--preset", "demo", "--method", "rigl", "--epochs", "3"])
+    assert (preset.update_every, preset.distribution, preset.density) == (80, "uniform", 0.05)
+    assert (both.update_every, both.distribution, both.growth) == (100, "erk", "gradient")
+    assert (both.net, both.init, both.epochs) == (preset.net, preset.init, 3)
 
 
 def test_costs_may_be_measured(tmp_path: Path) -> None:

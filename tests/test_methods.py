@@ -14,9 +14,10 @@ from torch import nn
 
 from sparse_kernels import SparseMomentum, sparsify
 from sparse_kernels.nn.distribution import LayerSize, erk_densities
-from sparse_kernels.training import METHODS, SparseMomentumConfig, method
+from sparse_kernels.training import METHODS, SparseMomentumConfig, method, rules
 from sparse_kernels.training.apply_change import STORAGE_HYSTERESIS
 from sparse_kernels.training.limits import shared
+from sparse_kernels.training.signals import SIGNALS
 from sparse_kernels.training.update import regain
 from sparse_kernels.workbench.config import TrainConfig, method_settings
 
@@ -230,6 +231,15 @@ def test_growth_by_neuron_needs_a_signal() -> None:
         )
 
 
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_growth_by_gradient_is_so_whatever_the_signal(signal: str) -> None:
+    config = SparseMomentumConfig(total_steps=4, update_every=1, growth="gradient", signal=signal)
+    assert config.effective_signal == "gradient" and config.rule_set().growth is rules.grow_largest
+    config = SparseMomentumConfig(total_steps=4, update_every=1, signal=signal)
+    grows = rules.grow_random if signal == "random" else rules.grow_largest
+    assert config.effective_signal == signal and config.rule_set().growth is grows
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown method 'rigel'; expected one of sparse-mom"):
         method("rigel")
@@ -237,6 +247,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
                 {"cost_budget": "end"}, {"prune": "groups:0"}, {"growth": "fanin"},
                 {"growth": "groups:4"}, {"final_density": 0.1, "update_until": 0.25},
                 {"redistribution": "none", "prune": "global_magnitude", "growth": "groups:4"},
+                {"final_density": 0.1, "redistribution": "none", "growth": "groups:4"},
                 ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))):
             SparseMomentumConfig(total_steps=4, update_every=1, **bad)

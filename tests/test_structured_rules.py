@@ -160,6 +160,21 @@ def test_training_keeps_the_groups_level(rule, signal) -> None:
     )
 
 
+def test_gradual_pruning_keeps_the_groups_level() -> None:
+    torch.manual_seed(0)
+    model = make_model(density=0.5, sizes=(12, 16, 8, 4))
+    arrange(list(sparse_layers(model)), "groups:4", torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks = SparseMomentum(
+        model, optimizer, total_steps=16, update_every=3, prune="groups:4", growth="groups:4",
+        redistribution="none", final_density=0.25, prune_rate=0.3,
+    )  # fmt: skip
+    train(model, optimizer, masks, 16)
+    for layer in sparse(model):
+        mask = layer.pattern.mask()
+        assert mask.view(len(mask), -1, 4).sum(2).unique().tolist() == [1]
+
+
 def test_the_method_fan_in_prunes_by_layer_and_fills_the_rows_again() -> None:
     """SRigL: the smallest weights of the layer go, and each row regrows what it lost."""
     torch.manual_seed(0)

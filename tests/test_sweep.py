@@ -1,38 +1,32 @@
-"""Sweeps: what is done is skipped, what failed is told, tables and tests over seeds are right."""
+"""Sweeps: what is done is skipped, what failed is told."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import statistics
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from sweep_support import row
 
 from sparse_kernels import cli
 from sparse_kernels._cli_train import settings_of
-from sparse_kernels.workbench import models, sweep, sweep_report, sweep_tables
+from sparse_kernels.workbench import (
+    models,
+    session,
+    sweep,
+    sweep_children,
+    sweep_lines,
+    sweep_report,
+)
 from sparse_kernels.workbench.config import TrainConfig
 from sparse_kernels.workbench.errors import WorkbenchError
 
 FAST = ("--data", "mnist-sample", "--max-steps", "2", "--batch-size", "500")
-MACHINE = {"cpu": "x", "isa": "y", "threads": 1, "torch": "2", "date": "2026-11-21",
-           "sparse_kernels": "0", "commit": "c"}  # fmt: skip
-
-
-def row(method: str, seed: int, accuracy: float, density: float = 0.05) -> dict:
-    return {
-        "name": f"lenet-{method}-{density}-{seed}", "net": "lenet-300-100", "method": method,
-        "density_asked": density, "seed": seed, "options": [], "test_accuracy": accuracy,
-        "seconds": 2.0 + seed, "mean_step_seconds": 0.1, "steps": 10, "density": density,
-        "flops_density": density, "machine": MACHINE,
-        "command": "sparse-kernels train '<&>' --out nowhere --name none",
-    }  # fmt: skip
 
 
 def test_every_combination_once_and_seeds_outermost() -> None:
@@ -42,6 +36,12 @@ def test_every_combination_once_and_seeds_outermost() -> None:
         sweep.tasks(["lenet-300-100"], ["rigel"], [0.05], [0])
     with pytest.raises(WorkbenchError, match="--density: expected numbers above 0"):
         sweep.tasks(["lenet-300-100"], ["rigl"], [0.0], [0])
+    # Twice the same run would be one of n = 2 without any spread.
+    for methods, densities, seeds in (
+        (["rigl"], [0.1], [0, 0]), (["rigl"] * 2, [0.1], [0]), (["rigl"], [0.1] * 2, [0])
+    ):  # fmt: skip
+        with pytest.raises(WorkbenchError, match="rigl-d0.1-s0 is asked for twice"):
+            sweep.tasks(["lenet-300-100"], methods, densities, seeds)
 
 
 def test_a_sweep_trains_skips_what_is_done_and_reports(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_sweep_trains_skips_what_is_done_and_reports(tmp_path: Path) -> None:
     stamp = (tmp_path / "runs" / json.loads(lines[0])["name"] / "table.md").stat().st_mtime_ns
     again = CliRunner().invoke(cli.main, words)
     assert again.exit_code == 0 and "1 of 2 runs are done" in again.output
-    rows = sweep.read(tmp_path)
+    rows = sweep_lines.read(tmp_path)
     assert len(rows) == 2 and rows[0] == json.loads(lines[0])
     assert rows[1]["test_accuracy"] == json.loads(lines[1])["test_accuracy"]
     path = tmp_path / "runs" / rows[0]["name"] / "table.md"
@@ -67,10 +67,63 @@ def test_a_sweep_trains_skips_what_is_done_and_reports(tmp_path: Path) -> None:
     told = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
     assert told.exit_code == 0
     assert ("sweep-layers.png" in told.output) != ("matplotlib is not installed" in told.output)
-    with pytest.raises(WorkbenchError, match="give another --out"):
-        sweep.run(
-            tmp_path, sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0], ["--lr", "1"]), 1
-        )
+    # Of another seed too: their mean would be of two settings. Another --data-dir is the same run.
+    for seed, other in ((0, "lr=0.1, not 1.0"), (1, "lr=0.1, not 1.0")):
+        changed = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [seed], [*FAST, "--lr", "1"])
+        with pytest.raises(WorkbenchError, match=f"made with {other} .* give another --out"):
+            sweep.run(tmp_path, changed, 1, settings_of)
+    moved = [*FAST, "--data-dir", "elsewhere", "--lr=0.1"]
+    said: list[str] = []
+    same = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0], moved)
+    assert sweep.run(tmp_path, same, 1, settings_of, said.append) == []
+    assert said == ["1 of 1 runs are done"]
+    with sweep_lines.locked(tmp_path), pytest.raises(WorkbenchError, match="another sweep is at"):
+        sweep.run(tmp_path, same, 1, settings_of)
+
+
+def test_a_default_that_has_changed_is_another_setting(tmp_path: Path, monkeypatch) -> None:
+    task, later = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0, 1], FAST)
+    made = settings_of(task.words(tmp_path)[1:]).command()
+    old = made.replace("--signal gradient", "--signal window")
+    assert old != made
+    (tmp_path / "sweep.jsonl").write_text(json.dumps({**row("static", 0, 0.9), **task.line(),
+                                                      "command": old}) + "\n")  # fmt: skip
+    monkeypatch.setattr(sweep_children, "_PROGRAM", "raise SystemExit('must not run')")
+    with pytest.raises(WorkbenchError, match="made with signal='window', not 'gradient'"):
+        sweep.run(tmp_path, [later], 1, settings_of)
+
+
+def test_results_are_taken_only_from_the_run_that_was_asked_for(tmp_path: Path) -> None:
+    words = ["sweep", "--method", "static", "--out", str(tmp_path), "--", *FAST]
+    assert CliRunner().invoke(cli.main, words).exit_code == 0
+    (made,) = sweep_lines.read(tmp_path)
+    home = tmp_path / "runs" / made["name"]
+    stamp = (home / "results.json").stat().st_mtime_ns
+    for path in (tmp_path / "sweep.jsonl", *home.glob("checkpoints/*/*")):
+        path.unlink()
+    again = CliRunner().invoke(
+        cli.main, words
+    )  # its line and checkpoints are gone, its results not
+    assert again.exit_code == 0 and sweep_lines.read(tmp_path) == [made]
+    assert (home / "results.json").stat().st_mtime_ns == stamp
+    assert [path.name for path in home.parent.iterdir()] == [made["name"]]
+    (tmp_path / "sweep.jsonl").unlink()
+    other = CliRunner().invoke(cli.main, [*words, "--lr", "1"])
+    assert other.exit_code == 1 and "is of a run with lr=0.1, not 1.0" in other.output
+    assert not sweep_lines.held(tmp_path)
+
+
+def test_a_run_killed_in_its_first_checkpoint_is_begun_again_in_its_place(tmp_path: Path) -> None:
+    words = ["train", *FAST, "--out", str(tmp_path), "--name", "run", "--resume"]
+    begun = tmp_path / "run" / "checkpoints"
+    (begun / ".writing-1").mkdir(parents=True)
+    (begun / ".lock").touch()
+    assert session.only_begun(tmp_path / "run")
+    done = CliRunner().invoke(cli.main, words)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not session.only_begun(tmp_path / "run")
 
 
 def test_runs_of_another_sweep_are_taken_over_by_their_settings(tmp_path: Path) -> None:
@@ -88,7 +141,7 @@ def test_runs_of_another_sweep_are_taken_over_by_their_settings(tmp_path: Path) 
         wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0, 1, 2], FAST, variants)
         assert sweep.reuse(b, wanted, a, settings_of) == count
         assert sweep.reuse(b, wanted, a, settings_of) == 0  # nothing twice
-    rows = sweep.read(b)
+    rows = sweep_lines.read(b)
     assert [r["seed"] for r in rows] == [0, 1] and {r["made_in"] for r in rows} == {str(a)}
     assert all(r["variant"] == "momentum=0.9" and r["name"].endswith("momentum=0.9") for r in rows)
     assert [r["test_accuracy"] for r in rows] == [0.9, 0.91]
@@ -112,14 +165,31 @@ def test_wrong_settings_end_a_sweep_before_its_first_run(tmp_path: Path) -> None
 
 def test_a_run_that_fails_is_told_and_leaves_no_line(tmp_path: Path) -> None:
     wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0], ["--lr", "-1"])
-    failures = sweep.run(tmp_path, wanted, 1, lambda text: None)
+    any_settings = TrainConfig()
+    failures = sweep.run(tmp_path, wanted, 1, lambda words: any_settings, lambda text: None)
     assert len(failures) == 1 and "--lr" in failures[0]
-    with pytest.raises(WorkbenchError, match="no finished run"):
-        sweep.read(tmp_path)
+    with pytest.raises(WorkbenchError, match="no such file|no finished run"):
+        sweep_lines.read(tmp_path)
+    # The report tells it, and counts it in no mean, until the run has been finished.
+    name, words = wanted[0].name, "sparse-kernels train --out nowhere --name none"
+    for seed in (1, 2):
+        line = {**row("static", seed, 0.9), "command": words}
+        sweep_lines.add(tmp_path, line)
+    shown, _, _ = sweep_report.write(tmp_path)
+    assert "| static | 2 (1 failed) | 10.00 +- 0.00 |" in shown
+    assert f"{name} failed: exit code 1: " in (tmp_path / "sweep.md").read_text()
+    sweep_lines.add(tmp_path, {**row("static", 0, 0.9), "name": name, "command": words})
+    shown, _, _ = sweep_report.write(tmp_path)
+    assert "| static | 3 |" in shown and "failed" not in (tmp_path / "sweep.md").read_text()
+
+
+def test_one_run_is_one_seed_though_it_has_two_lines(tmp_path: Path) -> None:
+    (tmp_path / "sweep.jsonl").write_text(2 * (json.dumps(row("set", 0, 0.9)) + "\n"))
+    assert len(sweep_lines.read(tmp_path)) == 1
 
 
 _SLEEPER = """
-import json, pathlib, signal, sys, time
+import json, pathlib, shlex, signal, sys, time
 words = dict(zip(sys.argv, sys.argv[1:]))
 out = pathlib.Path(words["--out"]) / words["--name"]
 out.mkdir(parents=True)
@@ -127,7 +197,8 @@ def end(signum, frame):
     if words["--seeds"] != "0":
         sys.exit(143)
     run = dict.fromkeys(KEPT, 0.5) | {"contender": "sparse"}
-    found = {"runs": [run], "command": "c", "machine": {}}
+    found = {"runs": [run], "machine": {},
+             "command": shlex.join(["sparse-kernels", *sys.argv[1:-1]])}
     (out / "results.json").write_text(json.dumps(found))
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
@@ -142,7 +213,7 @@ time.sleep(60)
 def test_a_signal_starts_no_other_run_and_keeps_what_ended(
     signum, raised, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(sweep, "_PROGRAM", _SLEEPER)
+    monkeypatch.setattr(sweep_children, "_PROGRAM", _SLEEPER)
     wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0, 1, 2, 3])
     folders = [tmp_path / "runs" / task.name for task in wanted]
 
@@ -156,69 +227,25 @@ def test_a_signal_starts_no_other_run_and_keeps_what_ended(
     try:
         threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(raised):
-            sweep.run(tmp_path, wanted, 2, said.append)
+            sweep.run(tmp_path, wanted, 2, settings_of, said.append)
     finally:
         signal.signal(signal.SIGINT, before)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [folder.exists() for folder in folders] == [True, True, False, False]
-    assert [r["name"] for r in sweep.read(tmp_path)] == [wanted[0].name]
+    assert [r["name"] for r in sweep_lines.read(tmp_path)] == [wanted[0].name]
     assert sum(text.startswith(f"{wanted[1].name}: stopped") for text in said) == 1
     assert not any(text.startswith("failed") for text in said)
 
 
 def test_a_run_stopped_from_outside_has_not_failed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "_PROGRAM", "raise SystemExit(130)")
+    monkeypatch.setattr(sweep_children, "_PROGRAM", "raise SystemExit(130)")
     said: list[str] = []
     wanted = sweep.tasks(["lenet-300-100"], ["static"], [0.05], [0])
-    assert sweep.run(tmp_path, wanted, 1, said.append) == []
+    assert sweep.run(tmp_path, wanted, 1, settings_of, said.append) == []
     assert said[-1].startswith(f"{wanted[0].name}: stopped")
     (tmp_path / "sweep.jsonl").write_text(json.dumps({**row("set", 0, 0.9)}) + "\n")
     told = CliRunner().invoke(cli.main, ["sweep", "--method", "static", "--out", str(tmp_path)])
     assert told.exit_code == 1 and "1 runs were stopped; the same command goes on" in told.stderr
-
-
-def test_means_errors_and_paired_tests() -> None:
-    stats = pytest.importorskip("scipy.stats", reason="the paired test is scipy's")
-    ours, theirs = [0.95, 0.96, 0.97], [0.90, 0.93, 0.93]
-    rows = [row("sparse-momentum", i, a) for i, a in enumerate(ours)]
-    rows += [row("set", i, a) for i, a in enumerate(theirs)] + [row("set", 0, 0.5, 0.1)]
-    head, *lines = sweep_tables.table(rows)
-    found = {(line[1], line[2]): dict(zip(head, line, strict=True)) for line in lines}
-    base = found["5 %", "sparse-momentum"]
-    error = statistics.stdev([5.0, 4.0, 3.0]) / 3**0.5
-    assert base["n"] == "3" and base["test error in %"] == f"4.00 +- {error:.2f}"
-    other = found["5 %", "set"]
-    assert other["error minus sparse-momentum"] == "+4.00 (n = 3)"
-    p = stats.ttest_rel(theirs, ours).pvalue
-    assert other["p (paired t)"] == f"{p:.3g}"
-    head, line = sweep_tables.pooled(rows)
-    over = dict(zip(head, line, strict=True))
-    assert (over["method"], over["pairs"]) == ("set", "3")
-    bound = 4.0 + stats.t.ppf(0.95, 2) * statistics.stdev([5.0, 3.0, 4.0]) / 3**0.5
-    assert over["95 % bound"] == f"< {bound:+.3f}"
-    assert over["error of sparse-momentum relative to it"] == f"{100 * (4 / 8 - 1):+.1f} %"
-    lone = found["10 %", "set"]
-    assert lone["test error in %"] == "50.00" and lone["p (paired t)"] == ""
-
-
-def test_differences_that_cannot_be_tested_are_shown() -> None:
-    pytest.importorskip("scipy.stats", reason="the paired test is scipy's")
-    base = [row("sparse-momentum", seed, 0.75) for seed in (0, 1)]
-    for others in ([row("set", 0, 0.5), row("set", 1, 0.5)], [row("set", 1, 0.5)]):
-        rows, n = base + others, str(len(others))
-        assert sweep_tables.table(rows)[-1][-2:] == [f"+25.00 (n = {n})", ""]
-        assert sweep_tables.pooled(rows)[-1][1:] == ["set", n, "+25.000", "", "", "-50.0 %"]
-
-
-def test_the_page_needs_no_network(tmp_path: Path) -> None:
-    rows = [row(m, s, 0.9 + s / 100) for m in ("set", "sparse-momentum") for s in (0, 1)]
-    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    _, written, missing = sweep_report.write(tmp_path)
-    page = (tmp_path / "sweep.html").read_text()
-    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page) and "http" not in page
-    assert "&lt;&amp;&gt;" in page and page.count("<tr>") == 5
-    assert page.count("data:image/png;base64,") == (0 if missing else 2)
-    assert all(path.is_file() for path in written)
 
 
 def test_variants_are_runs_of_their_own() -> None:
@@ -238,6 +265,14 @@ def test_variants_are_runs_of_their_own() -> None:
             sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], **change)
     with pytest.raises(WorkbenchError, match="--name is not to be changed"):
         sweep.tasks(["wide-mlp name=x"], ["snfs"], [0.05], [0])
+    (flag,) = sweep.parse_variants([], ["no-spare-dense momentum=0.5"])
+    (task,) = sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], FAST, [flag])
+    assert task.name.endswith("-no-spare-dense-momentum=0.5")
+    assert task.line()["variant"] == "no-spare-dense momentum=0.5"
+    settings = settings_of(task.words(Path("x"))[1:])
+    assert (settings.spare_dense, settings.momentum) == (False, 0.5)
+    (exact,) = sweep.tasks(["lenet-300-100"], ["snfs"], [1 / 12], [0], FAST)
+    assert settings_of(exact.words(Path("x"))[1:]).density == 1 / 12
     for text in ("prune-rate", "=3", "prune-rate="):
         with pytest.raises(WorkbenchError, match="--vary: expected text such as"):
             sweep.parse_variants([text], [])
@@ -257,18 +292,6 @@ def test_nets_have_options_of_their_own(tmp_path: Path) -> None:
             sweep.tasks([text], ["static"], [0.05], [0])[0].words(tmp_path)
 
 
-def test_a_label_that_no_run_has_is_refused(tmp_path: Path) -> None:
-    rows = [row("set", 0, 0.9), {**row("rigl", 0, 0.9), "variant": "prune-rate=0.5"}]
-    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    told = CliRunner().invoke(cli.main, ["report", str(tmp_path), "--against", "rigl"])
-    assert told.exit_code == 1
-    assert "expected one of rigl prune-rate=0.5, set, got 'rigl'" in told.stderr
-    assert CliRunner().invoke(cli.main, ["report", str(tmp_path)]).exit_code == 0
-    assert (
-        CliRunner().invoke(cli.main, ["report", str(tmp_path), "--against", "set"]).exit_code == 0
-    )
-
-
 def test_names_of_variants_are_names_that_train_takes() -> None:
     variants = sweep.parse_variants([], ["prune=groups:4 growth=groups:4", ""])
     rules, plain = sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], (), variants)
@@ -280,30 +303,3 @@ def test_names_of_variants_are_names_that_train_takes() -> None:
     alike = sweep.parse_variants(["data-dir=a/b,a:b"], [])
     with pytest.raises(WorkbenchError, match="would both be called .*a_b"):
         sweep.tasks(["lenet-300-100"], ["snfs"], [0.05], [0], (), alike)
-
-
-def test_sensitivity_is_of_options_varied_alone(tmp_path: Path) -> None:
-    rows = []
-    for value, accuracy in (("0.5", 0.98), ("0.2", 0.96)):
-        for seed in (0, 1):
-            made = row("sparse-momentum", seed, accuracy + seed / 100)
-            rows.append({**made, "name": f"{value}-{seed}", "variant": f"prune-rate={value}"})
-    rows.append({**row("sparse-momentum", 0, 0.9), "variant": "signal=exact"})
-    rows.append({**row("sparse-momentum", 0, 0.9), "variant": "signal=window momentum=0.5"})
-    rows.append(row("sparse-momentum", 0, 0.97))
-    (lines,) = sweep_tables.sensitivity(rows).values()
-    (points,) = lines.values()
-    assert [p[0] for p in points] == [0.2, 0.5]
-    assert [p[1] for p in points] == pytest.approx([3.5, 1.5])
-    assert [p[2] for p in points] == pytest.approx([0.5, 0.5])
-    (tmp_path / "sweep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    against = "sparse-momentum prune-rate=0.5"
-    shown, written, missing = sweep_report.write(tmp_path, against)
-    assert f"error minus {against}" in shown and "+2.00 (n = 2)" in shown
-    assert missing or tmp_path / "sweep-sensitivity.png" in written
-    head, *lines = sweep_tables.table(rows, against)
-    found = {line[2]: dict(zip(head, line, strict=True)) for line in lines}
-    assert found[against][head[-2]] == "" and set(found) == {
-        against, "sparse-momentum prune-rate=0.2", "sparse-momentum signal=exact",
-        "sparse-momentum signal=window momentum=0.5", "sparse-momentum",
-    }  # fmt: skip

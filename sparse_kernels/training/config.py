@@ -15,7 +15,6 @@ from .rules import (
     GrowthRule,
     PruneRule,
     RedistributionRule,
-    grow_largest,
     grow_random,
 )
 from .schedule import DECAYS, Decay, UpdateSchedule
@@ -89,6 +88,13 @@ class SparseMomentumConfig:
                 f"{self.redistribution!r}) and prune='groups:M', 'magnitude' or 'set' (got "
                 f"{self.prune!r})"
             )
+        shrinks = self.final_density is not None and self.prune != self.growth
+        if shrinks and str(self.growth).startswith("groups:"):
+            raise ValueError(
+                f"growth={self.growth!r} with final_density={self.final_density} removes weights "
+                f"for good, and only prune={self.growth!r} removes them evenly from the groups; "
+                f"got prune={self.prune!r}"
+            )
         if self.signal == "random" and self.growth == "neuron":
             raise ValueError(
                 "growth='neuron' ranks rows by a dense signal, but signal='random' has none; "
@@ -115,7 +121,7 @@ class SparseMomentumConfig:
             raise ValueError(f"cost_budget must be a number, 'start' or None, got {budget!r}")
         if budget is not None and budget != "start" and not 0.0 < float(budget) <= 1.0:
             raise ValueError(
-                "cost_budget must be in (0, 1], the share of the dense net's cost, or 'start', "
+                "cost_budget must be in (0, 1], the share of the dense layers' cost, or 'start', "
                 f"got {budget!r}"
             )
 
@@ -151,11 +157,11 @@ class SparseMomentumConfig:
     def rule_set(self) -> RuleSet:
         """The rules behind the names.
 
-        The signal "random" ranks nothing, so "momentum" and "gradient" then grow at random; a
-        callable is called all the same, with scores None.
+        The signal "random" ranks nothing, so "momentum" then grows at random; a callable is called
+        all the same, with scores None.
         """
         growth = _look_up("growth", self.growth, _GROWTH)
-        random = self.signal == "random" and growth is grow_largest and self.growth != growth
+        random = self.effective_signal == "random" and self.growth == "momentum"
         return RuleSet(
             prune=_look_up("prune", self.prune, PRUNE_RULES),
             growth=grow_random if random else growth,

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from ..training import METHODS, SparseMomentumConfig, method
+from ..training.rules import REDISTRIBUTION_RULES
+from ..training.schedule import DECAYS
+from ..training.signals import SIGNALS
 from .errors import WorkbenchError
 from .models import spec
 
-REDISTRIBUTIONS = ("momentum", "magnitude", "nonzero", "survivors", "none")
-SIGNALS = ("exact", "window", "sampled", "gradient", "random")
-PRUNE_SCHEDULES = ("cosine", "linear", "constant")
+REDISTRIBUTIONS = tuple(REDISTRIBUTION_RULES)
+PRUNE_SCHEDULES = tuple(DECAYS)
 DISTRIBUTIONS = ("uniform", "er", "erk")
 INITS = ("dense", "scaled")
 COSTS = ("flops", "time")
@@ -78,7 +80,7 @@ class TrainConfig:
     start_density: float | None = None  # gradual pruning from it to `density`
     cost_weight: float = 0.0  # power of a weight's cost that importance is divided by
     cost: str = "flops"  # of a weight; "time": measured before the first step
-    flops_budget: str | None = None  # share of the dense net's cost, or "start"; None: free
+    flops_budget: str | None = None  # share of the dense layers' cost, or "start"; None: free
     spare_dense: bool = True  # nearly dense layers of importance are pruned at a lower rate
     holdout: float = 0.1
     augment: bool = False
@@ -186,7 +188,7 @@ class TrainConfig:
             share = float(self.flops_budget)
         except ValueError:
             share = 0.0
-        _expect(0 < share <= 1, "--flops-budget", "'start' or a share of the dense net's cost, "
+        _expect(0 < share <= 1, "--flops-budget", "'start' or a share of the dense layers' cost, "
                 "above 0 and at most 1", self.flops_budget)  # fmt: skip
         return share
 

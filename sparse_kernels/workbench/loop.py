@@ -57,9 +57,9 @@ def train(
             f"--net {config.net} takes {spec(config.net).kind} images, --data {config.data} has "
             f"{dataset.kind}'s; choose a matching pair"
         )
+    header = machine.header()  # now: a commit made while it trains is not the code that does
     print(
-        f"{config.net} on {config.data} ({dataset.source}); {machine.one_line(machine.header())}",
-        flush=True,
+        f"{config.net} on {config.data} ({dataset.source}); {machine.one_line(header)}", flush=True
     )
     with StopSignals() as stop:
         session = Session(config, folder, stop, ranks)
@@ -73,7 +73,7 @@ def train(
     return {
         "config": config.as_dict(),
         "command": config.command(),
-        "machine": machine.header(),
+        "machine": header,
         "dense_baseline": session.baseline,
         "runs": session.finished,
     }

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ def one_line(machine: dict[str, Any]) -> str:
         f"{f'allocator {tag}, ' if tag else ''}"
         f"torch {machine['torch']}, sparse_kernels {machine['sparse_kernels']} "
         f"({machine['commit']}), {machine['date'][:10]}"
+    )
+
+
+def several(headers: Sequence[dict[str, Any]]) -> str:
+    """`one_line` of each machine that the headers name, with all its commits, on its last day."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for found in sorted(headers, key=lambda header: header["date"]):
+        alike = {**found, "commit": "", "date": ""}
+        groups.setdefault(one_line(alike), []).append(found)
+    return "; ".join(
+        one_line({**group[-1], "commit": ", ".join(dict.fromkeys(h["commit"] for h in group))})
+        for group in groups.values()
     )
 
 

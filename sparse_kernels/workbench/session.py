@@ -297,3 +297,12 @@ def folder_to_resume(config: TrainConfig) -> Path | None:
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     return newest
+
+
+def only_begun(folder: Path) -> bool:
+    """Whether `folder` has nothing but what a run writes up to its first whole checkpoint."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    begun = ("tensorboard", CHECKPOINT_FOLDER)
+    return not checkpoint_files.checkpoint_folders(folder / CHECKPOINT_FOLDER) and all(
+        name.startswith("log-") or name in begun for name in names
+    )

@@ -6,45 +6,34 @@ done, and goes on inside a run that was cut off, from its checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..training import METHODS
+from . import sweep_lines
 from .config import FREE_SETTINGS, TrainConfig
 from .errors import WorkbenchError
-from .fetch import write_atomically
 from .models import spec
-from .report import RESULTS, read_run
+from .report import RESULTS
 from .stopping import ending_by_exception
+from .sweep_children import STOPS, Children
 
-LINES = "sweep.jsonl"
-# Without the working directory: in a checkout, the sources there are not the package in use.
-_PROGRAM = (
-    "import sys; sys.path[:] = [path for path in sys.path if path]; "
-    "from sparse_kernels.cli import main; main()"
-)
 Variant = tuple[tuple[str, str], ...]
-"""Options of `train` and their values; () is the method as it is."""
+"""Options of `train` and their values, "" for a flag; () is the method as it is."""
+SettingsOf = Callable[[Sequence[str]], TrainConfig]
+"""From words of `sparse-kernels train` to what they train with."""
 NET_EXAMPLE = "wide-mlp width=256 hidden-layers=3"
 _STOPPED = "stopped"
 _OWN = frozenset({"net", "method", "density", "seed", "seeds", "threads", "name", "out", "preset",
                   "resume", "checkpoint-dir"})  # fmt: skip
 """Options of `train` that a sweep gives to each run, or that runs cannot share."""
-_STOPS = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 _KEPT = ("test_accuracy", "seconds", "mean_step_seconds", "steps", "density", "flops_density")
 
 
@@ -67,29 +56,31 @@ class Task:
     @property
     def name(self) -> str:
         """Of its directory, and the key of its line."""
-        changed = "".join(f"-{option}={value}" for option, value in self.variant)
+        changed = "".join(f"-{text}" for text in self._changes())
         net = "-".join(self.net.split())
         whole = f"{net}-{self.method}-d{self.density:g}-s{self.seed}{changed}"
         return re.sub(r"[^\w.,+=-]", "_", whole)  # what `train --name` takes
 
     def line(self) -> dict[str, Any]:
         """What its line in the results file says of it before it is trained."""
-        variant = " ".join(f"{option}={value}" for option, value in self.variant)
         return {"name": self.name, "net": self.net, "method": self.method,
                 "density_asked": self.density, "seed": self.seed, "options": list(self.options),
-                "variant": variant}  # fmt: skip
+                "variant": " ".join(self._changes())}  # fmt: skip
 
     def words(self, out: Path) -> list[str]:
         """Arguments of `sparse-kernels`."""
         net, *shape = self.net.split()
         of_net = [_assignment(text, "--net", NET_EXAMPLE) for text in shape]
-        fixed = {"net": net, "method": self.method, "density": f"{self.density:g}",
+        fixed = {"net": net, "method": self.method, "density": repr(self.density),
                  "seeds": str(self.seed), "threads": "1", "name": self.name,
                  "out": str(out)}  # fmt: skip
         named = [word for key, value in fixed.items() for word in (f"--{key}", value)]
         changed = [word for option, value in (*of_net, *self.variant)
-                   for word in (f"--{option}", value)]  # fmt: skip
+                   for word in (f"--{option}", *([value] if value else ()))]  # fmt: skip
         return ["train", *self.options, *changed, *named, "--resume"]
+
+    def _changes(self) -> list[str]:
+        return [f"{option}={value}" if value else option for option, value in self.variant]
 
 
 _Outcome = tuple[Task, dict[str, Any] | None, str]
@@ -107,7 +98,7 @@ def tasks(
     """All combinations, seeds outermost: after each seed the table is whole, only wider of error.
 
     Raises WorkbenchError for an unknown net or method, for a density out of range, for options that
-    are the sweep's own, and for runs that would share a directory.
+    are the sweep's own, and for runs that would share a directory or are asked for twice.
     """
     changed = [option for variant in variants for option, _ in variant]
     changed += [word[2:].partition("=")[0] for word in options if word.startswith("--")]
@@ -129,9 +120,12 @@ def tasks(
     found = [Task(net, name, d, s, tuple(options), change) for s, net, d, name, change in chosen]
     by_name: dict[str, Task] = {}
     for task in found:
-        if by_name.setdefault(task.name, task) != task:
+        held = by_name.setdefault(task.name, task)
+        if held == task and held is not task:
+            raise WorkbenchError(f"{task.name} is asked for twice")
+        if held != task:
             raise WorkbenchError(
-                f"{task.line()} and {by_name[task.name].line()} would both be called "
+                f"{task.line()} and {held.line()} would both be called "
                 f"{task.name!r}; make two sweeps, each with its own --out"
             )
     return found
@@ -139,7 +133,7 @@ def tasks(
 
 def parse_variants(vary: Sequence[str], variants: Sequence[str]) -> list[Variant]:
     """From texts such as "prune-rate=0.2,0.5" (a variant per value) and "signal=window
-    window-tolerance=0.1" (one variant each; "" is the method as it is).
+    no-spare-dense" (one variant each, flags without a value; "" is the method as it is).
 
     Without any, the method as it is. Raises WorkbenchError for a text of another form.
     """
@@ -148,9 +142,14 @@ def parse_variants(vary: Sequence[str], variants: Sequence[str]) -> list[Variant
         option, values = _assignment(text, "--vary", "prune-rate=0.2,0.5")
         found += [((option, value),) for value in values.split(",")]
     for text in variants:
-        pairs = [_assignment(w, "--variant", "signal=exact momentum=0.9") for w in text.split()]
-        found.append(tuple(pairs))
+        found.append(tuple(_change(word) for word in text.split()))
     return found or [()]
+
+
+def _change(word: str) -> tuple[str, str]:
+    if "=" not in word and word.strip("-"):
+        return word.lstrip("-"), ""
+    return _assignment(word, "--variant", "signal=exact no-spare-dense")
 
 
 def _assignment(text: str, option: str, example: str) -> tuple[str, str]:
@@ -160,135 +159,118 @@ def _assignment(text: str, option: str, example: str) -> tuple[str, str]:
     return name.lstrip("-"), value
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs in the order in which they ended. Raises WorkbenchError if none are there.
-
-    A line that was being written when the sweep was cut off is left out.
-    """
-    try:
-        rows = list(_parsed((folder / LINES).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise WorkbenchError(f"{folder / LINES}: {error.strerror}; expected a sweep") from error
-    if not rows:
-        raise WorkbenchError(f"{folder / LINES}: no finished run yet; let the sweep go on")
-    return rows
-
-
-def sparse_run(folder: Path, row: dict[str, Any]) -> dict[str, Any] | None:
-    """The whole results of the run of a line: from the sweep, wherever it lies now, or from where
-    the command wrote them, as of a run taken over; None if they are gone or broken.
-    """
-    words = shlex.split(row["command"])
-    out, name = (words[words.index(option) + 1] for option in ("--out", "--name"))
-    for place in (folder / "runs" / row["name"], Path(out) / name):
-        with contextlib.suppress(WorkbenchError):
-            runs = read_run(place)["runs"]
-            return next((run for run in runs if run["contender"] == "sparse"), None)
-    return None
-
-
-def _parsed(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "name" in row:
-            yield row
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _append_whole(path: Path, more: Sequence[dict[str, Any]]) -> None:
-    """Append lines, and drop one that was cut off: nothing is appended to a broken line."""
-    held = _text(path)
-    rows = [*_parsed(held), *more]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if text != held or not path.exists():
-        write_atomically(path, partial(_fill, text))
-
-
-def _fill(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
-
-
-def run(
-    folder: Path, wanted: Sequence[Task], jobs: int, say: Callable[[str], None] = print
-) -> list[str]:
-    """Make what is not done, `jobs` at a time; returns why runs failed, one text per run.
-
-    A run that a signal stopped has not failed. Ctrl-C and SIGTERM start no further run, stop those
-    under way, each with a checkpoint, and are raised again once these have ended.
-    Raises WorkbenchError if the folder holds a run of the same name with other options.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LINES
-    done = {row["name"]: row["options"] for row in _parsed(_text(path))}
-    for task in wanted:
-        if done.get(task.name, list(task.options)) != list(task.options):
-            raise WorkbenchError(
-                f"{path}: {task.name} was made with {done[task.name]}, now {list(task.options)} "
-                "is asked for; give another --out"
-            )
-    _append_whole(path, [])
-    left = [task for task in wanted if task.name not in done]
-    say(f"{len(wanted) - len(left)} of {len(wanted)} runs are done")
-    return _train_all(path, left, jobs, say)
-
-
-def reuse(
-    folder: Path,
-    wanted: Sequence[Task],
-    other: Path,
-    settings_of: Callable[[Sequence[str]], TrainConfig],
-) -> int:
+def reuse(folder: Path, wanted: Sequence[Task], other: Path, settings_of: SettingsOf) -> int:
     """Take over from the sweep in `other` the lines of runs with the very settings of those that
     are wanted and not done, whatever they are called there; returns their number.
 
     settings_of: the settings of words of `sparse-kernels train`. Raises WorkbenchError if `other`
     holds no finished run.
     """
-
-    def key(words: Sequence[str]) -> dict[str, Any]:
-        settings = settings_of(words).as_dict()
-        return {name: settings[name] for name in sorted(settings.keys() - FREE_SETTINGS)}
-
-    made = {json.dumps(key(shlex.split(row["command"])[2:])): row for row in read(other)}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LINES
-    done = {row["name"] for row in _parsed(_text(path))}
-    taken = []
-    for task in wanted:
-        row = made.get(json.dumps(key(task.words(folder)[1:])))
-        if row is not None and task.name not in done:
-            taken.append({**row, **task.line(), "made_in": str(other)})
-    _append_whole(path, taken)
+    rows = sweep_lines.read(other)
+    made = {json.dumps(_settings(_words_of(row), settings_of)): row for row in rows}
+    with sweep_lines.locked(folder):
+        done = {row["name"] for row in sweep_lines.held(folder)}
+        taken = []
+        for task in wanted:
+            row = made.get(json.dumps(_settings(task.words(folder)[1:], settings_of)))
+            if row is not None and task.name not in done:
+                taken.append({**row, **task.line(), "made_in": str(other)})
+        sweep_lines.rewrite(folder, taken)
     return len(taken)
 
 
+def run(
+    folder: Path,
+    wanted: Sequence[Task],
+    jobs: int,
+    settings_of: SettingsOf,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Make what is not done, `jobs` at a time; returns why runs failed, one text per run.
+
+    A run that a signal stopped has not failed. Ctrl-C and SIGTERM start no further run, stop those
+    under way, each with a checkpoint, and are raised again once these have ended.
+    Raises WorkbenchError if another sweep is at work in the folder, or if it holds runs of the same
+    net, method, density and variant with other settings.
+    """
+    with sweep_lines.locked(folder):
+        _check_alike(folder, wanted, settings_of)
+        sweep_lines.rewrite(folder)
+        done = {row["name"] for row in sweep_lines.held(folder)}
+        left = [task for task in wanted if task.name not in done]
+        say(f"{len(wanted) - len(left)} of {len(wanted)} runs are done")
+        return _train_all(folder, left, jobs, settings_of, say)
+
+
+def _settings(words: Sequence[str], settings_of: SettingsOf) -> dict[str, Any]:
+    """What decides the weights of a run of `sparse-kernels train` with these words."""
+    found = settings_of(words).as_dict()
+    return {name: found[name] for name in sorted(found.keys() - FREE_SETTINGS)}
+
+
+def _words_of(made: dict[str, Any]) -> list[str]:
+    """Those of `train` in the "command" of a line or of results: it spells out every setting."""
+    return shlex.split(made["command"])[2:]
+
+
+def _difference(asked: dict[str, Any], made: dict[str, Any]) -> str:
+    """In words, of the first setting that differs; "" if none does."""
+    for name, value in asked.items():
+        if value != made[name]:
+            return f"{name}={made[name]!r}, not {value!r}"
+    return ""
+
+
+def _check_alike(folder: Path, wanted: Sequence[Task], settings_of: SettingsOf) -> None:
+    """What is one line of the table may differ by its seed only, or its mean is of nothing.
+
+    By settings, not by words: a default that has changed since is a difference, another spelling
+    or another --data-dir is none.
+    """
+
+    def cell(line: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(line.get(key, "") for key in ("net", "method", "density_asked", "variant"))
+
+    asked = {cell(task.line()): task for task in wanted}
+    for row in sweep_lines.held(folder):
+        task = asked.get(cell(row))
+        if task is None:
+            continue
+        made = _settings(_words_of(row), settings_of)
+        now = _settings(task.words(folder)[1:], settings_of)
+        other = _difference({**now, "seeds": made["seeds"]}, made)
+        if other:
+            raise WorkbenchError(
+                f"{folder / sweep_lines.LINES}: {row['name']} was made with {other} as is asked "
+                "for; give another --out"
+            )
+
+
 def _train_all(
-    path: Path, left: Sequence[Task], jobs: int, say: Callable[[str], None]
+    folder: Path,
+    left: Sequence[Task],
+    jobs: int,
+    settings_of: SettingsOf,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Train and write lines as they come; after Ctrl-C or SIGTERM those that still ended."""
     failures: list[str] = []
 
     def note(future: Future[_Outcome]) -> None:
         task, row, failure = future.result()
-        if row is None:
-            stopped = failure.startswith(_STOPPED)
-            if not stopped:
-                failures.append(f"{task.name}: {failure}")
-            say(f"{task.name}: {failure}" if stopped else f"failed: {failures[-1]}")
-            return
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        say(f"{task.name}: test {100 * row['test_accuracy']:.2f} %, {row['seconds']:.1f} s")
+        if row is not None:
+            sweep_lines.add(folder, row)
+            say(f"{task.name}: test {100 * row['test_accuracy']:.2f} %, {row['seconds']:.1f} s")
+        elif failure.startswith(_STOPPED):
+            say(f"{task.name}: {failure}")
+        else:
+            sweep_lines.add_failure(folder, {**task.line(), "reason": failure})
+            failures.append(f"{task.name}: {failure}")
+            say(f"failed: {failures[-1]}")
 
-    children = _Children()
+    children = Children()
     pool = ThreadPoolExecutor(max(1, jobs))
-    waiting = {pool.submit(_train, path.parent / "runs", t, children) for t in left}
+    waiting = {pool.submit(_train, folder / "runs", t, children, settings_of) for t in left}
     try:
         with ending_by_exception():
             while waiting:
@@ -307,61 +289,20 @@ def _train_all(
     return failures
 
 
-class _Children:
-    """The processes under way. After `terminate` none is started."""
-
-    def __init__(self) -> None:
-        self._lock, self._running, self._ended = (
-            threading.Lock(),
-            set[subprocess.Popen[str]](),
-            False,
-        )
-
-    def run(self, words: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
-        """Exit code, and the last line that the process said."""
-        with self._lock:
-            if self._ended:
-                return -signal.SIGTERM, ""
-            # A session of its own: Ctrl-C reaches a child once, from here. It lets a first signal
-            # write a checkpoint and a second one end it.
-            child = subprocess.Popen(
-                words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                start_new_session=True,
-            )  # fmt: skip
-            self._running.add(child)
-        try:
-            out, error = child.communicate()
-        finally:
-            with self._lock:
-                self._running.discard(child)
-        return child.returncode, ((error.strip() or out.strip()).splitlines() or ["no output"])[-1]
-
-    def terminate(self) -> None:
-        self._end(subprocess.Popen.terminate)
-
-    def kill(self) -> None:
-        self._end(subprocess.Popen.kill)
-
-    def _end(self, how: Callable[[subprocess.Popen[str]], None]) -> None:
-        with self._lock:
-            self._ended = True
-            for child in self._running:
-                how(child)
-
-
-def _train(out: Path, task: Task, children: _Children) -> _Outcome:
+def _train(out: Path, task: Task, children: Children, settings_of: SettingsOf) -> _Outcome:
     """One run in a process of its own; its line, or the last line of what it said."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(part for part in paths if part)
-    code, said = children.run([sys.executable, "-c", _PROGRAM, *task.words(out)], environment)
-    if code in _STOPS:
-        return task, None, f"{_STOPPED}; the same command goes on with it"
-    results = out / task.name / RESULTS
-    if code or not results.is_file():
-        return task, None, f"exit code {code}: {said}"
-    found = json.loads(results.read_text(encoding="utf-8"))
+    path, words = out / task.name / RESULTS, task.words(out)
+    if not path.is_file():  # it is written last: a run that has it only lost its line
+        code, said = children.run(words)
+        if code in STOPS:
+            return task, None, f"{_STOPPED}; the same command goes on with it"
+        if code or not path.is_file():
+            return task, None, f"exit code {code}: {said}"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    asked = _settings(words[1:], settings_of)
+    other = _difference(asked, _settings(_words_of(found), settings_of))
+    if other:
+        return task, None, f"{path} is of a run with {other} as is asked for; move it away"
     sparse = next(entry for entry in found["runs"] if entry["contender"] == "sparse")
     row = {**task.line(), **{key: sparse[key] for key in _KEPT}}
     return task, {**row, "command": found["command"], "machine": found["machine"]}, ""

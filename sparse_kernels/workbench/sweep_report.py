@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import figures, machine, sweep
+from . import figures, machine, sweep_lines
 from .errors import WorkbenchError
 from .page import page
 from .sweep_tables import (
@@ -23,7 +23,7 @@ from .sweep_tables import (
 
 _NOTE = (
     "+-: standard error over the seeds. 95 % bound: the mean difference lies below it with 95 % "
-    "confidence (one-sided t over pairs of one density and seed). "
+    "confidence (one-sided t over pairs, one per seed, each the mean over its densities). "
 )
 _PANELS = 16
 """More do not fit into a picture that can be read."""
@@ -41,14 +41,15 @@ def write(folder: Path, against: str | None = None) -> tuple[str, list[Path], st
     Returns the tables, the files written, and why figures are missing (None: they are there).
     Raises WorkbenchError for a label that no run has.
     """
-    rows = sweep.read(folder)
+    rows, failed = sweep_lines.read(folder), sweep_lines.failures(folder)
     labels = sorted({label_of(row) for row in rows})
     if against is not None and against not in labels:
         raise WorkbenchError(f"--against: expected one of {', '.join(labels)}, got {against!r}")
     base = against or "sparse-momentum"
-    tables = [lines for lines in (table(rows, base), pooled(rows, base)) if len(lines) > 1]
+    tables = [lines for lines in (table(rows, base, failed), pooled(rows, base)) if len(lines) > 1]
     markdown = "\n\n".join(_markdown(lines) for lines in tables)
-    note = _NOTE + machine.one_line(rows[0]["machine"])
+    lost = "".join(f"{row['name']} failed: {row['reason']}. " for row in failed)
+    note = _NOTE + lost + machine.several([row["machine"] for row in rows])
     written, missing = [folder / "sweep.md"], None
     written[0].write_text(f"{markdown}\n\n{note}\n", encoding="utf-8")
     for name, key, scale, label, title in _FIGURES:
@@ -134,7 +135,7 @@ def _draw_layers(rows: Sequence[Row], folder: Path, path: Path) -> bool:
     """
     found = []
     for (net, density, name), members in grouped(rows).items():
-        results = (sweep.sparse_run(folder, row) for row in members)
+        results = (sweep_lines.sparse_run(folder, row) for row in members)
         first = next((run for run in results if run is not None), None)
         if first is not None:
             found.append((f"{net}, {100 * density:g} %\n{name}", first))

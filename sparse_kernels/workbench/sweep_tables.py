@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+_ROUNDING = 1e-9
+"""Points of error: less than a millionth of an image of any test set."""
 
 
 def label_of(row: Row) -> str:
@@ -24,13 +26,16 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
 
 
 class Paired(NamedTuple):
-    """Test errors in % of two labels over the pairs that both have.
+    """Test errors in % of two labels over the seeds that both have.
+
+    Of several densities each seed's mean is one pair: runs of one seed share held-out images, order
+    of the batches and first weights, so that they may not be counted as independent.
 
     Attributes:
-        pairs: their number; difference: mean of theirs minus the base's, in points.
+        pairs: number of seeds; difference: mean of theirs minus the base's, in points.
         bound: the mean lies below it with 95 % confidence (one-sided, Student's t).
         p: two-sided, of the paired t-test. Both are None for a single pair, and where all
-            differences are equal: the test says nothing there.
+            differences are equal but for rounding: the test says nothing there.
         ratio: mean error of the base over theirs.
     """
 
@@ -42,30 +47,38 @@ class Paired(NamedTuple):
 
 
 def paired(mine: Sequence[Row], base: Sequence[Row]) -> Paired | None:
-    """Of rows of one label against those of another, by density and seed; None without a pair.
-
-    Raises ImportError without scipy.
+    """Of rows of one label against those of another, by seed, over the densities that both have of
+    it; None without a pair. Raises ImportError without scipy.
     """
     theirs = {(row["density_asked"], row["seed"]): error_of(row) for row in base}
-    keys = [(row["density_asked"], row["seed"]) for row in mine]
-    both = [(error_of(r), theirs[k]) for r, k in zip(mine, keys, strict=True) if k in theirs]
-    differences = [a - b for a, b in both]
-    if not both:
+    by_seed: dict[int, list[tuple[float, float]]] = {}
+    for row in mine:
+        other = theirs.get((row["density_asked"], row["seed"]))
+        if other is not None:
+            by_seed.setdefault(row["seed"], []).append((error_of(row), other))
+    if not by_seed:
         return None
+    differences = [statistics.fmean(a - b for a, b in pairs) for pairs in by_seed.values()]
     from scipy.stats import ttest_1samp
 
     bound = p = None
-    if max(differences) > min(differences):
+    if max(differences) - min(differences) > _ROUNDING:
         p = float(ttest_1samp(differences, 0.0).pvalue)
         below = ttest_1samp(differences, 0.0, alternative="less").confidence_interval(0.95)
         bound = float(below.high)
+    both = [pair for pairs in by_seed.values() for pair in pairs]
     totals = [statistics.fmean(errors) for errors in zip(*both, strict=True)]
     ratio = totals[1] / totals[0] if totals[0] else math.nan
-    return Paired(len(both), statistics.fmean(differences), bound, p, ratio)
+    return Paired(len(by_seed), statistics.fmean(differences), bound, p, ratio)
 
 
-def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[str]]:
-    """Head and lines: a line per net, density and label; `against` is a label."""
+def table(
+    rows: Sequence[Row], against: str = "sparse-momentum", failed: Sequence[Row] = ()
+) -> list[list[str]]:
+    """Head and lines: a line per net, density and label; `against` is a label.
+
+    failed: runs without a result. They count in no mean, and n tells how many they are.
+    """
     head = ["net", "density", "method", "n", "test error in %", "training in s", "FLOPs density",
             f"error minus {against}", "p (paired t)"]  # fmt: skip
     lines, groups = [head], grouped(rows)
@@ -74,6 +87,8 @@ def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[st
         seconds = [row["seconds"] for row in members]
         flops = statistics.fmean(row["flops_density"] for row in members)
         base = groups.get((net, density, against))
+        lost = len(grouped(failed).get((net, density, name), ()))
+        n = f"{len(members)} ({lost} failed)" if lost else str(len(members))
         test = None
         if base is not None and name != against:
             try:
@@ -84,7 +99,7 @@ def table(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[st
         # Gradual pruning that came to no end, blocks that do not divide a layer.
         differs = abs(ends - density) > 0.01 * density
         shown = f"{100 * density:g} %" + (f" (ends at {100 * ends:.2f} %)" if differs else "")
-        lines.append([net, shown, name, str(len(members)), spread_of(errors, 2),
+        lines.append([net, shown, name, n, spread_of(errors, 2),
                       spread_of(seconds, 1), f"{100 * flops:.2f} %",
                       "" if test is None else f"{test.difference:+.2f} (n = {test.pairs})",
                       _or_empty(test and test.p, ".3g")])  # fmt: skip
@@ -116,7 +131,7 @@ def pooled(rows: Sequence[Row], against: str = "sparse-momentum") -> list[list[s
     """Head and lines: `against` beside each other label of a net, over all densities and seeds that
     both have. Without lines where nothing can be compared, or without scipy.
     """
-    head = ["net", "method", "pairs", f"error minus {against}", "95 % bound", "p (paired t)",
+    head = ["net", "method", "seeds", f"error minus {against}", "95 % bound", "p (paired t)",
             f"error of {against} relative to it"]  # fmt: skip
     lines = [head]
     by_net: dict[str, dict[str, list[Row]]] = {}

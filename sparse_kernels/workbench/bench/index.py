@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .. import sweep
+from .. import sweep_lines
 from ..errors import WorkbenchError
 from ..fetch import write_atomically
 from .results import markdown
@@ -51,7 +51,9 @@ def lines(root: Path) -> list[str]:
     made: list[str] = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         rows = [_row(table, folder.name) for table in sorted(folder.glob("*.md"))]
-        rows += [_sweep(path.parent, root) for path in sorted(folder.glob(f"*/{sweep.LINES}"))]
+        rows += [
+            _sweep(path.parent, root) for path in sorted(folder.glob(f"*/{sweep_lines.LINES}"))
+        ]
         if rows:
             made += [f"### {folder.name}", ""]
             made += [*markdown(["result", "what", "of", "command"], rows, left=4), ""]
@@ -76,7 +78,7 @@ def _row(table: Path, folder: str) -> list[str]:
 
 def _sweep(folder: Path, root: Path) -> list[str]:
     """Of a sweep's directory, as `sparse-kernels sweep` leaves it (without its runs)."""
-    runs = sweep.read(folder)
+    runs = sweep_lines.read(folder)
     nets = sorted({row["net"].split()[0] for row in runs})
     machines = [row["machine"] for row in runs]
     commits = sorted({header["commit"] for header in machines})
