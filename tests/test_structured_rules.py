@@ -131,17 +131,23 @@ def test_rules_in_groups_say_what_they_lack() -> None:
         group_size("groups:0")
 
 
-@pytest.mark.parametrize("rule", ["fan_in", "groups:4"])
-@pytest.mark.parametrize("signal", ["exact", "random"])
-def test_training_keeps_the_groups_level(rule, signal) -> None:
+def arranged(rule: str, density: float, **options):
+    """A net with a pattern of that kind, and what trains it by the rule for 16 steps."""
     torch.manual_seed(0)
-    model = make_model(density=0.25, sizes=(12, 16, 8, 4))
+    model = make_model(density=density, sizes=(12, 16, 8, 4))
     arrange(list(sparse_layers(model)), rule, torch.Generator().manual_seed(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(
         model, optimizer, total_steps=16, update_every=3, prune=rule, growth=rule,
-        redistribution="none", signal=signal,
+        redistribution="none", **options,
     )  # fmt: skip
+    return model, optimizer, masks
+
+
+@pytest.mark.parametrize("rule", ["fan_in", "groups:4"])
+@pytest.mark.parametrize("signal", ["exact", "random"])
+def test_training_keeps_the_groups_level(rule, signal) -> None:
+    model, optimizer, masks = arranged(rule, 0.25, signal=signal)
     patterns = []
 
     def level(layer) -> None:
@@ -161,14 +167,7 @@ def test_training_keeps_the_groups_level(rule, signal) -> None:
 
 
 def test_gradual_pruning_keeps_the_groups_level() -> None:
-    torch.manual_seed(0)
-    model = make_model(density=0.5, sizes=(12, 16, 8, 4))
-    arrange(list(sparse_layers(model)), "groups:4", torch.Generator().manual_seed(1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = SparseMomentum(
-        model, optimizer, total_steps=16, update_every=3, prune="groups:4", growth="groups:4",
-        redistribution="none", final_density=0.25, prune_rate=0.3,
-    )  # fmt: skip
+    model, optimizer, masks = arranged("groups:4", 0.5, final_density=0.25, prune_rate=0.3)
     train(model, optimizer, masks, 16)
     for layer in sparse(model):
         mask = layer.pattern.mask()
