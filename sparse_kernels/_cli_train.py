@@ -189,13 +189,17 @@ def train_command(context: click.Context, preset: str | None, resume: bool, **op
         found.mkdir(parents=True, exist_ok=True)
         return found
 
+    results: dict[str, Any] = {}
+    exit_code = 0
     with ranks.of_environment() as job:
         folder = job.on_rank_0(choose_folder)
         try:
             results = run_training(config, folder, resume, job)
-        except TrainingStopped as stopped:
+        except TrainingStopped as stopped:  # all ranks do, after the same step
             click.echo(str(stopped), err=True)
-            context.exit(stopped.exit_code)
+            exit_code = stopped.exit_code
+    if exit_code:
+        context.exit(exit_code)
     if job.rank:
         return
     written = report.write_run(folder, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,9 @@ def test_a_restarted_job_ends_with_the_same_weights(
     states = [whole["generators"]["torch"], *(g["torch"] for g in whole["rank_generators"])]
     assert len(states) == 2
     assert whole["sparse-masks"]["updates"] == 2
+    # A thread that still works while the interpreter shuts down aborts the process (ranks.py).
+    threads = dict(re.findall(r"threads of rank (\d): \[(.*?)\];", done.stderr))
+    assert sorted(threads) == ["0", "1"] and "gloo" not in "".join(threads.values()), threads
 
 
 def test_a_dead_rank_ends_the_job_with_its_name(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """`sparse-kernels` on a rank that torchrun starts; KILL_RANK and KILL_STEP name one that dies.
 
-It dies by SIGKILL before that step, the first time that the job is started only.
+It dies by SIGKILL before that step, the first time that the job is started only. A rank that ends
+tells the names of its threads.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 from sparse_kernels import cli
@@ -27,6 +31,12 @@ def arrange_death() -> None:
     contenders.Contender.step = step  # type: ignore[method-assign]
 
 
+def tell_threads() -> None:
+    names = sorted(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm"))
+    print(f"threads of rank {os.environ['RANK']}: {names};", file=sys.stderr)
+
+
 if __name__ == "__main__":
+    atexit.register(tell_threads)
     arrange_death()
     cli.main()

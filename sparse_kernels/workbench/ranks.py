@@ -7,6 +7,8 @@ writes.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import os
 import re
 import time
@@ -119,6 +121,9 @@ def of_environment() -> Iterator[Ranks]:
             ) from error
     if begun:
         torch.distributed.destroy_process_group()
+        # gloo's threads end with the last reference to the group. One that drops a tensor while
+        # the interpreter shuts down aborts it ("terminate called without an active exception").
+        gc.collect()  # DistributedDataParallel lies in cycles
 
 
 def _init_process_group() -> None:
@@ -127,6 +132,9 @@ def _init_process_group() -> None:
     torch 2.13 keeps torchrun's store over a restart: ranks of the second attempt would find there
     the addresses of the first one's dead processes.
     """
+    # Its functions take the group there is when it is imported as a default, for good; later
+    # DistributedDataParallel would import it.
+    importlib.import_module("torch.distributed.nn.functional")
     store, rank, world = next(torch.distributed.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
