@@ -126,6 +126,22 @@ def test_a_signal_inside_of_a_mask_update_waits_for_its_end(
     assert same(tmp_path / "r", whole)
 
 
+def test_measured_costs_are_the_checkpoints_from_the_start(tmp_path, monkeypatch) -> None:
+    """With those of another measurement the pattern would be above its budget, and be refused."""
+    words = ("--distribution", "er", "--cost", "time", "--cost-budget", "0.11")
+    costs = {"1": 1.0, "3": 1.0, "5": 1e-3}
+    monkeypatch.setattr(contenders, "time_per_weight", lambda model, example: dict(costs))
+    with handler_of(signal.SIGINT, signal.default_int_handler), monkeypatch.context() as patch:
+        at_call(patch, "step", 2, lambda self: os.kill(os.getpid(), signal.SIGINT))
+        stopped = invoke(tmp_path, *words)
+    assert stopped.exit_code == 130, stopped.output
+    costs["5"] = 1e3
+    assert "above cost_budget" in invoke(tmp_path / "other", *words).stderr
+    resumed = invoke(tmp_path, *words, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert outcome(tmp_path / "r")["sparse-masks"]["costs"]["5"] == 1e-3
+
+
 def test_a_signal_that_the_shell_ignores_stays_ignored() -> None:
     with handler_of(signal.SIGINT, signal.SIG_IGN), StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
@@ -154,9 +154,17 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def build_sparse(
-    config: TrainConfig, seed: int, steps: int, steps_per_epoch: int, ranks: Ranks | None = None
+    config: TrainConfig,
+    seed: int,
+    steps: int,
+    steps_per_epoch: int,
+    ranks: Ranks | None = None,
+    costs: Mapping[str, float] | None = None,
 ) -> Contender:
-    """The net with sparse layers, its optimizer and SparseMomentum over ``steps`` steps."""
+    """The net with sparse layers, its optimizer and SparseMomentum over ``steps`` steps.
+
+    ``costs``: those of a checkpoint that it will be loaded from, instead of counting or measuring.
+    """
     torch.manual_seed(seed)
     model = models.build(config.net, **config.net_options()).train()
     made = sparsify(
@@ -182,11 +190,17 @@ def build_sparse(
     contender = Contender(
         "sparse", "sparse", model, forward, optimizer, None, config, report=made, ranks=ranks
     )
-    drive(contender, seed, steps, config.update_every or steps_per_epoch)
+    drive(contender, seed, steps, config.update_every or steps_per_epoch, costs)
     return contender
 
 
-def drive(contender: Contender, seed: int, steps: int, update_every: int) -> None:
+def drive(
+    contender: Contender,
+    seed: int,
+    steps: int,
+    update_every: int,
+    costs: Mapping[str, float] | None = None,
+) -> None:
     """Give a sparse contender a new SparseMomentum over the next ``steps`` steps; the old closes.
 
     The masks stay; what the old one had gathered for its next update is dropped.
@@ -200,27 +214,27 @@ def drive(contender: Contender, seed: int, steps: int, update_every: int) -> Non
         total_steps=steps,
         update_every=update_every,
         **config.mask_options(),
-        **_costs(contender),
+        **_costs(contender, costs),
         grad_scale=1.0,  # nothing here clips or scales gradients: no comparison in every step
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def _costs(contender: Contender) -> dict[str, Any]:
+def _costs(contender: Contender, known: Mapping[str, float] | None) -> dict[str, Any]:
     """What a weight costs in each layer, where the settings ask for it."""
     config = contender.config
     if not config.cost_weight and config.flops_budget is None:
         return {}
+    options = {"cost_weight": config.cost_weight, "cost_budget": config.cost_budget()}
+    if known:
+        return {"cost": known, **options}
     timed = config.cost == "time"
     count, drawn = config.batch_size if timed else 1, torch.Generator().manual_seed(0)
     example = torch.randn(count, *models.spec(config.net).input_shape, generator=drawn)
     if timed:  # as many examples as a step of this rank has
         (example,) = contender.ranks.share(example)
-    return {
-        "cost": (time_per_weight if timed else flops_per_weight)(contender.model, example),
-        "cost_weight": config.cost_weight,
-        "cost_budget": config.cost_budget(),
-    }
+    measure = time_per_weight if timed else flops_per_weight
+    return {"cost": measure(contender.model, example), **options}
 
 
 @torch.no_grad()

@@ -120,12 +120,7 @@ def _train_seed(session: Session, dataset: Dataset, seed: int) -> None:
     ranks.check_batches(len(train_split), config.batch_size)
     batches = len(BatchLoader(train_split, dataset, config.batch_size, seed=seed))
     total = min(batches * config.epochs, config.max_steps or batches * config.epochs)
-    contenders = [build_sparse(config, seed, batches * config.epochs, batches, ranks)]
-    if seed == config.seeds[0]:
-        print(contenders[0].report, flush=True)
-    if session.baseline is not None:
-        forget_compiled()
-        contenders.append(build_dense(config, seed, session.baseline["chosen"], ranks))
+    contenders = _build(session, seed, batches)
     shape = spec(config.net).input_shape
     session.runs = [
         Run(
@@ -153,6 +148,19 @@ def _train_seed(session: Session, dataset: Dataset, seed: int) -> None:
         session.save()
     except TrainingError as error:
         raise session.explain_failure(error) from error
+
+
+def _build(session: Session, seed: int, batches: int) -> list[Contender]:
+    """The contenders of one seed, the sparse one first, whose epochs have `batches` steps."""
+    config, ranks = session.config, session.ranks
+    known = session.known_costs(seed)
+    built = [build_sparse(config, seed, batches * config.epochs, batches, ranks, known)]
+    if seed == config.seeds[0]:
+        print(built[0].report, flush=True)
+    if session.baseline is not None:
+        forget_compiled()
+        built.append(build_dense(config, seed, session.baseline["chosen"], ranks))
+    return built
 
 
 def _place(session: Session, seed: int) -> None:
