@@ -115,6 +115,32 @@ def test_generators_of_cuda_devices_come_back(devices, tmp_path, monkeypatch) ->
     assert all(torch.equal(state, held[i]) for i, state in found.items())
 
 
+def test_a_scheduler_that_counts_its_milestones_goes_on(tmp_path) -> None:
+    """MultiStepLR keeps them in a Counter, on whose methods it calls when another one wraps it."""
+    kinds = torch.optim.lr_scheduler
+
+    def made() -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        warm = kinds.LinearLR(optimizer, 0.1, total_iters=4)
+        falls = kinds.MultiStepLR(optimizer, [2, 5, 5])
+        return optimizer, kinds.SequentialLR(optimizer, [warm, falls], [4])
+
+    def rates(optimizer: torch.optim.Optimizer, schedule: Any, count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            optimizer.step()
+            schedule.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    model, whole = make_model(), made()
+    rates(*whole, 3)
+    save_checkpoint(tmp_path, 3, model, whole[0], others={"schedule": whole[1]})
+    again = made()
+    load_checkpoint(tmp_path, model, again[0], others={"schedule": again[1]})
+    assert rates(*again, 8) == rates(*whole, 8)
+
+
 def test_trees_keep_layout_and_alias_nothing() -> None:
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     base = torch.randn(6)
@@ -328,6 +354,8 @@ def test_hostile_content_with_right_checksums_changes_nothing(name, saved) -> No
         {"model": {"$float": "1"}},
         {"model": {"$items": [1]}},
         {"model": {"$items": [[[], 1]]}},
+        {"model": {"$counter": [[[], 1]]}},
+        {"model": {"$counter": 3}},
         {"model": {"$tensor": "0.bias", "order": [1]}},
         {"model": {"$tensor": "0.bias", "order": ["0"]}},
         [],

@@ -215,6 +215,29 @@ def test_the_scale_of_the_optimizers_gradient_is_found(factor):
         assert torch.equal(found, grad)
 
 
+@pytest.mark.parametrize("signal", ["random", "gradient"])
+def test_zero_grad_before_the_update_changes_nothing(signal):
+    """Without momentum the gradient of the last step is what redistribution goes by."""
+
+    def train(early):
+        torch.manual_seed(0)
+        model = nn.Sequential(SparseLinear(20, 64, density=0.2), SparseLinear(64, 3, density=0.4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        masks = SparseMomentum(model, optimizer, total_steps=20, update_every=4, signal=signal)
+        for _ in range(9):
+            model(torch.randn(32, 20)).square().mean().backward()
+            optimizer.step()
+            if early:
+                optimizer.zero_grad(set_to_none=early == "none")
+            masks.step()
+            optimizer.zero_grad()
+        return [record.nnz_after for record in masks.history]
+
+    late = train(early=None)
+    assert late[0] != {"0": 256, "1": 77}  # redistribution went by something
+    assert train(early="none") == late and train(early="zero") == late
+
+
 # ---- cost outside the window -------------------------------------------------------------------
 
 

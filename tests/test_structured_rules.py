@@ -10,7 +10,6 @@ from small_training import make_model, sparse, stored, train
 
 from sparse_kernels.training import SparseMomentum, method, rules
 from sparse_kernels.training.blocks import BlockGrid
-from sparse_kernels.training.layers import sparse_layers
 from sparse_kernels.training.rules import Candidates, LayerState
 from sparse_kernels.training.structured import (
     GrowInGroups,
@@ -135,7 +134,7 @@ def arranged(rule: str, density: float, **options):
     """A net with a pattern of that kind, and what trains it by the rule for 16 steps."""
     torch.manual_seed(0)
     model = make_model(density=density, sizes=(12, 16, 8, 4))
-    arrange(list(sparse_layers(model)), rule, torch.Generator().manual_seed(1))
+    arrange(model, rule, torch.Generator().manual_seed(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(
         model, optimizer, total_steps=16, update_every=3, prune=rule, growth=rule,
@@ -178,7 +177,7 @@ def test_the_method_fan_in_prunes_by_layer_and_fills_the_rows_again() -> None:
     """SRigL: the smallest weights of the layer go, and each row regrows what it lost."""
     torch.manual_seed(0)
     model = make_model(density=0.25, sizes=(12, 16, 8, 4))
-    arrange(list(sparse_layers(model)), "fan_in", torch.Generator().manual_seed(1))
+    arrange(model, "fan_in", torch.Generator().manual_seed(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(
         model, optimizer, total_steps=16, update_every=3, **method("fan-in").options
@@ -214,7 +213,7 @@ def test_arranging_keeps_the_weights_of_an_initialisation(block) -> None:
         layer.values.data.copy_(inside)
         before.append(layer.dense_matrix().detach().abs().sum())
     total = stored(model)
-    arrange(list(sparse_layers(model)), "fan_in", torch.Generator().manual_seed(0))
+    arrange(model, "fan_in", torch.Generator().manual_seed(0))
     assert stored(model) == total
     for layer, old in zip(sparse(model), before, strict=True):
         layer.pattern.validate()

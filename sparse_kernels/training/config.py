@@ -19,12 +19,11 @@ from .rules import (
 )
 from .schedule import DECAYS, Decay, UpdateSchedule
 from .signals import SIGNALS
-from .structured import GrowInGroups, PruneInGroups, group_size, grow_neurons, is_structured
+from .structured import GrowInGroups, PruneInGroups, group_size, is_structured
 from .update import RuleSet
 
 logger = logging.getLogger(__name__)
 
-_GROWTH: dict[str, GrowthRule] = {**GROWTH_RULES, "neuron": grow_neurons}
 _IN_GROUPS: dict[str, Any] = {"prune": PruneInGroups, "growth": GrowInGroups}
 
 
@@ -70,7 +69,7 @@ class SparseMomentumConfig:
             raise ValueError(f"sample_share must be in (0, 1], got {self.sample_share!r}")
 
     def _check_rules(self) -> None:
-        tables = (("decay", DECAYS), ("prune", PRUNE_RULES), ("growth", _GROWTH))
+        tables = (("decay", DECAYS), ("prune", PRUNE_RULES), ("growth", GROWTH_RULES))
         for name, table in (*tables, ("redistribution", REDISTRIBUTION_RULES)):
             _look_up(name, getattr(self, name), table)
         if self.signal not in SIGNALS:
@@ -160,7 +159,7 @@ class SparseMomentumConfig:
         The signal "random" ranks nothing, so "momentum" then grows at random; a callable is called
         all the same, with scores None.
         """
-        growth = _look_up("growth", self.growth, _GROWTH)
+        growth = _look_up("growth", self.growth, GROWTH_RULES)
         random = self.effective_signal == "random" and self.growth == "momentum"
         return RuleSet(
             prune=_look_up("prune", self.prune, PRUNE_RULES),

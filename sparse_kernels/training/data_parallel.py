@@ -177,6 +177,8 @@ class Attachment(Group):
         hooks = list(ddp._comm_hooks)
         # The old reducer takes its hooks off when it goes; its logger holds it, too.
         del ddp.reducer, ddp.logger
+        # A static graph's first iteration queues the average of all gradients: the new one's, too.
+        ddp._static_graph_delay_allreduce_enqueued = False
         ddp.__setstate__({})
         ddp._comm_hooks.clear()
         for hook, state in hooks:

@@ -69,9 +69,10 @@ class OptimizerView:
         ]
         if not found:
             raise ValueError(
-                f"layer {name!r}: the optimizer does not hold its `values` parameter; it was "
-                "probably made before sparsify() replaced the layer. Build the optimizer from "
-                "model.parameters() after sparsify()"
+                f"layer {name!r}: the optimizer does not hold its `values` parameter. If it was "
+                "made before sparsify() replaced the layer, build it from model.parameters() "
+                "after sparsify(); if it trains a part of the model, give SparseMomentum that part "
+                "(one SparseMomentum for each optimizer)"
             )
         self.group_index = found[0]
 

@@ -320,7 +320,7 @@ PRUNE_RULES: dict[str, PruneRule] = {
     "set": prune_set,
     "global_magnitude": prune_global_magnitude,
 }
-"""Names; config.py adds those of structured.py: "fan_in", "groups:M", and growth "neuron"."""
+"""Names; config.py adds "fan_in" and "groups:M", structured.py growth "neuron"."""
 GROWTH_RULES: dict[str, GrowthRule] = {
     "momentum": grow_largest,
     "gradient": grow_largest,

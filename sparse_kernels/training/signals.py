@@ -54,6 +54,7 @@ class LayerSignal:
         self.buffers: dict[str, Tensor] = {}
         self.gathered = 0  # steps in the buffers
         self.since_update = 0  # steps gathered since the last update
+        self._kept: Tensor | None = None  # see keep_gradient
         self._probe: Tensor | None = None  # the probe that carries the hooks
         self._handles: list[Any] = []
         self._task = -1  # the last backward pass that was looked at
@@ -162,6 +163,7 @@ class LayerSignal:
         """Drop what was gathered."""
         self.buffers.clear()
         self.gathered = 0
+        self._kept = None
 
     def drop_gradient(self) -> None:
         """Forget a dense gradient whose step the optimizer skipped."""
@@ -217,6 +219,14 @@ class LayerSignal:
         self.gathered += 1
         self.since_update += 1
 
+    def keep_gradient(self) -> None:
+        """Before the last step in front of an update: keep what else only `values.grad` tells,
+        which zero_grad may have emptied by the update. That is M of an optimizer without momentum.
+        """
+        grad = self.layer.values.grad
+        if self.kind == "random" and self.view.family == "none" and grad is not None:
+            self._kept = self._compact(grad.detach(), self.layer.pattern).clone()
+
     # ---- at an update --------------------------------------------------------------------------
 
     def _compact(self, tensor: Tensor, pattern: Any) -> Tensor:
@@ -246,6 +256,8 @@ class LayerSignal:
             return self.view.momentum(self._active_state(pattern))
         if GRADIENT in self.buffers:
             return self.buffers[GRADIENT][keys]
+        if self._kept is not None:
+            return self._kept
         grad = self.layer.values.grad
         return torch.zeros_like(values) if grad is None else self._compact(grad, pattern)
 

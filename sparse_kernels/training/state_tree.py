@@ -6,12 +6,14 @@ What JSON cannot say is an object with one key that starts with "$":
     {"$tensor": name, "order": [...]}  a tensor; "order": its dimensions, slowest in memory first
     {"$tuple": [...]}                  a tuple
     {"$items": [[key, value], ...]}    a dict whose keys are not plain text
+    {"$counter": [[key, n], ...]}      a collections.Counter (torch's MultiStepLR has one)
     {"$float": "nan" | "inf" | "-inf"}
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,10 +52,11 @@ def encode(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def _encode_mapping(tree: Mapping[Any, Any], tensors: dict[str, Tensor], path: str) -> Any:
-    if all(isinstance(key, str) and not key.startswith("$") for key in tree):
+    plain = all(isinstance(key, str) and not key.startswith("$") for key in tree)
+    if plain and not isinstance(tree, Counter):
         return {key: encode(value, tensors, _join(path, key)) for key, value in tree.items()}
     return {
-        "$items": [
+        "$counter" if isinstance(tree, Counter) else "$items": [
             [encode(key, tensors, path), encode(value, tensors, _join(path, key))]
             for key, value in tree.items()
         ]
@@ -94,8 +97,9 @@ def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
         return _SPECIAL_FLOATS[content]
     if tag == "$tuple" and isinstance(content, list):
         return tuple(decode(item, tensors) for item in content)
-    if tag == "$items" and isinstance(content, list):
-        return _decode_items(content, tensors)
+    if tag in ("$items", "$counter") and isinstance(content, list):
+        items = _decode_items(content, tensors)
+        return Counter(items) if tag == "$counter" else items
     raise CheckpointError(f"state.json: expected a known entry, got {tag} with {content!r:.60}")
 
 

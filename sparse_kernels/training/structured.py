@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from sparse_kernels.nn.base import SparseLayer
+from torch import Tensor, nn
 
 from .blocks import BlockGrid
+from .layers import sparse_layers
 from .rewrite import COMPRESSED, added_mask, rewrite
-from .rules import Candidates, LayerState, redistribute
+from .rules import GROWTH_RULES, Candidates, LayerState, redistribute
 
 _GROUPS = re.compile(r"groups:([1-9]\d*)")
 
@@ -103,6 +102,9 @@ def grow_neurons(candidates: Candidates, count: int) -> Tensor:
     return free[rank_in_group(row, -scores) < allowed[row]]
 
 
+GROWTH_RULES["neuron"] = grow_neurons
+
+
 def group_of(
     keys: Tensor, block_cols: int, blocks: int, size: int | None, name: str
 ) -> tuple[Tensor, int]:
@@ -157,18 +159,15 @@ def is_structured(name: Any) -> bool:
 
 
 @torch.no_grad()
-def arrange(
-    layers: Sequence[tuple[str, SparseLayer]], rule: str, generator: torch.Generator | None = None
-) -> None:
-    """Give freshly initialised layers, in place, a random pattern with level groups.
+def arrange(model: nn.Module, rule: str, generator: torch.Generator | None = None) -> None:
+    """Give a new model's sparse layers, in place, random patterns with level groups.
 
-    layers: (name, layer), as from `training.layers.sparse_layers`; rule: "fan_in" or "groups:M".
-    Numbers of blocks stay. Weights that lose their place are given to the new places: all are
-    drawn alike, so that which goes where does not matter; of trained weights it would. Call it
-    before the optimizer is made.
+    rule: "fan_in" or "groups:M". Numbers of blocks stay. Weights that lose their place are given
+    to the new places: all are drawn alike, so that which goes where does not matter; of trained
+    weights it would. Call it before the optimizer is made.
     """
     grow = GrowInGroups(group_size(rule))
-    for name, layer in layers:
+    for name, layer in sparse_layers(model):
         old, grid = layer.pattern.keys(), BlockGrid.of(layer)
         none = old[:0]
         places = Candidates(name, none, grid.blocks, None, generator, grid.block_cols)

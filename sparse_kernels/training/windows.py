@@ -40,6 +40,12 @@ class Windows:
         """Whether `arm` must be called again for `step`, if no update has been meanwhile."""
         return step >= self._arm_at or self._momenta() != self._armed
 
+    def before_step(self, step: int) -> None:
+        """Let every signal keep what it needs of the gradients of `step`, before the optimizer."""
+        if self._schedule.is_update(step):
+            for signal in self._signals:
+                signal.keep_gradient()
+
     def _momenta(self) -> list[Any]:
         """What window lengths depend on (schedulers such as OneCycleLR change it every step)."""
         if not self._gathers:

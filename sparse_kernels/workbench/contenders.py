@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..nn import SparseLayer, sparsify
 from ..training import SparseMomentum, finite, flops_per_weight, time_per_weight
-from ..training.layers import sparse_layers
 from ..training.structured import arrange, is_structured
 from . import account, models
 from .config import DENSE_LAYOUTS, TrainConfig
@@ -181,7 +180,7 @@ def build_sparse(
             "choose a smaller block"
         )
     if is_structured(config.growth):
-        arrange(list(sparse_layers(model)), config.growth, torch.Generator().manual_seed(seed))
+        arrange(model, config.growth, torch.Generator().manual_seed(seed))
     if config.init == "scaled":
         _scale_to_fan_in(model)
     ranks = ranks or Ranks()
