@@ -14,6 +14,7 @@ from .training.methods import METHODS
 from .workbench.config import (
     COSTS,
     DENSE_BASELINES,
+    DEVICES,
     DISTRIBUTIONS,
     INITS,
     PRUNE_SCHEDULES,
@@ -147,6 +148,8 @@ def _parse_seeds(context: click.Context, option: click.Parameter, value: tuple[s
 @click.option(
     "--augment/--no-augment", default=False, show_default="the net's", help="Crop and flip."
 )
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True,
+              help="Where both nets train; batches are made on the CPU.")  # fmt: skip
 @click.option(
     "--threads", type=int, default=None, help="Threads for both contenders.  [default: torch's]"
 )

@@ -18,7 +18,8 @@ COMMANDS = re.findall(r"^sparse-kernels (sweep .*)$", TEXT, re.M)
 RUNS = {"mnist-300": 20, "mnist-caffe": 20, "mnist-dense": 10, "mnist-caffe-half-rate": 20,
         "caffe-dense-half-rate": 5, "mnist-methods": 50, "caffe-methods": 50,
         "mnist-signals": 80, "mnist-sensitivity": 65, "mnist-ablation": 20,
-        "caffe-ablation": 20, "mnist-shapes": 72}  # fmt: skip
+        "caffe-ablation": 20, "mnist-shapes": 72, "cifar-5": 20,
+        "cifar-alexnet": 10, "cifar-like": 5, "cifar-wrn-28-2": 25}  # fmt: skip
 
 
 def test_all_sweeps_were_found() -> None:
@@ -36,4 +37,5 @@ def test_every_run_of_a_sweep_has_settings_that_hold(command, tmp_path, monkeypa
     assert len({task.name for task in wanted}) == len(wanted) == RUNS[out]
     trained = [settings_of(task.words(tmp_path)[1:]) for task in wanted]
     assert {config.run_name() for config in trained} == {task.name for task in wanted}
-    assert all((c.epochs, c.holdout, c.batch_size) == (100, 0.1, 100) for c in trained)
+    epochs, batch = (250, 128) if out.startswith("cifar") else (100, 100)
+    assert all((c.epochs, c.holdout, c.batch_size) == (epochs, 0.1, batch) for c in trained)

@@ -65,9 +65,10 @@ def output_positions(model: nn.Module, input_shape: Iterable[int]) -> dict[str, 
         handles.append(layer.register_forward_hook(hook))
     was_training = model.training
     model.eval()
+    device = next((parameter.device for parameter in model.parameters()), None)
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *input_shape))
+            model(torch.zeros(1, *input_shape, device=device))
     finally:
         model.train(was_training)
         for handle in handles:

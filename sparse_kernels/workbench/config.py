@@ -19,6 +19,7 @@ PRUNE_SCHEDULES = tuple(DECAYS)
 DISTRIBUTIONS = ("uniform", "er", "erk")
 INITS = ("dense", "scaled")
 COSTS = ("flops", "time")
+DEVICES = ("cpu", "cuda")
 DENSE_LAYOUTS = ("contiguous", "channels_last", "compile", "compile_channels_last")
 DENSE_BASELINES = ("auto", *DENSE_LAYOUTS)
 FREE_SETTINGS = frozenset({"data_dir", "download", "out", "name", "checkpoint_dir",
@@ -33,6 +34,7 @@ _CHOICES = {
     "cost": COSTS,
     "method": tuple(METHODS),
     "init": INITS,
+    "device": DEVICES,
     "compare": ("dense",),
     "dense_baseline": DENSE_BASELINES,
 }
@@ -84,6 +86,7 @@ class TrainConfig:
     spare_dense: bool = True  # nearly dense layers of importance are pruned at a lower rate
     holdout: float = 0.1
     augment: bool = False
+    device: str = "cpu"
     threads: int | None = None  # None: torch's own choice
     max_steps: int | None = None  # stop early, for smoke tests
     out: str = "runs"

@@ -53,7 +53,7 @@ class Contender:
         self._set_learning_rate()
         size = labels.shape[0]
         images, labels = self.ranks.share(images, labels)
-        images = self.arrange(images)
+        images, labels = self.arrange(images), labels.to(self.config.device)
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.forward(images), labels)
         share = labels.shape[0] / size  # of the batch; DDP divides the sum of gradients by world
@@ -76,13 +76,20 @@ class Contender:
             self._note_signal()
             if self.masking is not None:
                 if before_update is not None and self._update_is_due():
+                    self._wait()
                     before_update()
                 self.masking.step()
+            self._wait()
         except (FloatingPointError, RuntimeError) as error:
             # What the growth signal or a mask update cannot use; its message says why.
             raise TrainingError(f"{self.name}: step {self.steps_done + 1}: {error}") from error
         self.steps_done += 1
         return value
+
+    def _wait(self) -> None:
+        """For all that a GPU has been given to do: what follows is timed apart."""
+        if self.config.device == "cuda":
+            torch.cuda.synchronize()
 
     def _update_is_due(self) -> bool:
         assert self.masking is not None
@@ -106,7 +113,8 @@ class Contender:
             )
 
     def arrange(self, images: Tensor) -> Tensor:
-        """The images in the memory format of this contender's layout."""
+        """The images on this contender's device, in the memory format of its layout."""
+        images = images.to(self.config.device)
         if self.layout.endswith("channels_last"):
             return images.contiguous(memory_format=torch.channels_last)
         return images
@@ -134,7 +142,7 @@ class Contender:
         for images, labels in batches:
             images = self.arrange(images)
             # Not the compiled form: another batch size would compile again.
-            right += int((self.model(images).argmax(1) == labels).sum())
+            right += int((self.model(images).argmax(1) == labels.to(images.device)).sum())
             total += labels.shape[0]
         self.model.train()
         return right / total if total else float("nan")
@@ -183,6 +191,7 @@ def build_sparse(
         arrange(model, config.growth, torch.Generator().manual_seed(seed))
     if config.init == "scaled":
         _scale_to_fan_in(model)
+    model = model.to(config.device)
     ranks = ranks or Ranks()
     forward = ranks.wrap(model)
     optimizer = _optimizer(model, config)
@@ -230,6 +239,7 @@ def _costs(contender: Contender, known: Mapping[str, float] | None) -> dict[str,
     timed = config.cost == "time"
     count, drawn = config.batch_size if timed else 1, torch.Generator().manual_seed(0)
     example = torch.randn(count, *models.spec(config.net).input_shape, generator=drawn)
+    example = example.to(config.device)
     if timed:  # as many examples as a step of this rank has
         (example,) = contender.ranks.share(example)
     measure = time_per_weight if timed else flops_per_weight
@@ -257,7 +267,7 @@ def build_dense(
     Call ``forget_compiled`` before a new round of compiled nets.
     """
     torch.manual_seed(seed)
-    model = models.build(config.net, **config.net_options()).train()
+    model = models.build(config.net, **config.net_options()).train().to(config.device)
     forward: Callable[[Tensor], Tensor] = model
     if layout.endswith("channels_last"):
         # torch's stubs know no memory_format overload of Module.to with that keyword alone.

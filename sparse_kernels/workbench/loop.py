@@ -57,7 +57,9 @@ def train(
             f"--net {config.net} takes {spec(config.net).kind} images, --data {config.data} has "
             f"{dataset.kind}'s; choose a matching pair"
         )
-    header = machine.header()  # now: a commit made while it trains is not the code that does
+    _check_device(config, ranks)
+    # Now: a commit made while it trains is not the code that does.
+    header = machine.header() | {"device": config.device}
     print(
         f"{config.net} on {config.data} ({dataset.source}); {machine.one_line(header)}", flush=True
     )
@@ -77,6 +79,22 @@ def train(
         "dense_baseline": session.baseline,
         "runs": session.finished,
     }
+
+
+def _check_device(config: TrainConfig, ranks: job.Ranks) -> None:
+    """Raise WorkbenchError for --device cuda where it cannot be."""
+    if config.device != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise WorkbenchError(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device here; "
+            "`sparse-kernels info` says what there is, --device cpu trains without"
+        )
+    if ranks.world > 1:
+        raise WorkbenchError(
+            f"--device cuda in a job of {ranks.world} processes: expected one process; `train` "
+            "shares batches among CPUs only, a loop of your own (docs/training.md) among GPUs too"
+        )
 
 
 def _baseline(config: TrainConfig, dataset: Dataset, ranks: job.Ranks) -> dict[str, Any] | None:

@@ -55,8 +55,9 @@ def header() -> dict[str, Any]:
 def one_line(machine: dict[str, Any]) -> str:
     """The header as one line of text, for tables and figures."""
     tag = allocator_tag(machine.get("environment", {}))
+    gpu = f"{machine['gpu']}, " if machine.get("device") == "cuda" else ""
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
+        f"{gpu}{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
         f"{f'allocator {tag}, ' if tag else ''}"
         f"torch {machine['torch']}, sparse_kernels {machine['sparse_kernels']} "
         f"({machine['commit']}), {machine['date'][:10]}"
