@@ -11,7 +11,9 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # What torch says, as a plain RuntimeError, when memory does not suffice.
-_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "Storage size calculation")
+_ALLOCATION_FAILED = (
+    "can't allocate memory", "not enough memory", "out of memory", "Storage size calculation"
+)  # fmt: skip
 
 
 def one_line_errors(command: Command) -> Command:

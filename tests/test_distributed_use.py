@@ -251,6 +251,12 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, str]:
     sparse(changed)[1].to_storage_("dense-masked")
     found["own group, changed before"] = error_of(lambda: attach(changed))
 
+    static = attach(DistributedDataParallel(make_model(), static_graph=True))
+    static(x).sum().backward()
+    sparse(static)[0].to_storage_("dense-masked")
+    with static.no_sync():
+        found["static graph"] = error_of(lambda: static(x))
+
     part = nn.ModuleList([DistributedDataParallel(make_model()), make_model()])
     optimizer = torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9)
     masks = SparseMomentum(part, optimizer, total_steps=8, update_every=4, signal="exact")
@@ -272,6 +278,7 @@ def test_refusals_say_why(tmp_path: Path) -> None:
         assert "layer '2'" in found["other masks"] and "rank 1" in found["other masks"]
         assert "process group of its own" in found["own group"]
         assert "cannot be built anew in place" in found["own group, changed before"]
+        assert "static_graph inside of no_sync()" in found["static graph"]
         assert "'1.0'" in found["outside"]
         assert "FullyShardedDataParallel" in found["fully_shard"]
         assert "range of the slots" in found["fully_shard"]

@@ -7,6 +7,7 @@ tells the names of its threads.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ def tell_threads() -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # what lies in cycles goes when the code asks for it, not by luck
     atexit.register(tell_threads)
     arrange_death()
     cli.main()

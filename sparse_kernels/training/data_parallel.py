@@ -220,6 +220,8 @@ class Attachment(Group):
             reasons.append("a process group of its own")
         if ddp.mixed_precision is not None:
             reasons.append("mixed_precision")
+        if ddp.static_graph and not ddp.require_backward_grad_sync:
+            reasons.append("static_graph inside of no_sync()")
         named = ddp._get_ddp_logging_data().get("comm_hook", "")
         if named and not ddp._comm_hooks:
             reasons.append(f"the built-in communication hook {named}")

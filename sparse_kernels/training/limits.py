@@ -45,7 +45,7 @@ class Limits:
         self.blocks = {s.name: BlockGrid.of(s.layer).blocks for s in signals}
         self.start: dict[str, int] | None = None
         self.costs = self._given(cost)
-        if self.costs:
+        if config.cost_budget is not None:
             self._check_start()
 
     def at(self, step: int) -> RuleSet:
@@ -229,7 +229,8 @@ class Limits:
     def _check_start(self) -> None:
         now = self._now()
         budget, held = self._budget(now), self._total(now)
-        if budget is not None and held > budget:
+        assert budget is not None
+        if held > budget:
             share = float(held / self._dense())
             raise ValueError(
                 f"the pattern, its partial blocks counted as whole ones, costs {share:.6g} of the "

@@ -167,6 +167,7 @@ class LayerSignal:
 
     def drop_gradient(self) -> None:
         """Forget a dense gradient whose step the optimizer skipped."""
+        self._kept = None
         if self.layer.probe is not None:
             self.layer.probe.grad = None
 
@@ -220,8 +221,8 @@ class LayerSignal:
         self.since_update += 1
 
     def keep_gradient(self) -> None:
-        """Before the last step in front of an update: keep what else only `values.grad` tells,
-        which zero_grad may have emptied by the update. That is M of an optimizer without momentum.
+        """In the last step before an update: keep what else only `values.grad` tells, which
+        zero_grad may have emptied by the update. That is M of an optimizer without momentum.
         """
         grad = self.layer.values.grad
         if self.kind == "random" and self.view.family == "none" and grad is not None:

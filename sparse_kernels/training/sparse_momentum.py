@@ -282,7 +282,7 @@ class SparseMomentum:
         # GradScaler sets this while a fused step unscales.
         fused = getattr(self.optimizer, "grad_scale", None)
         self._ranks.gather(scale, 1.0 if fused is None else 1.0 / float(fused))
-        self._windows.before_step(self.steps + 1)
+        self._windows.keep_gradients(self.steps + 1)
 
     def _arm(self) -> None:
         """Probes for the next step."""

@@ -40,8 +40,8 @@ class Windows:
         """Whether `arm` must be called again for `step`, if no update has been meanwhile."""
         return step >= self._arm_at or self._momenta() != self._armed
 
-    def before_step(self, step: int) -> None:
-        """Let every signal keep what it needs of the gradients of `step`, before the optimizer."""
+    def keep_gradients(self, step: int) -> None:
+        """Let every signal keep what it needs of the gradients of `step` at an update after it."""
         if self._schedule.is_update(step):
             for signal in self._signals:
                 signal.keep_gradient()

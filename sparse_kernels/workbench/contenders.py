@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..nn import SparseLayer, sparsify
 from ..training import SparseMomentum, finite, flops_per_weight, time_per_weight
+from ..training.layers import sparse_layers
 from ..training.structured import arrange, is_structured
 from . import account, models
 from .config import DENSE_LAYOUTS, TrainConfig
@@ -76,17 +77,19 @@ class Contender:
             self._note_signal()
             if self.masking is not None:
                 if before_update is not None and self._update_is_due():
-                    self._wait()
+                    self.wait()
                     before_update()
                 self.masking.step()
-            self._wait()
+            self.wait()
+        except torch.OutOfMemoryError:
+            raise
         except (FloatingPointError, RuntimeError) as error:
             # What the growth signal or a mask update cannot use; its message says why.
             raise TrainingError(f"{self.name}: step {self.steps_done + 1}: {error}") from error
         self.steps_done += 1
         return value
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """For all that a GPU has been given to do: what follows is timed apart."""
         if self.config.device == "cuda":
             torch.cuda.synchronize()
@@ -234,7 +237,7 @@ def _costs(contender: Contender, known: Mapping[str, float] | None) -> dict[str,
     if not config.cost_weight and config.flops_budget is None:
         return {}
     options = {"cost_weight": config.cost_weight, "cost_budget": config.cost_budget()}
-    if known:
+    if _usable(known, contender.model):
         return {"cost": known, **options}
     timed = config.cost == "time"
     count, drawn = config.batch_size if timed else 1, torch.Generator().manual_seed(0)
@@ -244,6 +247,16 @@ def _costs(contender: Contender, known: Mapping[str, float] | None) -> dict[str,
         (example,) = contender.ranks.share(example)
     measure = time_per_weight if timed else flops_per_weight
     return {"cost": measure(contender.model, example), **options}
+
+
+def _usable(costs: Any, model: nn.Module) -> bool:
+    """Whether a checkpoint's costs can be taken; of others its check tells what is wrong."""
+    names = {name for name, _ in sparse_layers(model)}
+    return (
+        isinstance(costs, dict)
+        and costs.keys() == names
+        and all(isinstance(cost, float) and 0.0 < cost < math.inf for cost in costs.values())
+    )
 
 
 @torch.no_grad()

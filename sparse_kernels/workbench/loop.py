@@ -51,15 +51,15 @@ def train(
         require_tensorboard()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    _prepare_device(config, ranks)
     dataset = load(config.data, config.data_dir, download=config.download)
     if dataset.kind != spec(config.net).kind:
         raise WorkbenchError(
             f"--net {config.net} takes {spec(config.net).kind} images, --data {config.data} has "
             f"{dataset.kind}'s; choose a matching pair"
         )
-    _check_device(config, ranks)
     # Now: a commit made while it trains is not the code that does.
-    header = machine.header() | {"device": config.device}
+    header = machine.header() | machine.device_header(config.device)
     print(
         f"{config.net} on {config.data} ({dataset.source}); {machine.one_line(header)}", flush=True
     )
@@ -81,8 +81,8 @@ def train(
     }
 
 
-def _check_device(config: TrainConfig, ranks: job.Ranks) -> None:
-    """Raise WorkbenchError for --device cuda where it cannot be."""
+def _prepare_device(config: TrainConfig, ranks: job.Ranks) -> None:
+    """Let cuDNN race its kernels. Raises WorkbenchError for --device cuda where it cannot be."""
     if config.device != "cuda":
         return
     if not torch.cuda.is_available():
@@ -95,6 +95,12 @@ def _check_device(config: TrainConfig, ranks: job.Ranks) -> None:
             f"--device cuda in a job of {ranks.world} processes: expected one process; `train` "
             "shares batches among CPUs only, a loop of your own (docs/training.md) among GPUs too"
         )
+    if config.block == "auto":
+        raise WorkbenchError(
+            "--device cuda with --block auto: expected a block such as 1x1, 4x1 or 16x16; auto "
+            "goes by the device that a model is made on, here the CPU"
+        )
+    torch.backends.cudnn.benchmark = True
 
 
 def _baseline(config: TrainConfig, dataset: Dataset, ranks: job.Ranks) -> dict[str, Any] | None:
@@ -157,7 +163,7 @@ def _train_seed(session: Session, dataset: Dataset, seed: int) -> None:
         for contender in contenders
     ]
     for run in session.runs:
-        if run.contender.compiled:
+        if run.contender.compiled or config.device == "cuda":  # there kernels load, and compile
             warm_up(run.contender, run.train)
     _place(session, seed)
     try:
@@ -206,17 +212,20 @@ def _train_epochs(session: Session, total: int, last_epoch: int) -> None:
 
 
 def warm_up(contender: Contender, train: BatchLoader) -> None:
-    """A dense contender's first passes, outside the measured time: compiled, for both batch sizes.
+    """A contender's first passes, outside the measured time: compiled, for both batch sizes.
 
     The net stays as the seed made it.
     """
-    state = {name: tensor.clone() for name, tensor in contender.model.state_dict().items()}
+    buffers = [(buffer, buffer.clone()) for buffer in contender.model.buffers()]
     images = torch.zeros(train.batch_size, *train.split.images.shape[1:])
     full, left = min(train.batch_size, len(train.split)), len(train.split) % train.batch_size
     for size in {full, left if contender.compiled else full} - {0, 1}:
         contender.forward(contender.arrange(images[:size])).sum().backward()
-    contender.model.load_state_dict(state)
+    for buffer, before in buffers:
+        if not torch.equal(buffer, before):  # a norm's; indices are not touched
+            buffer.copy_(before)
     contender.optimizer.zero_grad(set_to_none=True)
+    contender.wait()
 
 
 def _train_epoch(session: Session, run: Run, total: int, progress: TrainingProgress) -> None:

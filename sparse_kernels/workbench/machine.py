@@ -52,10 +52,28 @@ def header() -> dict[str, Any]:
     }
 
 
+def device_header(device: str) -> dict[str, Any]:
+    """What a training's header tells beside `header`; of "cuda" how float32 is computed by torch.
+
+    Dense convolutions are cuDNN's in TF32 unless torch is told otherwise.
+    """
+    if device != "cuda":
+        return {"device": device}
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    matmul = torch.backends.cuda.matmul
+    return {
+        "device": device,
+        "float32": {"conv": conv.fp32_precision, "matmul": matmul.fp32_precision},
+    }
+
+
 def one_line(machine: dict[str, Any]) -> str:
     """The header as one line of text, for tables and figures."""
     tag = allocator_tag(machine.get("environment", {}))
-    gpu = f"{machine['gpu']}, " if machine.get("device") == "cuda" else ""
+    gpu = ""
+    if machine.get("device") == "cuda":
+        told = ", ".join(f"{what} {how}" for what, how in machine["float32"].items())
+        gpu = f"{machine['gpu']} (float32 of torch: {told}), "
     return (
         f"{gpu}{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
         f"{f'allocator {tag}, ' if tag else ''}"

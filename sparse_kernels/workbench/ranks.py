@@ -40,8 +40,12 @@ class Ranks:
 
     @property
     def group(self) -> Group | None:
-        """The process group, None for a single process."""
+        """The process group, None for a single process and once the job has ended."""
         return self._group
+
+    def leave(self) -> None:
+        """Let go of the process group; ``rank`` and ``world`` stay."""
+        self._group = None
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model to call: under DistributedDataParallel where there are several ranks."""
@@ -120,10 +124,11 @@ def of_environment() -> Iterator[Ranks]:
                 f"out of reach; torchrun's report names it ({_first_line(error)})"
             ) from error
     if begun:
-        torch.distributed.destroy_process_group()
         # gloo's threads end with the last reference to the group. One that drops a tensor while
         # the interpreter shuts down aborts it ("terminate called without an active exception").
+        ranks.leave()
         gc.collect()  # DistributedDataParallel lies in cycles
+        torch.distributed.destroy_process_group()
 
 
 def _init_process_group() -> None:

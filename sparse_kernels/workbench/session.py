@@ -247,16 +247,16 @@ class Session:
             f"({type(error).__name__}: {error}); it was perhaps written by save_checkpoint"
         )
 
-    def known_costs(self, seed: int) -> dict[str, float] | None:
+    def known_costs(self, seed: int) -> Any:
         """A weight's cost by layer in the checkpoint of `seed`, if there is one that has it.
 
-        Times measured anew are others by noise, and could put the pattern above a budget.
+        Times measured anew are others by noise, and could put the pattern above a budget. What is
+        found is not checked yet.
         """
         if self.begun is None or self.seed != seed:
             return None
         masks = self.begun.get("sparse-masks")
-        found = masks.get("costs") if isinstance(masks, dict) else None
-        return found if isinstance(found, dict) else None
+        return masks.get("costs") if isinstance(masks, dict) else None
 
     def restore_runs(self) -> None:
         """Load the checkpoint into the runs that were built for its seed, all of it or nothing."""
