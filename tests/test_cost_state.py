@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,12 @@ MACHINES = ({"0": 0.25, "2": 3.0, "4": 50.0}, {"0": 40.0, "2": 2.0, "4": 0.5})
 NAMES = tuple(MACHINES[0])
 
 
-def measured(machine: int, model: nn.Module, patch: Callable[..., None] = setattr) -> Any:
+def measured(machine: int, model: nn.Module) -> Any:
     """time_per_weight where the clock of `machine` is read."""
     seconds = dict(zip(sparse(model), MACHINES[machine].values(), strict=True))
-    patch(costs, "_least", lambda layer, x, repeats: seconds[layer] * layer.nnz)
-    found = time_per_weight(model, torch.zeros(2, 12, dtype=torch.float64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "_least", lambda layer, x, repeats: seconds[layer] * layer.nnz)
+        found = time_per_weight(model, torch.zeros(2, 12, dtype=torch.float64))
     assert list(found.values()) == pytest.approx(list(MACHINES[machine].values()))
     return found
 
