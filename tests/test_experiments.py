@@ -18,7 +18,7 @@ COMMANDS = re.findall(r"^sparse-kernels (sweep .*)$", TEXT, re.M)
 RUNS = {"mnist-300": 20, "mnist-caffe": 20, "mnist-dense": 10, "mnist-caffe-half-rate": 20,
         "caffe-dense-half-rate": 5, "mnist-methods": 50, "caffe-methods": 50,
         "mnist-signals": 80, "mnist-sensitivity": 65, "mnist-ablation": 20,
-        "caffe-ablation": 20, "mnist-shapes": 72, "cifar-5": 20,
+        "caffe-ablation": 20, "mnist-shapes": 72, "mnist-depth-scaled": 48, "cifar-5": 20,
         "cifar-alexnet": 10, "cifar-like": 5, "cifar-wrn-28-2": 25}  # fmt: skip
 
 

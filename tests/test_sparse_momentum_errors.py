@@ -20,7 +20,7 @@ def test_errors_at_construction():
     dense = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="no sparse layer; call sparsify"):
         SparseMomentum(dense, torch.optim.SGD(dense.parameters(), lr=0.1), **steps)
-    with pytest.raises(ValueError, match=r"Build the optimizer from model.parameters.. after"):
+    with pytest.raises(ValueError, match=r"build it from model.parameters.. after sparsify"):
         SparseMomentum(model, torch.optim.SGD(dense.parameters(), lr=0.1), **steps)
     with pytest.raises(TypeError, match=r"torch.optim.Optimizer, got int"):
         SparseMomentum(model, 3, **steps)
