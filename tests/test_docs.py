@@ -154,6 +154,8 @@ def test_the_example_growth_rule_conserves_the_number_of_weights(tmp_path: Path)
     source = (ROOT / "examples" / "own_growth.py").read_text(encoding="utf-8")
     rule = source.split("def grow_half_at_random", 1)[1].split("\n\n\n", 1)[0]
     assert len(rule.splitlines()) <= 10
+    body = rule.rsplit('"""\n', 1)[1].rstrip()
+    assert body in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_methods_is_that_of_the_package() -> None:
